@@ -1,0 +1,232 @@
+"""The demo: one server, an online stream alone, then the same stream beside an offline job.
+
+    python -m conserve_sgl.bench.demo --model PATH --config configs/bench/demo.yaml --out out/demo
+
+Writes `table.md`, `demo.png`, `demo.json` and the logs of the server and the job into the output
+folder, and stops what it started, however it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from conserve_sgl.bench.arrivals import Arrival
+from conserve_sgl.bench.client import LoadResult, replay
+from conserve_sgl.bench.config import DemoConfig, fill
+from conserve_sgl.bench.environment import Environment, environment
+from conserve_sgl.bench.offline import read_results
+from conserve_sgl.bench.prompts import TimedRequest, timed_requests
+from conserve_sgl.bench.report import Phase, markdown_table, plot_phases, rich_table
+from conserve_sgl.bench.server import ManagedProcess, ServerProcess, free_port
+from conserve_sgl.errors import ConserveError, JobError, ServerError
+from conserve_sgl.strict_yaml import load_yaml
+
+__all__ = ["Demo", "main"]
+
+ALONE, BESIDE = "online alone", "online beside the job"
+_WARMUP_SEED = 0  # phases count from 1
+
+
+class Demo:
+    """One run of the demo; `run` may be called once.
+
+    Args:
+        config: what to run.
+        model: path or name of the model, for {model} in the server's command.
+        out: folder for results and logs; made when missing.
+        console: where progress goes.
+    """
+
+    def __init__(self, config: DemoConfig, model: str, out: Path, console: Console) -> None:
+        self.config = config
+        self.out = out
+        self.console = console
+        port = free_port()
+        self.values = {
+            "python": sys.executable,
+            "model": model,
+            "port": str(port),
+            "url": f"http://127.0.0.1:{port}",
+            "out": str(out),
+        }
+        self.server = ServerProcess(
+            self._filled(config.server.command), port=port, log_path=out / "server.log"
+        )
+        self.job = ManagedProcess(
+            self._filled(config.offline.command),
+            log_path=out / "job.log",
+            stop_signal=signal.SIGINT,  # it keeps its results and could go on from there
+            grace_s=config.offline.stop_s,
+        )
+        self.arrivals = config.online.arrivals.draw(config.online.duration_s, config.seed)
+
+    def run(self) -> tuple[Phase, Phase]:
+        """Measure both phases.
+
+        Raises:
+            ServerError: the server did not start, or died.
+            JobError: the job failed.
+        """
+        with self.server:
+            self._wait_ready()
+            self._warm_up()
+            alone = self._phase(ALONE, self._stream(1, ALONE))
+            beside = self._stream_beside_job()
+        return alone, beside
+
+    def _filled(self, command: Sequence[str]) -> list[str]:
+        return [fill(argument, self.values) for argument in command]
+
+    def _wait_ready(self) -> None:
+        with self.console.status("") as status:
+            took_s = self.server.wait_healthy(
+                self.config.server.ready_timeout_s,
+                lambda waited_s: status.update(
+                    f"Starting the server: {waited_s:.0f} s (log: {self.server.log_path})"
+                ),
+            )
+        self.console.print(f"Server ready after {took_s:.0f} s: {self.server.base_url}")
+
+    def _warm_up(self) -> None:
+        first = self.arrivals[: self.config.server.warmup_requests]
+        at_once = [Arrival(0.0, arrival.prompt_tokens, arrival.output_tokens) for arrival in first]
+        result = self._replay(self._requests(at_once, _WARMUP_SEED), "warm-up")
+        for record in result.records:
+            if not record.completed:
+                raise ServerError(f"a warm-up request failed: {record.error}")
+
+    def _stream(self, number: int, name: str) -> LoadResult:
+        result = self._replay(self._requests(self.arrivals, number), name)
+        self.server.check()
+        return result
+
+    def _stream_beside_job(self) -> Phase:
+        with self.job:
+            self._check_job(self.job.wait(self.config.offline.lead_s))
+            result = self._stream(2, BESIDE)
+            self._check_job(self.job.returncode)
+            if self.job.returncode == 0:
+                self.console.print("The job ended before the online stream: give it more to do.")
+            with self.console.status("Stopping the job"):
+                self.job.stop()
+        return self._phase(BESIDE, result, Path(fill(self.config.offline.output, self.values)))
+
+    def _check_job(self, returncode: int | None) -> None:
+        """A job may end well before the stream does; None and 0 are both fine."""
+        if returncode:
+            raise JobError(
+                f"the job ended with status {returncode}; the end of {self.job.log_path}:\n"
+                f"{self.job.log_tail()}"
+            )
+
+    def _requests(self, arrivals: Sequence[Arrival], number: int) -> tuple[TimedRequest, ...]:
+        """Prompts differ by `number`, or the prefix cache would serve the second phase."""
+        return timed_requests(arrivals, self.config.online.token_ids, [self.config.seed, number])
+
+    def _replay(self, requests: Sequence[TimedRequest], name: str) -> LoadResult:
+        columns = TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn()
+        with Progress(*columns, TimeElapsedColumn(), console=self.console) as progress:
+            task = progress.add_task(name, total=len(requests))
+            return asyncio.run(
+                replay(
+                    self.server.base_url,
+                    requests,
+                    drain_s=self.config.online.drain_s,
+                    on_done=lambda _: progress.advance(task),
+                )
+            )
+
+    def _phase(self, name: str, result: LoadResult, job_output: Path | None = None) -> Phase:
+        return Phase(
+            name=name,
+            started_unix_s=result.started_unix_s,
+            window_s=self.config.online.duration_s,
+            duration_s=result.duration_s,
+            online=result.records,
+            offline=None if job_output is None else read_results(job_output),
+        )
+
+
+def write_results(demo: Demo, phases: Sequence[Phase], on: Environment) -> None:
+    """Write table.md, demo.png and demo.json into the output folder."""
+    slo, model = demo.config.slo, Path(demo.values["model"]).name
+    caption = f"{model} on {on.hardware}; SGLang {on.versions.get('sglang', '-')}"
+    caption += f"; seed {demo.config.seed}; TTFT {slo.ttft_ms:g} ms, TPOT {slo.tpot_ms:g} ms"
+    (demo.out / "table.md").write_text(f"{markdown_table(phases, slo)}\n{caption}\n", "utf-8")
+    plot_phases(phases, slo, demo.out / "demo.png", caption=caption)
+    report = msgspec.json.encode(_report(demo, phases, on))
+    (demo.out / "demo.json").write_bytes(msgspec.json.format(report, indent=1))
+
+
+def _report(demo: Demo, phases: Sequence[Phase], on: Environment) -> dict[str, Any]:
+    return {
+        "command": [sys.executable, "-m", "conserve_sgl.bench.demo", *sys.argv[1:]],
+        "server_command": demo.server.argv,
+        "job_command": demo.job.argv,
+        "environment": on,
+        "config": demo.config,
+        "summaries": {phase.name: _summary(phase, demo.config) for phase in phases},
+        "phases": phases,
+    }
+
+
+def _summary(phase: Phase, config: DemoConfig) -> dict[str, Any]:
+    online = phase.online_summary(config.slo)
+    return {
+        "online": online.sglang_keys(),
+        "sent": online.sent,
+        "cached_tokens": online.cached_tokens,
+        "sender_lateness_ms": online.lateness_ms,
+        "offline": phase.offline_summary(),
+    }
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Path of the model's folder.")],
+    config: Annotated[Path, typer.Option(help="The demo's YAML file.")],
+    out: Annotated[Path, typer.Option(help="Folder for results and logs.")],
+) -> None:
+    """Measure an online stream alone and beside an offline job, on one server."""
+    _stop_on_signals()
+    console = Console(stderr=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        demo = Demo(load_yaml(config, DemoConfig), model, out, console)
+        phases = demo.run()
+        write_results(demo, phases, environment())
+    except ConserveError as e:
+        console.print(f"demo: {e}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    Console().print(rich_table(phases, demo.config.slo))
+    console.print(f"Written: {out}/table.md, {out}/demo.png, {out}/demo.json")
+
+
+def _stop_on_signals() -> None:
+    """Let every ending run the clean-up, in a background shell (which ignores SIGINT) too."""
+
+    def leave(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""Acts: the scheduler process. Importing its modules imports torch and SGLang."""

@@ -1,0 +1,356 @@
+"""SGLang's scheduler, with an offline queue beside its own and a plan for every step.
+
+The event loops stay SGLang's. `get_next_batch_to_run` observes, asks the policy for a plan and
+lets SGLang form the batch; the plan acts in two places that SGLang calls while it does so:
+`get_new_batch_prefill` (what may be admitted) and `update_running_batch` (which rows decode).
+
+Where an offline request may be, and who holds its row and KV:
+
+    OfflineQueue            no row, no KV of its own (its prefix may be in the radix tree)
+    waiting_queue           only within `get_new_batch_prefill`, for SGLang to admit it from
+    chunked_req             row + KV so far; between two chunks
+    _parked_chunk           the same, moved aside so that an online prompt can be chunked
+    running_batch           row + KV; decodes
+    _parked                 row + KV; sits out
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+from conserve_sgl.config import ConserveConfig
+from conserve_sgl.engine.adder import OfflinePurse, make_adder_class
+from conserve_sgl.engine.host import (
+    AbortReq,
+    NextBatchPlan,
+    PrefillAdder,
+    Req,
+    ScheduleBatch,
+    SchedulePolicy,
+    Scheduler,
+    _make_abort_req,
+    get_schedule,
+    release_req,
+)
+from conserve_sgl.engine.inbox import ArrivalInbox
+from conserve_sgl.engine.invariants import with_parked_rows
+from conserve_sgl.engine.parking import ParkedRows
+from conserve_sgl.errors import IncompatibleError
+from conserve_sgl.ingress.arrival import arrival_endpoint
+from conserve_sgl.policy import (
+    FixedCap,
+    OfflineQueue,
+    Policy,
+    PriorityRule,
+    ServiceClass,
+    StepPlan,
+    StepView,
+)
+
+__all__ = ["ConserveScheduler"]
+
+logger = logging.getLogger(__name__)
+
+_NO_PLAN = StepPlan(
+    offline_prefill_tokens=0, offline_admissions=0, offline_decode_rows=0, kv_reserve_tokens=0
+)
+
+
+class _OnlineFirst(SchedulePolicy):
+    """SGLang's order of the waiting queue, then online before offline; the order is stable."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.is_offline = lambda _req: False
+
+    def calc_priority(self, waiting_queue: list[Req], *args: Any, **kwargs: Any) -> bool:
+        matched = super().calc_priority(waiting_queue, *args, **kwargs)
+        waiting_queue.sort(key=self.is_offline)
+        return matched
+
+
+class ConserveScheduler(Scheduler):
+    """One engine for online requests and offline work; online first."""
+
+    # ------------------------------------------------------------------ set-up
+
+    def init_ipc_channels(self, port_args: Any) -> None:
+        super().init_ipc_channels(port_args)
+        rank_zero = self.recv_from_tokenizer is not None
+        self._inbox = (
+            ArrivalInbox(arrival_endpoint(port_args.instance_id)) if rank_zero else None
+        )
+
+    def init_running_status(self) -> None:
+        super().init_running_status()
+        if self.is_hybrid_swa or self.is_hybrid_ssm:
+            raise IncompatibleError(
+                "models with sliding-window or state-space layers are not supported by conserve"
+            )
+        config = ConserveConfig.from_environment() or ConserveConfig()
+        schedule = get_schedule()
+        self._rule = PriorityRule(
+            default=schedule.default_priority_value or 0,
+            low_values_first=schedule.schedule_low_priority_values_first,
+        )
+        self._offline_queue: OfflineQueue[Req] = OfflineQueue(config.offline.queue_requests)
+        self._parked = ParkedRows()
+        self._parked_chunk: Req | None = None
+        self._plan = _NO_PLAN
+        self._rows_decoded = True
+        self._counts: Counter[str] = Counter()
+        self._step_policy = self._make_policy(config)
+
+    def _make_policy(self, config: ConserveConfig) -> Policy:
+        # Rows are a hard limit in SGLang: an online request that finds none waits for one.
+        rows = min(config.budget.resident_rows, max(self.max_running_requests // 2, 1))
+        return FixedCap(
+            step_tokens=config.budget.step_tokens,
+            resident_rows=rows,
+            rows_beside_online=min(config.budget.rows_beside_online, rows),
+            kv_reserve=config.memory.online_reserve,
+        )
+
+    def init_schedule_policy(self) -> None:
+        super().init_schedule_policy()
+        self.policy = _OnlineFirst(
+            self.schedule_policy,
+            self.tree_cache,
+            self.enable_hierarchical_cache,
+            self.enable_priority_scheduling,
+            self.schedule_low_priority_values_first,
+        )
+        self.policy.is_offline = self.is_offline
+
+    def init_invariant_checker(self) -> None:
+        super().init_invariant_checker()
+        self.invariant_checker = with_parked_rows(self.invariant_checker, self._parked_reqs)
+
+    # ------------------------------------------------------- requests coming in
+
+    def is_offline(self, req: Req) -> bool:
+        """Whether `req` is offline work: the tokenizer process stamped its priority."""
+        return self._rule.class_of(req.priority) is ServiceClass.OFFLINE
+
+    def ingest_requests(self, stop_at_pause: bool = False) -> list:
+        if self._inbox is not None:
+            self._inbox.poll()
+        return super().ingest_requests(stop_at_pause)
+
+    def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
+        if not self.is_offline(req):
+            if self._inbox is not None:
+                self._inbox.reached(req.rid)
+            super()._add_request_to_queue(req, is_retracted)
+        elif is_retracted or req.retracted_stain:
+            self._counts["offline_preempted"] += 1
+            self._offline_queue.give_back([req])
+        elif self._offline_queue.push(req):
+            self._counts["offline_accepted"] += 1
+            req.time_stats.set_wait_queue_entry_time()
+        else:
+            self._refuse(req)
+
+    def _refuse(self, req: Req) -> None:
+        self._counts["offline_refused"] += 1
+        self._release_aborted_request(req)
+        reason = {
+            "type": "abort",
+            "status_code": HTTPStatus.TOO_MANY_REQUESTS,
+            "message": f"The offline queue is full ({self._offline_queue.capacity} requests).",
+        }
+        self.send_abort_output(_make_abort_req(req, finished_reason=reason), req)
+
+    # ------------------------------------------------------------------ the step
+
+    def get_next_batch_to_run(
+        self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None
+    ) -> NextBatchPlan:
+        self._parked.drop_finished()
+        view = self._observe(running_batch, last_batch)
+        self._plan = self._step_policy.plan(view)
+        rows_to_spare = self._plan.offline_decode_rows - view.offline_decoding
+        running_batch = self._parked.come_back(running_batch, rows_to_spare)
+        next_plan = super().get_next_batch_to_run(running_batch, last_batch)
+        self._account(next_plan.batch_to_run)
+        return next_plan
+
+    def _observe(
+        self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None
+    ) -> StepView:
+        decoding = running_batch.reqs
+        if last_batch is not None and last_batch.forward_mode.is_extend():
+            # SGLang merges a finished prefill into the running batch right after this.
+            decoding = decoding + [r for r in last_batch.reqs if r is not self.chunked_req]
+        live = [req for req in decoding if not req.finished()]
+        offline_decoding = sum(map(self.is_offline, live))
+        chunk_is_offline = self.chunked_req is not None and self.is_offline(self.chunked_req)
+        offline_chunk = chunk_is_offline or self._parked_chunk is not None
+        return StepView(
+            now_s=time.monotonic(),
+            online_arriving=0 if self._inbox is None else len(self._inbox),
+            online_waiting=len(self.waiting_queue),
+            online_waiting_tokens=sum(r.seqlen for r in self.waiting_queue),
+            online_prefilling=int(self.chunked_req is not None and not chunk_is_offline),
+            online_decoding=len(live) - offline_decoding,
+            offline_waiting=len(self._offline_queue),
+            offline_prefilling=int(offline_chunk),
+            offline_decoding=offline_decoding,
+            offline_parked=len(self._parked),
+            free_rows=self.req_to_token_pool.available_size(),
+            free_kv_tokens=self.token_to_kv_pool_allocator.available_size()
+            + self.tree_cache.evictable_size(),
+            total_kv_tokens=self.max_total_num_tokens,
+            chunk_tokens=self.chunked_prefill_size,
+            rows_decoded=self._rows_decoded,
+        )
+
+    def _account(self, batch: ScheduleBatch | None) -> None:
+        mode = None if batch is None else batch.forward_mode
+        self._rows_decoded = mode is None or mode.is_mixed() or not mode.is_extend()
+
+    # ----------------------------------------------------- the plan, for prefill
+
+    def get_prefill_adder_class(self) -> type[PrefillAdder]:
+        plan = self._plan
+        return make_adder_class(
+            OfflinePurse(
+                tokens=plan.offline_prefill_tokens,
+                kv_reserve_tokens=plan.kv_reserve_tokens,
+                may_chunk=self.chunked_req is None and self._parked_chunk is None,
+                is_offline=self.is_offline,
+            )
+        )
+
+    def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> NextBatchPlan:
+        self._move_offline_chunk()
+        if self.is_mixed_chunk:
+            self._sit_out_surplus(running_batch)
+        candidates = self._offline_queue.take(self._plan.offline_admissions)
+        self.waiting_queue.extend(candidates)
+        try:
+            return super().get_new_batch_prefill(running_batch)
+        finally:
+            waiting, self.waiting_queue = self.waiting_queue, []
+            for req in waiting:
+                if not self.is_offline(req):
+                    self.waiting_queue.append(req)
+            self._offline_queue.give_back(r for r in waiting if self.is_offline(r))
+
+    def _move_offline_chunk(self) -> None:
+        """Put an offline prompt aside between two chunks, or take it up again.
+
+        SGLang continues its one chunked request before anything else and assumes that there is no
+        other, so an offline one stays out of its sight while online prompts wait or while the
+        plan grants it no tokens.
+        """
+        granted = self._plan.offline_prefill_tokens > 0 and not self.waiting_queue
+        if self.chunked_req is not None and self.is_offline(self.chunked_req) and not granted:
+            assert self._parked_chunk is None  # the adder chunks one offline prompt at a time
+            self._parked_chunk, self.chunked_req = self.chunked_req, None
+            self._counts["offline_chunks_parked"] += 1
+        elif self.chunked_req is None and self._parked_chunk is not None and granted:
+            self.chunked_req, self._parked_chunk = self._parked_chunk, None
+
+    # ------------------------------------------------------ the plan, for decode
+
+    def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
+        self._sit_out_surplus(batch)
+        if batch.is_empty():
+            return batch
+        self._free_kv_for(batch)
+        return super().update_running_batch(batch)
+
+    def _sit_out_surplus(self, batch: ScheduleBatch) -> None:
+        offline = sum(map(self.is_offline, batch.reqs))
+        surplus = offline - self._plan.offline_decode_rows
+        parked = self._parked.sit_out(batch, surplus, self.is_offline)
+        self._counts["offline_rows_parked"] += parked
+
+    def _free_kv_for(self, batch: ScheduleBatch) -> None:
+        """Preempt offline rows, parked ones first, until the batch's next tokens have room."""
+        while not batch.check_decode_mem() and len(self._parked):
+            newest = self._parked.reqs[-1]
+            self._preempt(self._parked.remove(lambda req, newest=newest: req is newest))
+        while not batch.check_decode_mem():
+            offline = [req for req in batch.reqs if self.is_offline(req)]
+            if not offline or len(batch.reqs) == 1:
+                return
+            batch.filter_batch(reqs_to_exclude=[offline[-1]])
+            self._preempt([offline[-1]])
+
+    def _preempt(self, reqs: list[Req]) -> None:
+        """Release the rows and KV of `reqs`, which nobody else holds, and queue them again."""
+        for req in reqs:
+            self._release(req)
+            self._add_request_to_queue(req, is_retracted=True)
+
+    def _release(self, req: Req) -> None:
+        release_req(
+            req=req,
+            remaing_req_count=0,
+            req_to_token_pool=self.req_to_token_pool,
+            token_to_kv_pool_allocator=self.token_to_kv_pool_allocator,
+            tree_cache=self.tree_cache,
+            hisparse_coordinator=None,
+        )
+
+    # ------------------------------------- everything else that looks at requests
+
+    def _parked_reqs(self) -> list[Req]:
+        chunk = [] if self._parked_chunk is None else [self._parked_chunk]
+        return [*self._parked.reqs, *chunk]
+
+    def abort_request(self, recv_req: AbortReq) -> None:
+        def matches(req: Req) -> bool:
+            return recv_req.abort_all or req.rid.startswith(recv_req.rid)
+
+        aside = self._take_aside(matches)
+        for req in aside:
+            self._release(req)
+        # Now they are queued requests like any other, and SGLang's own code aborts those.
+        self.waiting_queue += aside + self._offline_queue.remove(matches)
+        super().abort_request(recv_req)
+
+    def _take_aside(self, matches: Callable[[Req], bool]) -> list[Req]:
+        """Take the requests that match out of what is put aside; they still hold their rows."""
+        taken = self._parked.remove(matches)
+        if self._parked_chunk is not None and matches(self._parked_chunk):
+            taken.append(self._parked_chunk)
+            self._parked_chunk = None
+        return taken
+
+    def pause_generation(self, recv_req: Any) -> None:
+        super().pause_generation(recv_req)
+        if recv_req.mode == "retract":
+            self._preempt(self._take_aside(lambda _req: True))
+
+    def is_fully_idle(self, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
+        if not super().is_fully_idle(for_health_check, ignore_waiting):
+            return False
+        if for_health_check:
+            # Only a running batch answers a health check that was skipped.
+            return True
+        holds_kv = len(self._parked) > 0 or self._parked_chunk is not None
+        return not holds_kv and (ignore_waiting or len(self._offline_queue) == 0)
+
+    def get_internal_state(self, recv_req: Any) -> Any:
+        output = super().get_internal_state(recv_req)
+        output.internal_state["conserve"] = self._state()
+        return output
+
+    def _state(self) -> dict[str, Any]:
+        """What `/server_info` shows under `internal_states[i].conserve`."""
+        latencies = [] if self._inbox is None else self._inbox.latencies_ms()
+        return {
+            "offline_waiting": len(self._offline_queue),
+            "offline_parked": len(self._parked),
+            "arrivals_received": 0 if self._inbox is None else self._inbox.received,
+            "arrival_latencies_ms": latencies,
+            **self._counts,
+        }

@@ -1,0 +1,73 @@
+"""What the plugin hangs into SGLang's tokenizer process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from conserve_sgl.config import ConserveConfig
+from conserve_sgl.ingress.arrival import ArrivalSender, arrival_endpoint
+from conserve_sgl.ingress.middleware import ServiceClassMiddleware, asked_class
+from conserve_sgl.policy.service_class import PriorityRule, ServiceClass
+
+__all__ = ["Ingress"]
+
+
+class Ingress:
+    """The hooks of one tokenizer process and what they share.
+
+    Args:
+        config: the server's configuration.
+        is_health_check: tells SGLang's own probe from a client's request.
+    """
+
+    def __init__(self, config: ConserveConfig, is_health_check: Callable[[Any], bool]) -> None:
+        self._config = config
+        self._is_health_check = is_health_check
+        self._rule = PriorityRule()
+        self._sender: ArrivalSender | None = None
+
+    def after_init_ipc_channels(self, _result: None, manager: Any, port_args: Any) -> None:
+        """AFTER `TokenizerManager.init_ipc_channels`: bind the arrival channel."""
+        args = manager.server_args
+        self._rule = PriorityRule(
+            default=args.default_priority_value or 0,
+            low_values_first=args.schedule_low_priority_values_first,
+        )
+        self._sender = ArrivalSender(arrival_endpoint(port_args.instance_id))
+
+    def before_run_http_server(self, app: Any) -> None:
+        """BEFORE `_setup_and_run_http_server`: put our layer around the whole application."""
+        build_stack = app.build_middleware_stack
+        offline = self._config.offline
+
+        def build_with_ours() -> ServiceClassMiddleware:
+            return ServiceClassMiddleware(
+                build_stack(),
+                max_offline=offline.queue_requests,
+                retry_after_s=offline.retry_after_s,
+            )
+
+        app.build_middleware_stack = build_with_ours
+
+    def before_init_req_state(self, _manager: Any, obj: Any, *_args: Any, **_kwargs: Any) -> None:
+        """BEFORE `TokenizerManager._init_req_state`: stamp the class, announce online arrivals.
+
+        The earliest point at which a request has its ids, and still before tokenization. Every
+        route comes through here, `Engine.generate` too.
+        """
+        if self._is_health_check(obj):
+            return
+        service_class = asked_class.get() or self._rule.class_of(obj.priority)
+        obj.priority = self._rule.stamp(obj.priority, service_class)
+        if service_class is ServiceClass.ONLINE and self._sender is not None:
+            self._sender.send(_rids_to_come(obj))
+
+
+def _rids_to_come(obj: Any) -> tuple[str, ...]:
+    """The ids under which `obj` will reach the scheduler."""
+    if isinstance(obj.rid, str):
+        return (obj.rid,)
+    # With n > 1 each sample gets an id of its own and comes through the hook again; embeddings
+    # have no samples.
+    return tuple(obj.rid) if getattr(obj, "parallel_sample_num", 1) == 1 else ()

@@ -1,0 +1,123 @@
+"""The outermost ASGI layer: finds the service class, and bounds the offline work taken in.
+
+It stands outside SGLang's own middlewares, so that authorisation, metrics and routing see the
+path that the request really reaches, `/offline` gone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import ContextVar
+from typing import Any
+
+from conserve_sgl.ingress.classify import class_from_body, class_from_headers, split_prefix
+from conserve_sgl.policy.service_class import ServiceClass
+
+__all__ = ["ServiceClassMiddleware", "asked_class"]
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+asked_class: ContextVar[ServiceClass | None] = ContextVar("conserve_asked_class", default=None)
+"""What the HTTP request in hand asked for; read where the request object is at hand."""
+
+_GENERATING = frozenset(
+    {
+        "/generate",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/responses",
+        "/v1/messages",
+    }
+)
+
+
+class ServiceClassMiddleware:
+    """Sets `asked_class` around the wrapped application.
+
+    Args:
+        app: the application, with all its own middlewares.
+        max_offline: offline requests in hand at a time; one more is answered 429.
+        retry_after_s: what that answer's Retry-After says, in seconds.
+    """
+
+    def __init__(self, app: App, *, max_offline: int, retry_after_s: int) -> None:
+        self._app = app
+        self._max_offline = max_offline
+        self._retry_after_s = retry_after_s
+        self.offline_in_hand = 0
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path, prefixed = split_prefix(scope["path"])
+        try:
+            asked = ServiceClass.OFFLINE if prefixed else class_from_headers(scope["headers"])
+        except ValueError as e:
+            await _answer(send, 400, f"x-sgl-conserve-class: {e}")
+            return
+        if prefixed:
+            raw_path, _ = split_prefix(scope.get("raw_path", b"").decode("latin-1"))
+            scope = {**scope, "path": path, "raw_path": raw_path.encode("latin-1")}
+        if path in _GENERATING and asked is None and scope["method"] == "POST":
+            body, receive = await _read_body(receive)
+            asked = class_from_body(body)
+        await self._run(scope, receive, send, asked, bounded=path in _GENERATING)
+
+    async def _run(
+        self,
+        scope: MutableMapping[str, Any],
+        receive: Receive,
+        send: Send,
+        asked: ServiceClass | None,
+        *,
+        bounded: bool,
+    ) -> None:
+        counted = bounded and asked is ServiceClass.OFFLINE
+        if counted and self.offline_in_hand >= self._max_offline:
+            full = f"{self._max_offline} offline requests are in hand already; try again later"
+            await _answer(send, 429, full, retry_after_s=self._retry_after_s)
+            return
+        self.offline_in_hand += counted
+        token = asked_class.set(asked)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            asked_class.reset(token)
+            self.offline_in_hand -= counted
+
+
+async def _read_body(receive: Receive) -> tuple[bytes, Receive]:
+    """The whole body, and a `receive` that gives it again and then goes on as before."""
+    messages: list[Message] = []
+    while True:
+        message = await receive()
+        messages.append(message)
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            break
+    body = b"".join(m.get("body", b"") for m in messages)
+    replay = iter(messages)
+
+    async def receive_again() -> Message:
+        message = next(replay, None)
+        return await receive() if message is None else message
+
+    return body, receive_again
+
+
+async def _answer(
+    send: Send, status: int, message: str, *, retry_after_s: int | None = None
+) -> None:
+    """An error in SGLang's and OpenAI's shape."""
+    error = {"object": "error", "message": message, "type": str(status), "code": status}
+    body = json.dumps({**error, "error": {**error, "param": None}}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    if retry_after_s is not None:
+        headers.append((b"retry-after", b"%d" % retry_after_s))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,257 @@
+"""Runs a planned job: a fixed number of workers pull lines, ask, and store what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from rich.console import Console
+
+from conserve_sgl.errors import InputError, JobError
+from conserve_sgl.jobs.ask import ask
+from conserve_sgl.jobs.client import Attempts, Client, Clock, LineFailed, Stopped
+from conserve_sgl.jobs.plan import Line, Plan, PlannedTask, lines, make_plan
+from conserve_sgl.jobs.progress import Meter, ProgressView
+from conserve_sgl.jobs.store import Failure, Record, Store
+from conserve_sgl.jobs.summary import Summary, Tally, print_summary
+
+__all__ = ["DONE", "INTERRUPTED", "SOME_FAILED", "Runner", "run_job"]
+
+DONE, SOME_FAILED, INTERRUPTED = 0, 1, 130
+TICK_S = 1.0
+
+
+def run_job(
+    path: Path,
+    *,
+    console: Console,
+    endpoints: list[str] | None = None,
+    output: Path | None = None,
+    max_in_flight: int | None = None,
+    limit: int | None = None,
+    fresh: bool = False,
+) -> int:
+    """Run the job at `path` to its end, or go on with it, and return the exit code.
+
+    Args:
+        console: where progress and the summary go.
+        endpoints, output, max_in_flight: replace what the file says.
+        limit: replaces the limit of every task.
+        fresh: throw away earlier results in the output folder first.
+
+    Returns:
+        0 when all lines are finished, 1 when some failed, 130 when it was interrupted.
+
+    Raises:
+        InputError: the job or its data is wrong; nothing was sent.
+        JobError: it cannot start or go on; finished lines are kept.
+    """
+    try:
+        plan = make_plan(
+            path,
+            endpoints=endpoints,
+            output=None if output is None else str(output),
+            max_in_flight=max_in_flight,
+            limit=limit,
+        )
+        api_key = _api_key(path, plan.job.api_key_env)
+        with Store(plan, fresh=fresh) as store:
+            return asyncio.run(Runner(plan, store, console, api_key=api_key).run())
+    except KeyboardInterrupt:  # while nothing was being sent yet
+        return INTERRUPTED
+
+
+def _api_key(path: Path, variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        reason = f"environment variable {variable} is not set"
+        raise InputError(path, reason, key="api_key_env")
+    return os.environ[variable]
+
+
+class Runner:
+    """One run of a plan into an open store."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        console: Console,
+        *,
+        api_key: str | None = None,
+        clock: Clock | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self._plan = plan
+        self._job = plan.job
+        self._store = store
+        self._console = console
+        self._api_key = api_key
+        self._clock = clock or Clock()
+        self._rng = random.Random(seed)
+        self._tallies = {t.task.name: Tally(len(t.ids)) for t in plan.tasks}
+        self._done = {t.task.name: store.finished(t, self._tally(t).add) for t in plan.tasks}
+        self._started_s = self._clock.monotonic_s()
+        self._meter = Meter(plan.total, self._started_s)
+        self._meter.resumed = sum(len(done) for done in self._done.values())
+        self._failures_in_a_row = 0
+        self._workers: list[asyncio.Task[None]] = []
+
+    async def run(self) -> int:
+        """Send what is not finished; return the exit code. Raises JobError."""
+        self._stopping = asyncio.Event()
+        try:
+            with ProgressView(self._console, self._plan.name, self._meter) as view:
+                if self._meter.resumed:
+                    view.say(f"{self._meter.resumed} of {self._meter.total} lines are done already")
+                with self._signals(view):
+                    await self._send_all(view)
+            self._store.sync()
+        except BaseException:
+            with suppress(JobError):  # the first error is the one to show
+                self._finish()
+            raise
+        self._finish()
+        if self._stopping.is_set() and self._meter.left:
+            return INTERRUPTED
+        return SOME_FAILED if self._meter.failed else DONE
+
+    async def _send_all(self, view: ProgressView) -> None:
+        pending = self._pending()
+        count = min(self._job.max_in_flight, self._meter.left)
+        if count == 0:
+            return
+        async with self._client() as client:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    ticker = group.create_task(self._tick(view))
+                    work = (self._work(client, pending) for _ in range(count))
+                    self._workers = [group.create_task(w) for w in work]
+                    await asyncio.wait(self._workers)
+                    ticker.cancel()
+            except ExceptionGroup as e:
+                raise e.exceptions[0] from e
+
+    def _client(self) -> Client:
+        return Client(
+            self._job,
+            api_key=self._api_key,
+            identify=self._store.set_model,
+            note=self._note,
+            stopping=self._stopping,
+            clock=self._clock,
+            rng=self._rng,
+        )
+
+    def _pending(self) -> Iterator[tuple[PlannedTask, Line]]:
+        # In order, so that neighbours, which share prefixes, are in flight together.
+        for planned in self._plan.tasks:
+            done = self._done[planned.task.name]
+            yield from ((planned, line) for line in lines(planned) if line.id not in done)
+
+    async def _work(self, client: Client, pending: Iterator[tuple[PlannedTask, Line]]) -> None:
+        for planned, line in pending:
+            try:
+                await self._answer(client, planned, line)
+            except Stopped:
+                return
+            if self._stopping.is_set():
+                return
+
+    async def _answer(self, client: Client, planned: PlannedTask, line: Line) -> None:
+        attempts = Attempts()
+        try:
+            record = await ask(client, self._job, planned.task, line, attempts, self._clock)
+        except LineFailed as failed:
+            self._failed(planned, line, failed, attempts)
+        else:
+            self._finished(planned, record)
+
+    def _finished(self, planned: PlannedTask, record: Record) -> None:
+        self._store.add(planned.task.name, record)
+        self._tally(planned).add(record)
+        self._meter.count(record)
+        self._failures_in_a_row = 0
+
+    def _failed(
+        self, planned: PlannedTask, line: Line, failed: LineFailed, attempts: Attempts
+    ) -> None:
+        failure = Failure(
+            id=line.id,
+            line=line.line,
+            status=failed.status,
+            error=str(failed),
+            attempts=attempts.sent,
+        )
+        self._store.add_failure(planned.task.name, failure)
+        self._tally(planned).failed += 1
+        self._meter.failed += 1
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row >= self._job.retry.max_failures_in_a_row:
+            raise JobError(
+                f"{self._failures_in_a_row} lines failed in a row, the last one at "
+                f"{planned.data}:{line.line}: {failed}. Finished lines are kept; run the same "
+                "command again to go on"
+            )
+
+    def _tally(self, planned: PlannedTask) -> Tally:
+        return self._tallies[planned.task.name]
+
+    def _note(self, text: str | None) -> None:
+        self._meter.note = text
+        self._meter.retries += text is not None
+
+    async def _tick(self, view: ProgressView) -> None:
+        while True:
+            view.refresh(self._clock.monotonic_s())
+            await self._clock.sleep(TICK_S)
+            await asyncio.to_thread(self._store.sync)
+
+    @contextmanager
+    def _signals(self, view: ProgressView) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(sig, self._interrupt, loop, view)
+        try:
+            yield
+        finally:
+            for sig in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(sig)
+
+    def _interrupt(self, loop: asyncio.AbstractEventLoop, view: ProgressView) -> None:
+        if self._stopping.is_set():
+            self._abandon()
+            return
+        self._stopping.set()
+        view.say(f"stopping: {self._job.drain_s:g} s for what is in flight (again to stop at once)")
+        loop.call_later(self._job.drain_s, self._abandon)
+
+    def _abandon(self) -> None:
+        for worker in self._workers:
+            worker.cancel()
+
+    def _finish(self) -> None:
+        meter = self._meter
+        summary = Summary(
+            job=self._plan.name,
+            model=self._store.job_file.model,
+            partial=meter.left > 0,
+            run_s=round(self._clock.monotonic_s() - self._started_s, 3),
+            run_lines=meter.done,
+            run_retries=meter.retries,
+            run_prompt_tokens=meter.prompt_tokens,
+            run_completion_tokens=meter.completion_tokens,
+            tasks={name: tally.summary() for name, tally in self._tallies.items()},
+        )
+        print_summary(self._console, self._plan, summary)
+        self._store.write_summary(summary)

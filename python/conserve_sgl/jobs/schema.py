@@ -1,0 +1,212 @@
+"""What a job's YAML file may say (docs/jobs.md is the reference for people)."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+import msgspec
+
+from conserve_sgl.jobs.template import TemplateFault, compile_expression, compile_template
+
+__all__ = [
+    "ExactMatch",
+    "Job",
+    "JsonlTask",
+    "LoglikelihoodChoice",
+    "Message",
+    "Retry",
+    "Sampling",
+]
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
+# Also the name of the result file, hence neither dots nor separators.
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$")]
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to sample. What is None is left out, so the server's own default holds."""
+
+    max_new_tokens: Count = 128
+    min_new_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    top_p: Fraction | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=-1)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=2)] | None = None
+    stop: list[str] | str | None = None
+    stop_token_ids: list[int] | None = None
+    seed: int | None = None
+    ignore_eos: bool | None = None
+    regex: str | None = None
+    json_schema: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.top_k == 0:
+            raise ValueError("top_k: 0 keeps no token; leave it out or use -1 for all tokens")
+        if self.min_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise ValueError("min_new_tokens: is larger than max_new_tokens")
+        if self.regex is not None and self.json_schema is not None:
+            raise ValueError("regex: cannot be given together with json_schema")
+        if self.json_schema is not None:
+            _compiles("json_schema", msgspec.json.decode, self.json_schema)
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One chat message; `content` is a template."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+    def __post_init__(self) -> None:
+        _compiles("content", compile_template, self.content)
+
+
+class ExactMatch(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag="exact_match",
+    tag_field="kind",
+):
+    """1 if what `pattern` captures in the output equals the rendered `target`, else 0."""
+
+    target: str
+    pattern: str = r"(?s)^\s*(.*?)\s*$"
+    match: Literal["first", "last"] = "first"
+    ignore: str | None = None
+    ignore_case: bool = False
+
+    def __post_init__(self) -> None:
+        _compiles("target", compile_template, self.target)
+        if _compiles("pattern", re.compile, self.pattern).groups != 1:
+            raise ValueError("pattern: needs exactly one group ( ), which is the answer")
+        if self.ignore is not None:
+            _compiles("ignore", re.compile, self.ignore)
+
+
+class LoglikelihoodChoice(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag="loglikelihood_choice",
+    tag_field="kind",
+):
+    """1 if the likeliest of `choices` after the prompt is number `target` (from 0), else 0."""
+
+    choices: str | list[str]
+    target: str
+    delimiter: str = " "
+    normalise: Literal["none", "tokens", "bytes"] = "none"
+
+    def __post_init__(self) -> None:
+        _compiles("target", compile_expression, self.target)
+        if isinstance(self.choices, str):
+            _compiles("choices", compile_expression, self.choices)
+            return
+        if len(self.choices) < 2:
+            raise ValueError("choices: at least two are needed")
+        for i, choice in enumerate(self.choices):
+            _compiles(f"choices[{i}]", compile_template, choice)
+
+
+class JsonlTask(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag="jsonl",
+    tag_field="kind",
+):
+    """One request (or one question with choices) for each line of a JSONL file."""
+
+    name: Name
+    data: str
+    prompt: str | None = None
+    chat: list[Message] | None = None
+    chat_template_kwargs: dict[str, str | int | float | bool] | None = None
+    sampling: Sampling | None = None
+    score: ExactMatch | LoglikelihoodChoice | None = None
+    limit: Count | None = None
+    id: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.chat is None):
+            raise ValueError("prompt: exactly one of prompt and chat is needed")
+        if self.prompt is not None:
+            _compiles("prompt", compile_template, self.prompt)
+        if self.chat is not None and not self.chat:
+            raise ValueError("chat: at least one message is needed")
+        if self.chat_template_kwargs is not None and self.chat is None:
+            raise ValueError("chat_template_kwargs: needs chat")
+        if self.id is not None:
+            _compiles("id", compile_template, self.id)
+        if isinstance(self.score, LoglikelihoodChoice):
+            self._check_choice()
+
+    def _check_choice(self) -> None:
+        if self.prompt is None:
+            raise ValueError("score: loglikelihood_choice needs prompt, not chat")
+        if self.sampling is not None:
+            raise ValueError("sampling: loglikelihood_choice samples nothing; leave it out")
+
+
+class Retry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What to do when a request fails; how long to keep at it."""
+
+    first_delay_s: Positive = 0.5
+    max_delay_s: Positive = 30.0
+    max_attempts: Count = 5
+    server_down_s: Positive = 600.0
+    max_failures_in_a_row: Count = 100
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An offline job: where to send, how much at once, where the results go, and its tasks."""
+
+    endpoints: Annotated[list[str], msgspec.Meta(min_length=1)]
+    output: str
+    tasks: Annotated[list[JsonlTask], msgspec.Meta(min_length=1)]
+    name: str | None = None
+    model: str | None = None
+    priority: int | None = None
+    max_in_flight: Count = 32
+    request_timeout_s: Positive | None = None
+    drain_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0
+    retry: Retry = msgspec.field(default_factory=Retry)
+    api_key_env: str | None = None
+    save_prompts: bool = False
+    vars: dict[str, str | int | float | bool] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for endpoint in self.endpoints:
+            _check_endpoint(endpoint)
+        _unique("endpoints", self.endpoints)
+        # File systems that fold case would put two such tasks into one file.
+        _unique("tasks", [task.name.lower() for task in self.tasks])
+
+
+def _check_endpoint(url: str) -> None:
+    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
+        raise ValueError(f"endpoints: {url!r} is not a base URL such as http://127.0.0.1:30000")
+    if re.search(r"/(v1|generate)(/|$)", url):
+        raise ValueError(f"endpoints: give {url!r} without /v1 or /generate; they are added")
+
+
+def _unique(key: str, values: list[str]) -> None:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{key}: {value!r} is given twice")
+
+
+def _compiles(key: str, compile_, source: str):
+    try:
+        return compile_(source)
+    except (TemplateFault, re.error, msgspec.DecodeError) as e:
+        raise ValueError(f"{key}: {e}") from e

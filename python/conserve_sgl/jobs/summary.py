@@ -1,0 +1,121 @@
+"""What a run came to: `summary.json`, and the table at its end."""
+
+from __future__ import annotations
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from conserve_sgl.jobs.plan import Plan
+from conserve_sgl.jobs.score import standard_error
+from conserve_sgl.jobs.store import Record
+
+__all__ = ["Summary", "Tally", "TaskSummary", "print_summary"]
+
+
+class TaskSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """All runs of one task together: its finished lines are those in `<task>.jsonl`.
+
+    `score` is the mean over finished lines, None for a task without a score or lines;
+    `cached_tokens` counts the lines whose server told.
+    """
+
+    total: int
+    finished: int
+    failed: int
+    score: float | None
+    score_stderr: float | None
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """`summary.json`. `partial` is true while a line has neither finished nor failed for good.
+
+    `run_s`, `run_lines`, `run_prompt_tokens` and `run_completion_tokens` are of the latest run
+    alone, so their quotients are true rates after a resume too.
+    """
+
+    job: str
+    model: str | None
+    partial: bool
+    run_s: float
+    run_lines: int
+    run_retries: int
+    run_prompt_tokens: int
+    run_completion_tokens: int
+    tasks: dict[str, TaskSummary]
+
+
+class Tally:
+    """Sums of one task's lines, of this run and of those before."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.finished = 0
+        self.failed = 0
+        self._scored = 0
+        self._score = 0.0
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+        self._completion_tokens = 0
+
+    def add(self, record: Record) -> None:
+        """Count a finished line."""
+        self.finished += 1
+        if record.score is not None:
+            self._scored += 1
+            self._score += record.score
+        self._prompt_tokens += record.prompt_tokens
+        self._cached_tokens += record.cached_tokens or 0
+        self._completion_tokens += record.completion_tokens
+
+    def summary(self) -> TaskSummary:
+        """The sums so far."""
+        mean = self._score / self._scored if self._scored else None
+        return TaskSummary(
+            total=self.total,
+            finished=self.finished,
+            failed=self.failed,
+            score=mean,
+            score_stderr=None if mean is None else standard_error(mean, self._scored),
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            completion_tokens=self._completion_tokens,
+        )
+
+
+def print_summary(console: Console, plan: Plan, summary: Summary) -> None:
+    """Print the table, the rates of this run, and where things are."""
+    table = Table(title=f"{summary.job}{' (partial)' if summary.partial else ''}")
+    table.add_column("task")
+    for head in ("lines", "failed", "score", "tokens in", "cached", "tokens out"):
+        table.add_column(head, justify="right")
+    for name, task in summary.tasks.items():
+        score = "" if task.score is None else f"{task.score:.3f} ± {task.score_stderr:.3f}"
+        table.add_row(
+            name,
+            f"{task.finished:,}/{task.total:,}",
+            f"{task.failed:,}",
+            score,
+            f"{task.prompt_tokens:,}",
+            f"{task.cached_tokens:,}",
+            f"{task.completion_tokens:,}",
+        )
+    console.print(table)
+    rate = max(summary.run_s, 1e-9)
+    say = {"markup": False, "highlight": False, "soft_wrap": True}
+    console.print(
+        f"this run: {summary.run_lines:,} lines in {summary.run_s:.1f} s, "
+        f"{summary.run_prompt_tokens / rate:.0f} tokens/s in, "
+        f"{summary.run_completion_tokens / rate:.0f} tokens/s out, "
+        f"{summary.run_retries:,} retries",
+        **say,
+    )
+    console.print(f"results: {plan.output}", **say)
+    for name, task in summary.tasks.items():
+        if task.failed:
+            console.print(f"failed lines: {plan.output / name}.errors.jsonl", **say)
+    if summary.partial:
+        console.print("not finished: run the same command again to go on", **say)

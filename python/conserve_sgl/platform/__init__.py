@@ -1,0 +1,67 @@
+"""SGLang on a plain CPU, as an out-of-tree platform of SGLang.
+
+activate   the entry point: says whether this platform serves
+cpu        CpuPlatform, the platform: identity, server defaults, start-up of a worker
+attention  CpuAttnBackend, its attention backend
+hicache    HiCache's host pool where device and host are the same memory
+compare    `python -m conserve_sgl.platform.compare`: attention timed against torch_native
+
+Importing this package imports neither torch nor sglang.
+"""
+
+from __future__ import annotations
+
+import os
+
+from conserve_sgl.errors import IncompatibleError
+
+__all__ = ["NAME", "activate"]
+
+NAME = "conserve_cpu"
+"""The platform's entry point, and the name of its attention backend."""
+
+_PLATFORM_CLASS = "conserve_sgl.platform.cpu:CpuPlatform"
+
+
+def activate() -> str | None:
+    """Entry point of `sglang.srt.platforms`: the platform's class, or None to stay out of the way.
+
+    Chosen by `SGLANG_PLATFORM=conserve_cpu`, or, unless another platform is named there, by
+    `CONSERVE_CONFIG` on a machine where torch sees no accelerator. A stock server is never touched.
+    When chosen, sets `OMP_WAIT_POLICY=passive` unless it is set: the scheduler's process, which is
+    spawned later, inherits it.
+
+    Raises:
+        IncompatibleError: named explicitly although torch sees an accelerator.
+    """
+    if not _chosen():
+        return None
+    # An OpenMP thread that spins at a barrier takes its core from the tokenizer, the detokenizer
+    # and the client; on a busy machine each parallel region then costs a scheduler quantum.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    return _PLATFORM_CLASS
+
+
+def _chosen() -> bool:
+    named = os.environ.get("SGLANG_PLATFORM")
+    if named == NAME:
+        _refuse_accelerator()
+        return True
+    return not named and bool(os.environ.get("CONSERVE_CONFIG")) and not _accelerator()
+
+
+def _refuse_accelerator() -> None:
+    # SGLang's modules pick CUDA code at import from torch alone, whatever the platform says.
+    if device := _accelerator():
+        raise IncompatibleError(
+            f"SGLANG_PLATFORM={NAME} serves on the CPU, but torch sees {device}: hide it "
+            "(CUDA_VISIBLE_DEVICES= for CUDA), or unset SGLANG_PLATFORM"
+        )
+
+
+def _accelerator() -> str | None:
+    """The accelerator that torch can use (`cuda`, `xpu`, `npu`, `mps`, ...), or None."""
+    import torch
+
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return device.type if device is not None else None

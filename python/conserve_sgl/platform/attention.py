@@ -1,0 +1,361 @@
+"""Attention on a CPU: P*(C + P) for P new tokens over C cached, and decode rows in batches.
+
+Everything rests on one shape. The G query heads that share a KV head become G rows of one query
+matrix ("folded"), so no KV is repeated, and ATen's CPU flash kernel gets the several rows it is
+fast with. What was measured and left aside (docs/cpu-platform.md has the figures):
+
+- torch_native pads the queries to C + P rows and throws C of them away: (C + P)^2.
+- `is_causal` aligns the mask top left, so it serves C = 0 alone; there it is as fast as blocks.
+- `enable_gqa` and broadcast KV views run one row per head in decode: 4x slower in bf16.
+- One call per decode request pays its fixed cost per request; padding to the longest pays for
+  padding. Groups of similar length bound both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from torch.nn.functional import scaled_dot_product_attention
+
+from conserve_sgl.errors import IncompatibleError
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+__all__ = ["CpuAttnBackend", "DecodeGroup", "ExtendSpan", "StepPlan", "group_rows"]
+
+_BLOCK_ROWS = 128
+"""Query tokens per call in an extend: above its diagonal block nothing is computed."""
+
+_GROUP_WASTE_TOKENS = 1024
+"""Padding that a decode group may hold: about what the three calls of one more group cost."""
+
+_GROUP_TOKENS_PER_THREAD = 4096
+"""KV tokens that a decode group gathers at most per thread (one row may exceed it)."""
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Query rows of one token each, over contexts of similar length.
+
+    rows: [n] indices of query rows. slots: [n * longest] KV slots, row after row; beyond a row's
+    context it repeats the row's first slot. mask: [n, 1, 1, longest], added to the scores; None
+    if all contexts are equally long.
+    """
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class ExtendSpan:
+    """Query rows [start, start + new_tokens) of one request; slots: [cached + new_tokens]."""
+
+    start: int
+    new_tokens: int
+    slots: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How one batch is computed, the same in every layer. Every query row is in exactly one part.
+
+    seq_lens: the batch's own tensor, which tells whether a plan belongs to a batch.
+    """
+
+    seq_lens: torch.Tensor
+    groups: tuple[DecodeGroup, ...]
+    spans: tuple[ExtendSpan, ...]
+
+
+def group_rows(lengths: Sequence[int], *, max_tokens: int) -> Iterator[list[int]]:
+    """Split rows into groups of similar length, longest first.
+
+    Yields indices into `lengths`. In a group the padding stays within a small constant, and rows
+    times longest within `max_tokens` unless it is a single row.
+    """
+    group: list[int] = []
+    waste = 0
+    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[group[0]] if group else lengths[row]
+        waste += longest - lengths[row]
+        if group and (waste > _GROUP_WASTE_TOKENS or (len(group) + 1) * longest > max_tokens):
+            yield group
+            group, waste = [], 0
+        group.append(row)
+    if group:
+        yield group
+
+
+class CpuAttnBackend(TorchNativeAttnBackend):
+    """torch_native's backend with its two inner loops replaced.
+
+    Decode, extend, mixed and split-prefill batches of causal self-attention run here. Sliding
+    windows, cross-attention, encoder layers and a KV cache of another dtype than the queries' go
+    to torch_native's loops.
+    """
+
+    def __init__(self, model_runner: ModelRunner) -> None:
+        """
+        Raises:
+            IncompatibleError: the model uses multi-head latent attention.
+        """
+        if model_runner.use_mla_backend:
+            raise IncompatibleError("multi-head latent attention (MLA) is not served on a CPU")
+        super().__init__(model_runner)
+        self._dtype = model_runner.dtype
+        self._scratch: dict[str, torch.Tensor] = {}
+        self._masks: dict[int, torch.Tensor] = {}
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Plan `forward_batch` for all layers."""
+        super().init_forward_metadata(forward_batch)
+        decode = forward_batch.forward_mode.is_decode_or_idle()
+        self.forward_metadata = self._plan(
+            self.req_to_token_pool.req_to_token,
+            forward_batch.req_pool_indices,
+            forward_batch.seq_lens,
+            None if decode else forward_batch.extend_seq_lens,
+        )
+
+    def _run_sdpa_forward_extend(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        extend_prefix_lens: torch.Tensor,
+        extend_seq_lens: torch.Tensor,
+        encoder_lens: torch.Tensor | None = None,
+        scaling: float | None = None,
+        enable_gqa: bool = False,
+        causal: bool = False,
+        is_cross_attn: bool = False,
+        sliding_window_size: int | None = None,
+    ) -> torch.Tensor:
+        plain = encoder_lens is None and sliding_window_size is None and causal
+        if not plain or k_cache.dtype != query.dtype:
+            return super()._run_sdpa_forward_extend(
+                query,
+                output,
+                k_cache,
+                v_cache,
+                req_to_token,
+                req_pool_indices,
+                seq_lens,
+                extend_prefix_lens,
+                extend_seq_lens,
+                encoder_lens,
+                scaling=scaling,
+                enable_gqa=enable_gqa,
+                causal=causal,
+                is_cross_attn=is_cross_attn,
+                sliding_window_size=sliding_window_size,
+            )
+        plan = self._plan_of(req_to_token, req_pool_indices, seq_lens, extend_seq_lens)
+        self._attend(plan, query, output, k_cache, v_cache, scaling)
+        return output
+
+    def _run_sdpa_forward_decode(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        encoder_lens: torch.Tensor | None = None,
+        scaling: float | None = None,
+        enable_gqa: bool = False,
+        causal: bool = False,
+        is_cross_attn: bool = False,
+        sliding_window_size: int | None = None,
+    ) -> torch.Tensor:
+        plain = encoder_lens is None and sliding_window_size is None
+        if not plain or k_cache.dtype != query.dtype:
+            return super()._run_sdpa_forward_decode(
+                query,
+                output,
+                k_cache,
+                v_cache,
+                req_to_token,
+                req_pool_indices,
+                seq_lens,
+                encoder_lens,
+                scaling=scaling,
+                enable_gqa=enable_gqa,
+                causal=causal,
+                is_cross_attn=is_cross_attn,
+                sliding_window_size=sliding_window_size,
+            )
+        plan = self._plan_of(req_to_token, req_pool_indices, seq_lens, None)
+        self._attend(plan, query, output, k_cache, v_cache, scaling)
+        return output
+
+    def _plan_of(
+        self,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        extend_seq_lens: torch.Tensor | None,
+    ) -> StepPlan:
+        # A split prefill may go on after another batch has run, without being planned again.
+        if self.forward_metadata is None or self.forward_metadata.seq_lens is not seq_lens:
+            self.forward_metadata = self._plan(
+                req_to_token, req_pool_indices, seq_lens, extend_seq_lens
+            )
+        return self.forward_metadata
+
+    def _plan(
+        self,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        extend_seq_lens: torch.Tensor | None,
+    ) -> StepPlan:
+        contexts = seq_lens.tolist()
+        news = [1] * len(contexts) if extend_seq_lens is None else extend_seq_lens.tolist()
+        starts = _starts(news)
+        single = [i for i, new in enumerate(news) if new == 1]
+        limit = _GROUP_TOKENS_PER_THREAD * torch.get_num_threads()
+        spans = tuple(
+            ExtendSpan(starts[i], new, req_to_token[req_pool_indices[i], : contexts[i]])
+            for i, new in enumerate(news)
+            if new > 1
+        )
+        groups = tuple(
+            self._group([single[j] for j in rows], starts, req_to_token, req_pool_indices, seq_lens)
+            for rows in group_rows([contexts[i] for i in single], max_tokens=limit)
+        )
+        return StepPlan(seq_lens, groups, spans)
+
+    def _group(
+        self,
+        requests: list[int],
+        starts: list[int],
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+    ) -> DecodeGroup:
+        contexts = seq_lens[requests]
+        longest, shortest = int(contexts.max()), int(contexts.min())
+        slots = req_to_token[req_pool_indices[requests], :longest]
+        mask = None
+        if shortest < longest:
+            beyond = torch.arange(longest) >= contexts.unsqueeze(1)
+            slots = torch.where(beyond, slots[:, :1], slots)
+            mask = torch.zeros(slots.shape, dtype=self._dtype).masked_fill_(beyond, -torch.inf)
+            mask = mask.view(len(requests), 1, 1, longest)
+        return DecodeGroup(torch.tensor([starts[i] for i in requests]), slots.flatten(), mask)
+
+    def _attend(
+        self,
+        plan: StepPlan,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        scaling: float | None,
+    ) -> None:
+        for group in plan.groups:
+            k, v = self._gather("k", k_cache, group.slots), self._gather("v", v_cache, group.slots)
+            rows = _attend_group(query.index_select(0, group.rows), k, v, group.mask, scaling)
+            output.index_copy_(0, group.rows, rows)
+        for span in plan.spans:
+            k, v = self._gather("k", k_cache, span.slots), self._gather("v", v_cache, span.slots)
+            end = span.start + span.new_tokens
+            self._attend_span(query[span.start : end], output[span.start : end], k, v, scaling)
+
+    def _attend_span(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scaling: float | None,
+    ) -> None:
+        """Causal attention of query [P, Hq, D], the last P positions of k and v [C + P, Hkv, D]."""
+        (new_tokens, q_heads, head_dim), kv_heads = query.shape, k.shape[1]
+        share = q_heads // kv_heads
+        cached = k.shape[0] - new_tokens
+        k, v = k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
+        for start in range(0, new_tokens, _BLOCK_ROWS):
+            block = query[start : start + _BLOCK_ROWS]
+            n, seen = block.shape[0], cached + start + block.shape[0]
+            folded = block.reshape(n, kv_heads, share, head_dim).transpose(0, 1)
+            out = scaled_dot_product_attention(
+                folded.reshape(1, kv_heads, n * share, head_dim),
+                k[:, :, :seen],
+                v[:, :, :seen],
+                attn_mask=self._causal_mask(n, seen, share),
+                scale=scaling,
+            )
+            unfolded = out.view(kv_heads, n, share, -1).transpose(0, 1)
+            output[start : start + n].view(n, kv_heads, share, -1).copy_(unfolded)
+
+    def _causal_mask(self, rows: int, seen: int, share: int) -> torch.Tensor:
+        """[rows * share, seen], added to the scores: the last `rows` of `seen` positions, folded.
+
+        A corner of one mask per `share`, which grows with the longest context.
+        """
+        mask = self._masks.get(share)
+        if mask is None or mask.shape[1] < seen:
+            mask = self._masks[share] = _full_mask(share, _power_of_two(seen), self._dtype)
+        return mask[-rows * share :, mask.shape[1] - seen :]
+
+    def _gather(self, name: str, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Rows of `cache` [slots, H, D] in a buffer that the next gather of `name` overwrites."""
+        elements = slots.shape[0] * cache.shape[1] * cache.shape[2]
+        buffer = self._scratch.get(name)
+        if buffer is None or buffer.shape[0] < elements:
+            buffer = self._scratch[name] = cache.new_empty(_power_of_two(elements))
+        rows = buffer[:elements].view(slots.shape[0], *cache.shape[1:])
+        return torch.index_select(cache, 0, slots, out=rows)
+
+
+def _attend_group(
+    query: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention of query [n, Hq, D] over k and v [n * longest, Hkv, D]; returns [n, Hq, Dv]."""
+    (n, q_heads, head_dim), kv_heads = query.shape, k.shape[1]
+    share = q_heads // kv_heads
+    folded = query.view(n, kv_heads, share, head_dim)
+    if share == 1:
+        # ATen's kernel is several times slower on one bf16 query row than on two.
+        folded = folded.expand(n, kv_heads, 2, head_dim)
+    k, v = (x.view(n, -1, *x.shape[1:]).transpose(1, 2) for x in (k, v))
+    out = scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scaling)
+    return out[:, :, :share].reshape(n, q_heads, -1)
+
+
+def _full_mask(share: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    rows = min(_BLOCK_ROWS, width)
+    hidden = torch.ones(rows, width, dtype=torch.bool).triu(width - rows + 1)
+    mask = torch.zeros(rows, width, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    return mask.repeat_interleave(share, 0)
+
+
+def _starts(lengths: list[int]) -> list[int]:
+    starts, total = [], 0
+    for length in lengths:
+        starts.append(total)
+        total += length
+    return starts
+
+
+def _power_of_two(n: int) -> int:
+    return max(_BLOCK_ROWS, 1 << (n - 1).bit_length())

@@ -1,0 +1,163 @@
+"""The platform: what SGLang asks a device about itself, answered for a plain CPU.
+
+SGLang makes the platform while `sglang.srt.utils` is being imported, so at module level only its
+leaf modules can be imported here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
+from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+from conserve_sgl.errors import IncompatibleError
+from conserve_sgl.platform import NAME
+
+__all__ = ["CHUNKED_PREFILL_TOKENS", "KV_POOL_TOKENS", "CpuPlatform"]
+
+KV_POOL_TOKENS = 131_072
+"""Default size of the KV pool. SGLang's own default fills the memory, and HiCache twice again."""
+
+CHUNKED_PREFILL_TOKENS = 1024
+"""Default prefill chunk: about a second of a small model on a few cores."""
+
+_ATTENTION_BACKENDS = (NAME, "torch_native")
+# SGLang's defaults need kernels that exist on a GPU only, so they stand for "not given".
+_HICACHE_IO_BACKENDS = ("kernel", "direct")
+_HICACHE_LAYOUTS = ("page_first", "layer_first")
+
+
+class CpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """A CPU without sgl_kernel: native forwards, eager mode, our attention backend, HiCache.
+
+    An instance exists in every process of a server. Making one announces the attention backend to
+    SGLang's flags; `init_backend` runs in processes that run a model.
+    """
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+    capabilities = PlatformCapabilities()
+
+    def __init__(self) -> None:
+        if NAME not in ATTENTION_BACKEND_CHOICES:
+            add_attention_backend_choices([NAME])
+            register_resolution_hook("handle_cpu_backends")(_choose_attention_backend)
+
+    def get_device(self, device_id: int | None = None) -> str:  # noqa: ARG002  one CPU device
+        """`"cpu"`; a string, since SGLang keeps it as the flag `--device`."""
+        return "cpu"
+
+    def get_default_attention_backend(self) -> str:
+        """Our own backend, for every model; what it cannot serve it refuses at load."""
+        return NAME
+
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        return torch.profiler.ProfilerActivity.CPU
+
+    def get_compile_backend(self, mode: str | None = None) -> str:  # noqa: ARG002
+        """Eager: serving must not need a C++ compiler."""
+        return "eager"
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Default what a CPU needs; a flag that was given stays, or is refused if it cannot work.
+
+        Args:
+            server_args: SGLang's recorder of defaults: reads see what is decided so far,
+                assignments become declarations.
+
+        Raises:
+            IncompatibleError: a flag asks for what this platform cannot do.
+        """
+        _refuse_unsupported(server_args)
+        _default_sizes(server_args)
+        _default_hicache(server_args)
+        _disable_graphs(server_args)
+
+    def init_backend(self) -> None:
+        """Register attention and HiCache in a process that runs a model. Idempotent."""
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+        from conserve_sgl.platform import hicache
+
+        register_attention_backend(NAME)(_make_attention_backend)
+        hicache.install()
+
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        """Refuse a model whose attention would come out wrong.
+
+        Raises:
+            IncompatibleError: an attention layer caps its logits.
+        """
+        from sglang.srt.layers.radix_attention import RadixAttention
+
+        layers = (m for m in model.modules() if isinstance(m, RadixAttention))
+        if any(layer.logit_cap for layer in layers):
+            raise IncompatibleError(
+                f"{type(model).__name__} caps its attention logits, which no attention backend "
+                "of a plain CPU does"
+            )
+
+
+def _choose_attention_backend(server_args: Any, previous: Any) -> None:
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    # Runs around SGLang's own step for CPUs, which would choose intel_amx.
+    if resolving_view(server_args).attention_backend is None:
+        declare_resolution(server_args, f"platform:{NAME}", attention_backend=NAME)
+    previous(server_args)
+
+
+def _make_attention_backend(runner: Any) -> Any:
+    from conserve_sgl.platform.attention import CpuAttnBackend
+
+    return CpuAttnBackend(runner)
+
+
+def _refuse_unsupported(args: Any) -> None:
+    for flag in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+        _require(flag, getattr(args, flag), (None, *_ATTENTION_BACKENDS))
+    _require("device", args.device, ("cpu",))
+    _require("page_size", args.page_size, (None, 1))
+    _require("enable_torch_compile", args.enable_torch_compile, (False,))
+    if args.enable_hierarchical_cache:
+        _require("hicache_io_backend", args.hicache_io_backend, _HICACHE_IO_BACKENDS)
+        _require("hicache_mem_layout", args.hicache_mem_layout, _HICACHE_LAYOUTS)
+
+
+def _require(flag: str, value: Any, allowed: tuple) -> None:
+    if value in allowed:
+        return
+    usable = ", ".join(str(a) for a in allowed if a is not None)
+    raise IncompatibleError(
+        f"--{flag.replace('_', '-')} {value} does not work on the platform {NAME}: use {usable}"
+    )
+
+
+def _default_sizes(args: Any) -> None:
+    if args.max_total_tokens is None and args.mem_fraction_static is None:
+        args.max_total_tokens = KV_POOL_TOKENS
+    if args.chunked_prefill_size is None:
+        args.chunked_prefill_size = CHUNKED_PREFILL_TOKENS
+
+
+def _default_hicache(args: Any) -> None:
+    args.hicache_io_backend = "direct"
+    args.hicache_mem_layout = "layer_first"
+
+
+def _disable_graphs(args: Any) -> None:
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    config = args.cuda_graph_config
+    for phase in (Phase.DECODE, Phase.PREFILL):
+        config = with_phase(config, phase, backend=Backend.DISABLED)
+    args.cuda_graph_config = config

@@ -1,0 +1,136 @@
+"""The entry point `conserve` in `sglang.srt.plugins`; the only file that names hook targets.
+
+SGLang calls `register()` in every process it starts, then applies the hooks, and logs and
+swallows whatever goes wrong on the way. A server that runs half hooked would look well and serve
+badly, so this plugin checks itself right after the hooks are applied and ends the process with
+the reason when anything is amiss.
+
+Without `CONSERVE_CONFIG` in the environment it does nothing at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pkgutil
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import msgspec
+
+from conserve_sgl import compat
+from conserve_sgl.config import CONFIG_ENV, ConserveConfig
+from conserve_sgl.errors import ConserveError, HookError
+
+__all__ = ["HOOK_TARGETS", "register", "verify"]
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_LAUNCH = "sglang.srt.entrypoints.engine.Engine._launch_subprocesses"
+_RUN_HTTP = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
+_INIT_IPC = "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_ipc_channels"
+_INIT_STATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._init_req_state"
+
+HOOK_TARGETS = (_SCHEDULER, _LAUNCH, _RUN_HTTP, _INIT_IPC, _INIT_STATE)
+"""Every place in SGLang that this plugin hooks, in the order of registration."""
+
+
+class _Hook(msgspec.Struct, frozen=True):
+    target: str
+    function: Callable[..., Any]
+    kind: str
+    """A member name of SGLang's HookType."""
+
+
+def register() -> None:
+    """Register the hooks of this process, to be verified as soon as SGLang has applied them.
+
+    Exits the process, with the reason on stderr, when the configuration cannot be used or this
+    SGLang is not one that conserve was tested with.
+    """
+    if not os.environ.get(CONFIG_ENV):
+        return
+    try:
+        compat.check_version(compat.sglang_version())
+        compat.check_environment(os.environ)
+        config = ConserveConfig.from_environment()
+        assert config is not None  # the variable is set
+        _register(config)
+    except ConserveError as e:
+        _refuse_to_start(e)
+
+
+def _register(config: ConserveConfig) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for hook in _hooks(config):
+        HookRegistry.register(hook.target, hook.function, HookType[hook.kind])
+
+    apply_hooks = HookRegistry.apply_hooks
+
+    @functools.wraps(apply_hooks)
+    def apply_and_verify() -> None:
+        apply_hooks()
+        try:
+            verify()
+        except HookError as e:
+            _refuse_to_start(e)
+
+    HookRegistry.apply_hooks = apply_and_verify
+
+
+def _hooks(config: ConserveConfig) -> list[_Hook]:
+    from sglang.srt.managers.utils import is_health_check_generate_req
+
+    from conserve_sgl.engine.scheduler import ConserveScheduler
+    from conserve_sgl.ingress.hooks import Ingress
+
+    ingress = Ingress(config, is_health_check_generate_req)
+    return [
+        _Hook(_SCHEDULER, ConserveScheduler, "REPLACE"),
+        _Hook(_LAUNCH, _check_flags, "BEFORE"),
+        _Hook(_RUN_HTTP, functools.partial(_around_app, ingress), "BEFORE"),
+        _Hook(_INIT_IPC, ingress.after_init_ipc_channels, "AFTER"),
+        _Hook(_INIT_STATE, ingress.before_init_req_state, "BEFORE"),
+    ]
+
+
+def _check_flags(*args: Any, **kwargs: Any) -> None:
+    server_args = kwargs["server_args"] if "server_args" in kwargs else args[1]
+    try:
+        compat.check_flags(server_args)
+    except ConserveError as e:
+        _refuse_to_start(e)
+
+
+def _around_app(ingress: Any, *_args: Any, **_kwargs: Any) -> None:
+    from sglang.srt.entrypoints.http_server import app
+
+    ingress.before_run_http_server(app)
+
+
+def verify() -> None:
+    """Check that every hook of this process is in place.
+
+    Raises:
+        HookError: naming each target whose hook did not take.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from conserve_sgl.engine.scheduler import ConserveScheduler
+
+    missing = [target for target in HOOK_TARGETS if target not in HookRegistry._patched]
+    if _SCHEDULER not in missing and not issubclass(
+        pkgutil.resolve_name(_SCHEDULER.replace(".Scheduler", ":Scheduler")), ConserveScheduler
+    ):
+        missing.append(_SCHEDULER)
+    if missing:
+        raise HookError(
+            f"hooks into SGLang that did not take in process {os.getpid()}: {', '.join(missing)}; "
+            "SGLang's log above has the error, or another plugin replaced the same target"
+        )
+
+
+def _refuse_to_start(error: ConserveError) -> NoReturn:
+    # SystemExit, because SGLang swallows every Exception of a plugin.
+    sys.exit(f"conserve: refusing to start: {error}")

@@ -1,0 +1,106 @@
+"""Reads a YAML file into a frozen msgspec struct, and says exactly what is wrong when it cannot.
+
+The struct types carry `forbid_unknown_fields=True`; msgspec then finds the fault and gives its
+path (`$.slo.ttft_ms`), and the composed YAML nodes give the line of that path.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import yaml
+
+from conserve_sgl.errors import InputError
+
+__all__ = ["load_yaml"]
+
+T = TypeVar("T")
+
+_FAULT = re.compile(r"^(?P<reason>.*?)(?: - at `\$(?P<path>[^`]*)`)?$", re.DOTALL)
+_STEP = re.compile(r"\.(?P<key>[^.\[]+)|\[(?P<index>\d+|\.\.\.)\]")
+_UNKNOWN = re.compile(r"^Object contains unknown field `(?P<key>.+)`$")
+
+
+def load_yaml(path: Path | str, type_: type[T]) -> T:
+    """Read one YAML document at `path` as a `type_`.
+
+    Raises:
+        InputError: unreadable file, bad YAML, a repeated, unknown, missing or ill-typed key; the
+            error names file, line and key.
+    """
+    path = Path(path)
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as e:
+        raise InputError(path, f"cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise InputError(path, f"is not UTF-8 text: {e.reason}") from e
+    except yaml.MarkedYAMLError as e:
+        line = e.problem_mark.line + 1 if e.problem_mark else None
+        raise InputError(path, f"is not YAML: {e.problem}", line=line) from e
+    except yaml.YAMLError as e:
+        raise InputError(path, f"is not YAML: {e}") from e
+
+    if node is None:
+        value: object = {}
+    else:
+        _refuse_repeated_keys(path, node, "")
+        try:
+            value = yaml.constructor.SafeConstructor().construct_document(node)
+        except yaml.MarkedYAMLError as e:
+            line = e.problem_mark.line + 1 if e.problem_mark else None
+            raise InputError(path, f"is not YAML: {e.problem}", line=line) from e
+    try:
+        return msgspec.convert(value, type_)
+    except msgspec.ValidationError as e:
+        raise _located(path, node, str(e)) from e
+
+
+def _refuse_repeated_keys(path: Path, node: yaml.Node, prefix: str) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for i, child in enumerate(node.value):
+            _refuse_repeated_keys(path, child, f"{prefix}[{i}]")
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: set[str] = set()
+    for key_node, child in node.value:
+        key = f"{prefix}.{key_node.value}".lstrip(".")
+        if key_node.value in seen:
+            raise InputError(path, "is given twice", line=key_node.start_mark.line + 1, key=key)
+        seen.add(key_node.value)
+        _refuse_repeated_keys(path, child, key)
+
+
+def _located(path: Path, root: yaml.Node | None, message: str) -> InputError:
+    fault = _FAULT.match(message)
+    assert fault is not None  # the pattern matches any text
+    reason, steps = fault["reason"], fault["path"] or ""
+    node, line = root, 1 if root is None else root.start_mark.line + 1
+    for step in _STEP.finditer(steps):
+        found = _descend(node, step["key"] or step["index"])
+        if found is None:
+            break
+        node, line = found
+    key = steps.removeprefix(".") or None
+    if unknown := _UNKNOWN.match(reason):
+        found = _descend(node, unknown["key"])
+        line = found[1] if found else line
+        key = f"{key}.{unknown['key']}" if key else unknown["key"]
+        reason = "unknown key"
+    reason = reason[:1].lower() + reason[1:]
+    return InputError(path, reason, line=line, key=key)
+
+
+def _descend(node: yaml.Node | None, key: str) -> tuple[yaml.Node, int] | None:
+    """The child of `node` under `key` and the line where a person would look for it."""
+    if isinstance(node, yaml.SequenceNode) and key.isdigit() and int(key) < len(node.value):
+        child = node.value[int(key)]
+        return child, child.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        for key_node, child in node.value:
+            if key_node.value == key:
+                return child, key_node.start_mark.line + 1
+    return None

@@ -1,0 +1,86 @@
+"""Speaks as much of SGLang's HTTP as the benchmark needs, with no engine behind it.
+
+In a test's own process: `FakeEngine().app()`. As a server: `python fake_engine.py PORT`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+
+from aiohttp import web
+
+CACHED_TOKENS = 3
+
+
+class FakeEngine:
+    """Answers `/generate` in chunks of `chunk_tokens` tokens, in the way that `faults` say.
+
+    `faults` is taken in turn, one for each request: None is a good answer. While `gate` is clear
+    no request is answered.
+    """
+
+    def __init__(self, *, faults: tuple[str | None, ...] = (None,), chunk_tokens: int = 1) -> None:
+        self.faults = faults
+        self.chunk_tokens = chunk_tokens
+        self.bodies: list[dict] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    def app(self) -> web.Application:
+        app = web.Application()
+        app.router.add_get("/health", self.health)
+        app.router.add_post("/generate", self.generate)
+        return app
+
+    async def health(self, _: web.Request) -> web.Response:
+        return web.Response()
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        fault = self.faults[len(self.bodies) % len(self.faults)]
+        body = await request.json()
+        self.bodies.append(body)
+        await self.gate.wait()
+        if fault == "busy":
+            return web.json_response({"error": {"message": "come back later"}}, status=503)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await self._stream(response, body, fault)
+        return response
+
+    async def _stream(self, response: web.StreamResponse, body: dict, fault: str | None) -> None:
+        total = body["sampling_params"]["max_new_tokens"]
+        for done in range(self.chunk_tokens, total + 1, self.chunk_tokens):
+            if done == total and fault == "drop":
+                return
+            if done == total and fault == "error":
+                await self._send(response, {"error": {"message": "out of luck", "code": 400}})
+                continue
+            reason = None if done < total else {"type": "abort" if fault == "abort" else "length"}
+            await self._send(response, self._chunk(body, done, reason))
+        await response.write(b"data: [DONE]\n\n")
+
+    def _chunk(self, body: dict, done: int, reason: dict | None) -> dict:
+        return {
+            "text": "a" * done,
+            "output_ids": list(range(done)),
+            "meta_info": {
+                "id": "x",
+                "prompt_tokens": len(body["input_ids"]),
+                "cached_tokens": CACHED_TOKENS,
+                "completion_tokens": done,
+                "finish_reason": reason,
+            },
+        }
+
+    async def _send(self, response: web.StreamResponse, data: dict) -> None:
+        await response.write(b"data: " + json.dumps(data).encode() + b"\n\n")
+
+
+async def app() -> web.Application:
+    return FakeEngine().app()
+
+
+if __name__ == "__main__":
+    web.run_app(app(), host="127.0.0.1", port=int(sys.argv[1]))

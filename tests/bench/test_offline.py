@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conserve_sgl.bench.offline import OfflineRecord, read_results, spread, summarize_offline
+from conserve_sgl.errors import InputError
+
+LINE = {
+    "id": "0",
+    "output": "four",
+    "done_unix_s": 1010.0,
+    "latency_s": 10.0,
+    "prompt_tokens": 100,
+    "cached_tokens": 60,
+    "completion_tokens": 20,
+}
+
+
+def write(path: Path, *lines: dict, torn: str = "") -> None:
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + torn)
+
+
+def test_tokens_count_by_the_share_of_a_requests_life_in_the_window() -> None:
+    record = OfflineRecord(
+        done_unix_s=1010, latency_s=10, prompt_tokens=100, completion_tokens=20, cached_tokens=60
+    )
+
+    half = summarize_offline([record], 1005, 1025)
+
+    assert half.output_tokens == pytest.approx(10)
+    assert half.input_tokens == pytest.approx(20)
+    assert half.cached_tokens == pytest.approx(30)
+    assert half.total_tokens_per_s == pytest.approx(30 / 20)
+    assert half.completed == 1
+    assert summarize_offline([record], 1011, 1021).total_tokens_per_s == 0
+
+
+def test_no_work_is_zero() -> None:
+    assert summarize_offline([], 0, 10).total_tokens_per_s == 0
+
+
+def test_spread_keeps_the_total() -> None:
+    rate = spread([0, 1, 3, 10], [0.5, 2], [2.5, 2], [8, 5])
+
+    assert rate == pytest.approx([2, (6 + 5) / 2, 0])
+
+
+def test_results_of_all_tasks_are_read_but_not_their_errors(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", LINE, LINE)
+    write(tmp_path / "b.jsonl", {**LINE, "cached_tokens": None})
+    write(tmp_path / "a.errors.jsonl", {"id": "1", "error": "HTTP 500"})
+
+    first, _, last = read_results(tmp_path)
+
+    assert (first.started_unix_s, first.computed_tokens) == (1000.0, 40)
+    assert last.computed_tokens == 100
+
+
+def test_a_line_cut_short_by_a_kill_is_no_fault(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", LINE, torn='{"id": "1", "done_un')
+
+    assert len(read_results(tmp_path)) == 1
+
+
+def test_a_line_that_is_no_result_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", LINE, {"id": "1"})
+
+    with pytest.raises(InputError, match=r"a\.jsonl:2: not a result: .*done_unix_s"):
+        read_results(tmp_path)
+
+
+def test_a_job_without_results_is_empty(tmp_path: Path) -> None:
+    assert read_results(tmp_path / "never-made") == ()

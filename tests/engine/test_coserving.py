@@ -1,0 +1,207 @@
+"""Online requests and offline work on one engine: tiny random model, real SGLang."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+pytestmark = pytest.mark.engine
+
+# Small caps, so that the few requests of a test meet every one of them.
+CONFIG = """
+offline: {queue_requests: 24, retry_after_s: 3}
+budget: {step_tokens: 48, resident_rows: 6, rows_beside_online: 2}
+memory: {online_reserve: 0.25}
+"""
+OFFLINE = {"x-sgl-conserve-class": "offline"}
+LONG_PROMPTS = [f"{i}: " + "the quick brown fox jumps over the lazy dog. " * 4 for i in range(10)]
+SHORT_PROMPTS = [f"question {i}?" for i in range(8)]
+
+
+@pytest.fixture(scope="module", params=["overlap", "no-overlap"])
+def server(request, start_server, tiny_llama) -> Iterator:
+    flags = ["--disable-overlap-schedule"] if request.param == "no-overlap" else []
+    with start_server(tiny_llama, *flags, config=CONFIG) as server:
+        yield server
+
+
+def _online_stream(server, until) -> list[str]:
+    """Short online requests one after the other until `until()`; their answers."""
+    answers = []
+    while not until():
+        prompt = SHORT_PROMPTS[len(answers) % len(SHORT_PROMPTS)]
+        answers.append(server.generate(prompt)["text"])
+    return answers
+
+
+def test_offline_tokens_are_those_of_a_run_alone(server):
+    sampling = {"max_new_tokens": 48}
+    alone = [server.generate(p, sampling_params=sampling)["text"] for p in LONG_PROMPTS]
+    online_alone = [server.generate(p)["text"] for p in SHORT_PROMPTS]
+    server.assert_idle_and_balanced()
+
+    with ThreadPoolExecutor(1) as pool:
+        offline = pool.submit(
+            server.generate_all, LONG_PROMPTS, sampling_params=sampling, headers=OFFLINE
+        )
+        online = _online_stream(server, offline.done)
+        assert offline.result() == alone
+
+    assert len(online) > 4
+    assert online == [online_alone[i % len(SHORT_PROMPTS)] for i in range(len(online))]
+    server.assert_idle_and_balanced()
+
+
+def test_rows_sit_out_and_chunks_give_way(server):
+    before = server.state()
+    with ThreadPoolExecutor(1) as pool:
+        offline = pool.submit(
+            server.generate_all,
+            LONG_PROMPTS,
+            sampling_params={"max_new_tokens": 64},
+            headers=OFFLINE,
+        )
+        _online_stream(server, offline.done)
+    after = server.state()
+    for count in ("offline_rows_parked", "offline_chunks_parked"):
+        assert after[count] > before.get(count, 0), count
+    assert after["offline_parked"] == 0
+    server.assert_idle_and_balanced()
+
+
+def test_the_backlog_stays_out_of_the_gauges_of_online_load(server):
+    with ThreadPoolExecutor(1) as pool:
+        offline = pool.submit(
+            server.generate_all,
+            LONG_PROMPTS * 2,
+            sampling_params={"max_new_tokens": 64},
+            headers=OFFLINE,
+        )
+        seen_backlog = False
+        while not offline.done():
+            seen_backlog |= server.state()["offline_waiting"] > 0
+            loads = server.http.get("/v1/loads").json()
+            assert all(load["num_waiting_reqs"] == 0 for load in loads["loads"])
+        offline.result()
+    assert seen_backlog
+
+
+def test_one_offline_request_too_many_is_told_to_come_back(server):
+    with ThreadPoolExecutor(40) as pool:
+        posts = [
+            pool.submit(
+                server.http.post,
+                "/generate",
+                headers=OFFLINE,
+                json={"text": f"n{i}", "sampling_params": {"max_new_tokens": 200}},
+            )
+            for i in range(40)
+        ]
+        answers = [post.result() for post in posts]
+    statuses = [answer.status_code for answer in answers]
+    assert statuses.count(200) >= 24
+    assert statuses.count(429) == 40 - statuses.count(200) > 0
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert {answer.headers["retry-after"] for answer in refused} == {"3"}
+    server.assert_idle_and_balanced()
+
+
+def test_more_prompts_in_one_request_than_the_queue_holds(server):
+    body = {"text": [f"p{i}" for i in range(60)], "sampling_params": {"max_new_tokens": 4}}
+    answer = server.http.post("/generate", headers=OFFLINE, json=body)
+    assert answer.status_code == 429
+    assert answer.headers["retry-after"] == "3"
+    server.assert_idle_and_balanced()
+
+
+def test_clients_that_leave_free_what_they_held(server):
+    """Disconnects of offline requests that wait, prefill, decode and sit out."""
+    accepted = server.offline_accepted()
+
+    def leave_early(i: int) -> None:
+        body = {
+            "text": LONG_PROMPTS[i % len(LONG_PROMPTS)] + str(i),
+            "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True},
+        }
+        with pytest.raises(httpx.ReadTimeout):
+            server.http.post("/generate", headers=OFFLINE, json=body, timeout=1 + 0.2 * i)
+
+    with ThreadPoolExecutor(13) as pool:
+        leaving = [pool.submit(leave_early, i) for i in range(12)]
+        _online_stream(server, lambda: all(f.done() for f in leaving))
+        for future in leaving:
+            future.result()
+    assert server.offline_accepted() == accepted + 12
+    server.assert_idle_and_balanced()
+
+
+def test_abort_all(server):
+    body = {"text": LONG_PROMPTS[0], "sampling_params": {"max_new_tokens": 2000}}
+    accepted = server.offline_accepted()
+    with ThreadPoolExecutor(12) as pool:
+        posts = [
+            pool.submit(server.http.post, "/generate", headers=OFFLINE, json=body)
+            for _ in range(12)
+        ]
+        while server.offline_accepted() < accepted + 12:
+            time.sleep(0.05)
+        server.http.post("/abort_request", json={"abort_all": True}).raise_for_status()
+        for post in posts:
+            post.result()
+    server.assert_idle_and_balanced()
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_pause_and_continue_keep_every_token(server, mode):
+    sampling = {"max_new_tokens": 64}
+    alone = [server.generate(p, sampling_params=sampling)["text"] for p in LONG_PROMPTS]
+    accepted = server.offline_accepted()
+    with ThreadPoolExecutor(1) as pool:
+        offline = pool.submit(
+            server.generate_all, LONG_PROMPTS, sampling_params=sampling, headers=OFFLINE
+        )
+        while server.offline_accepted() < accepted + len(LONG_PROMPTS):
+            time.sleep(0.02)
+        for _ in range(3):
+            server.http.post("/pause_generation", json={"mode": mode}).raise_for_status()
+            server.http.post("/continue_generation", json={}).raise_for_status()
+        assert offline.result() == alone
+    server.assert_idle_and_balanced()
+
+
+def test_streamed_offline_text_has_no_gap_and_no_repeat(server):
+    prompt, sampling = LONG_PROMPTS[3], {"temperature": 0, "max_new_tokens": 48}
+    whole = server.generate(prompt, sampling_params=sampling)["text"]
+    body = {"text": prompt, "sampling_params": sampling, "stream": True}
+    with server.http.stream("POST", "/offline/generate", json=body) as response:
+        events = [line for line in response.iter_lines() if line.startswith("data: {")]
+    texts = [httpx.Response(200, text=event[6:]).json()["text"] for event in events]
+    assert texts[-1] == whole
+    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+
+
+def test_kv_shortage_preempts_offline_rows_and_changes_no_token(server):
+    # 6 rows of up to 700 tokens want more than the pool's 4096; online needs room too.
+    sampling = {"max_new_tokens": 640}
+    before = server.state().get("offline_preempted", 0)
+    alone = [server.generate(p, sampling_params=sampling)["text"] for p in LONG_PROMPTS[:6]]
+    with ThreadPoolExecutor(1) as pool:
+        offline = pool.submit(
+            server.generate_all, LONG_PROMPTS[:6], sampling_params=sampling, headers=OFFLINE
+        )
+        _online_stream(server, offline.done)
+        assert offline.result() == alone
+    assert server.state()["offline_preempted"] > before
+    server.assert_idle_and_balanced()
+
+
+def test_arrivals_reach_the_scheduler_before_their_requests(server):
+    before = server.state()["arrivals_received"]
+    server.generate_all(SHORT_PROMPTS)
+    state = server.state()
+    assert state["arrivals_received"] == before + len(SHORT_PROMPTS)
+    assert all(latency >= 0 for latency in state["arrival_latencies_ms"])

@@ -1,0 +1,229 @@
+"""What the hooks do to a request object, told by fakes of SGLang's objects."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from conserve_sgl.config import ConserveConfig, OfflineConfig
+from conserve_sgl.ingress.arrival import arrival_endpoint
+from conserve_sgl.ingress.hooks import Ingress
+from conserve_sgl.ingress.middleware import asked_class
+from conserve_sgl.policy import ServiceClass
+
+ONLINE, OFFLINE = ServiceClass.ONLINE, ServiceClass.OFFLINE
+SEVERAL_PROMPTS = pytest.mark.xfail(
+    strict=True,
+    raises=AttributeError,
+    reason="BUG ingress/hooks.py: SGLang's is_health_check_generate_req takes one request; asked "
+    "about a list of ids it raises, so a request with several prompts fails",
+)
+
+
+@dataclass
+class Generate:
+    """A GenerateReqInput as `_init_req_state` gets it: normalized, so it has its ids."""
+
+    rid: str | list[str]
+    priority: int | None = None
+    parallel_sample_num: int = 1
+
+
+@dataclass
+class Embedding:
+    """An EmbeddingReqInput, which knows no samples."""
+
+    rid: str | list[str]
+    priority: int | None = None
+
+
+@dataclass
+class FakeSender:
+    """Stands where the arrival channel's sender does."""
+
+    endpoint: str
+    sent: list[tuple[str, ...]] = field(default_factory=list)
+
+    def send(self, rids: tuple[str, ...]) -> None:
+        if rids:
+            self.sent.append(rids)
+
+
+def is_health_check(request: Any) -> bool:
+    """As SGLang's: it is made for a single request."""
+    return request.rid.startswith("HEALTH_CHECK")
+
+
+@contextmanager
+def asking_for(service_class: ServiceClass | None):
+    token = asked_class.set(service_class)
+    try:
+        yield
+    finally:
+        asked_class.reset(token)
+
+
+@pytest.fixture
+def senders(monkeypatch) -> list[FakeSender]:
+    """Every sender that was made."""
+    made: list[FakeSender] = []
+
+    def make(endpoint: str) -> FakeSender:
+        made.append(FakeSender(endpoint))
+        return made[-1]
+
+    monkeypatch.setattr("conserve_sgl.ingress.hooks.ArrivalSender", make)
+    return made
+
+
+def started(*, default: int | None = None, low_values_first: bool = False) -> Ingress:
+    """The hooks of a tokenizer process whose sockets are up."""
+    ingress = Ingress(ConserveConfig(), is_health_check)
+    args = SimpleNamespace(
+        default_priority_value=default, schedule_low_priority_values_first=low_values_first
+    )
+    manager = SimpleNamespace(server_args=args)
+    ingress.after_init_ipc_channels(None, manager, SimpleNamespace(instance_id="engine-1"))
+    return ingress
+
+
+def through(ingress: Ingress, request: Any) -> Any:
+    """`request` after the hook; SGLang calls it with the HTTP request, or without."""
+    assert ingress.before_init_req_state(None, request, None) is None
+    return request
+
+
+# ------------------------------------------------------------------ stamping
+
+
+@pytest.mark.parametrize(
+    ("asked", "priority", "stamped"),
+    [
+        pytest.param(None, None, 0, id="untagged without a priority is online"),
+        pytest.param(None, 3, 3, id="an online priority is kept"),
+        pytest.param(None, -5, -1, id="an offline priority becomes the canonical one"),
+        pytest.param(OFFLINE, None, -1, id="a tag makes it offline"),
+        pytest.param(OFFLINE, 3, -1, id="a tag beats an online priority"),
+        pytest.param(ONLINE, -5, 0, id="a tag beats an offline priority"),
+    ],
+)
+def test_stamps_the_priority(senders, asked, priority, stamped):
+    ingress = started()
+    with asking_for(asked):
+        assert through(ingress, Generate("a", priority)).priority == stamped
+    assert senders[0].sent == ([("a",)] if stamped >= 0 else [])
+
+
+@pytest.mark.parametrize(
+    ("server", "priority", "stamped"),
+    [
+        pytest.param({"default": 5}, None, 5, id="default 5: online"),
+        pytest.param({"default": 5}, 2, 4, id="default 5: two is offline"),
+        pytest.param({"low_values_first": True}, 9, 1, id="low first: nine is offline"),
+        pytest.param({"low_values_first": True}, -9, -9, id="low first: minus nine is online"),
+        pytest.param(
+            {"default": 5, "low_values_first": True}, 9, 6, id="low first from 5: nine is offline"
+        ),
+    ],
+)
+@pytest.mark.usefixtures("senders")
+def test_follows_the_server_s_flags(server, priority, stamped):
+    assert through(started(**server), Generate("a", priority)).priority == stamped
+
+
+@pytest.mark.usefixtures("senders")
+def test_stamps_an_embedding():
+    with asking_for(OFFLINE):
+        assert through(started(), Embedding("a")).priority == -1
+
+
+@SEVERAL_PROMPTS
+@pytest.mark.usefixtures("senders")
+def test_stamps_a_request_with_several_prompts():
+    with asking_for(OFFLINE):
+        assert through(started(), Generate(["a", "b"])).priority == -1
+
+
+def test_a_health_check_is_left_alone(senders):
+    ingress = started()
+    with asking_for(OFFLINE):
+        assert through(ingress, Generate("HEALTH_CHECK_1")).priority is None
+    assert senders[0].sent == []
+
+
+def test_stamps_before_the_sockets_are_up():
+    # An Engine in the caller's process may be asked from the first moment on.
+    ingress = Ingress(ConserveConfig(), is_health_check)
+    assert through(ingress, Generate("a", -5)).priority == -1
+
+
+# ---------------------------------------------------------------- announcing
+
+
+def test_the_channel_is_the_one_of_this_server(senders):
+    started()
+    assert [s.endpoint for s in senders] == [arrival_endpoint("engine-1")]
+    assert arrival_endpoint("engine-1") != arrival_endpoint("engine-2")
+
+
+@pytest.mark.parametrize(
+    ("request_", "announced"),
+    [
+        pytest.param(Generate("a"), [("a",)], id="one prompt"),
+        pytest.param(
+            Generate(["a", "b"]), [("a", "b")], id="several prompts", marks=SEVERAL_PROMPTS
+        ),
+        pytest.param(Embedding("a"), [("a",)], id="one text to embed"),
+        pytest.param(
+            Embedding(["a", "b"]), [("a", "b")], id="several to embed", marks=SEVERAL_PROMPTS
+        ),
+        pytest.param(
+            Generate(["a", "b"], parallel_sample_num=2),
+            [],
+            id="several samples get ids of their own later",
+            marks=SEVERAL_PROMPTS,
+        ),
+        pytest.param(Generate("a", parallel_sample_num=2), [("a",)], id="one of several samples"),
+        pytest.param(Generate("a", priority=-1), [], id="offline work is not announced"),
+    ],
+)
+def test_announces(senders, request_, announced):
+    through(started(), request_)
+    assert senders[0].sent == announced
+
+
+# -------------------------------------------------------------- the HTTP layer
+
+
+async def test_our_layer_is_the_outermost_and_set_up_from_the_configuration():
+    paths: list[str] = []
+
+    async def note(request: Request, call_next: Any) -> Any:
+        paths.append(request.url.path)
+        return await call_next(request)
+
+    async def generate(_request: Request) -> PlainTextResponse:
+        return PlainTextResponse(str(asked_class.get()))
+
+    app = Starlette(routes=[Route("/generate", generate, methods=["POST"])])
+    app.add_middleware(BaseHTTPMiddleware, dispatch=note)
+    config = ConserveConfig(offline=OfflineConfig(queue_requests=1, retry_after_s=3))
+    Ingress(config, is_health_check).before_run_http_server(app)
+
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://engine") as http:
+        assert (await http.post("/offline/generate")).text == str(OFFLINE)
+        app.middleware_stack.offline_in_hand = 1
+        refused = await http.post("/offline/generate")
+    assert paths == ["/generate"]
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "3")

@@ -1,0 +1,260 @@
+"""A stand-in for an SGLang server, and job files to run against it."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from aiohttp import web
+from rich.console import Console
+
+# What a script may answer instead of a completion: a status with headers, or a cut connection.
+Fault = tuple[int, dict[str, str]] | str
+
+
+class FakeSGLang:
+    """Answers `/generate`, `/v1/chat/completions`, `/tokenize` and `/model_info` like SGLang.
+
+    Runs its own event loop in a thread, so that runs under test may own theirs. A token is a
+    character, except for the pairs in `merges`, which are one token. The answer to a prompt is
+    its last word in capitals; the logprob of a token is minus its number of occurrences in the
+    whole text over ten, hence deterministic.
+
+    Attributes:
+        script: prompt -> faults to give before the answer, in order; mutated as they are used.
+        hold: an answer waits until this is set.
+        peak: the most completions that were under way at one time.
+        prompts: how often each prompt was answered with a completion.
+        requests: (path, headers, body) of everything that came in, in order.
+    """
+
+    def __init__(self) -> None:
+        self.model = "tiny"
+        self.api_key: str | None = None
+        self.merges: tuple[str, ...] = ()
+        self.script: dict[str, list[Fault]] = {}
+        self.always: Fault | None = None
+        self.active = self.peak = 0
+        self.hold = threading.Event()
+        self.hold.set()
+        self.prompts: Counter[str] = Counter()
+        self.requests: list[tuple[str, dict[str, str], Any]] = []
+        self.changed = threading.Condition()
+        self._ids: dict[str, int] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        self.port = self._call(self._start(0))
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def stop(self) -> None:
+        """Refuse connections from now on, and drop those that are open."""
+        self._call(self._runner.cleanup())
+
+    def restart(self) -> None:
+        """Listen again, on the same port."""
+        self._call(self._start(self.port))
+
+    def close(self) -> None:
+        self.hold.set()
+        self.stop()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def wait_until(self, condition: Callable[[FakeSGLang], bool]) -> None:
+        """Block until `condition` holds; it is looked at after each request and answer."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: condition(self), timeout=60)
+
+    def _call(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=60)
+
+    async def _start(self, port: int) -> int:
+        app = web.Application()
+        app.router.add_post("/generate", self._answer)
+        app.router.add_post("/v1/chat/completions", self._answer)
+        app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_get("/model_info", self._model_info)
+        self._runner = web.AppRunner(app, shutdown_timeout=0)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", port, reuse_address=True)
+        await site.start()
+        return self._runner.addresses[0][1]
+
+    async def _model_info(self, request: web.Request) -> web.Response:
+        if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        return web.json_response({"model_path": self.model})
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self._note(request, body)
+        return web.json_response({"tokens": [self.tokens(text) for text in body["prompt"]]})
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self._note(request, body)
+        prompt = body.get("text") or json.dumps(body.get("messages") or body.get("input_ids"))
+        fault = self.always or next(iter(self.script.get(prompt, [])), None)
+        if fault is not None:
+            if prompt in self.script:
+                del self.script[prompt][0]
+            return self._fault(request, fault)
+        self.active += 1
+        self.peak = max(self.peak, self.active)
+        try:
+            while not self.hold.is_set():
+                await asyncio.sleep(0.005)
+        finally:
+            self.active -= 1
+        with self.changed:
+            self.prompts[prompt] += 1
+            self.changed.notify_all()
+        return web.json_response(self._completion(body))
+
+    def _fault(self, request: web.Request, fault: Fault) -> web.Response:
+        if fault == "drop":
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
+        if fault == "abort":
+            reason = {"type": "abort", "message": "Aborted", "status_code": None}
+            meta = {"finish_reason": reason, "prompt_tokens": 1, "completion_tokens": 0}
+            return web.json_response({"text": "", "meta_info": meta})
+        if fault == "nonsense":
+            return web.Response(text="<html>hello</html>")
+        status, headers = fault
+        return web.json_response({"error": {"message": "scripted"}}, status=status, headers=headers)
+
+    def _completion(self, body: dict[str, Any]) -> Any:
+        if "input_ids" in body:
+            start = body["logprob_start_len"]
+            return [self._scored(ids, start) for ids in body["input_ids"]]
+        text = body.get("text") or body["messages"][-1]["content"]
+        output = text.split()[-1].upper()
+        if "messages" in body:
+            message = {"role": "assistant", "content": output}
+            usage = {"prompt_tokens": len(text), "completion_tokens": len(output)}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            return {"choices": [choice], "usage": usage}
+        return {"text": output, "meta_info": self._meta(len(text), len(output))}
+
+    def _meta(self, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+        return {
+            "id": "r",
+            "finish_reason": {"type": "stop", "matched": 0},
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "cached_tokens": 1,
+        }
+
+    def _scored(self, ids: list[int], start: int) -> dict[str, Any]:
+        logprobs = [[-ids.count(i) / 10, i, None] for i in ids[start:]]
+        logprobs[0][0] = None
+        return {
+            "text": "",
+            "meta_info": self._meta(len(ids), 0) | {"input_token_logprobs": logprobs},
+        }
+
+    def tokens(self, text: str) -> list[int]:
+        pieces = []
+        while text:
+            piece = next((m for m in self.merges if text.startswith(m)), text[0])
+            pieces.append(piece)
+            text = text[len(piece) :]
+        return [self._ids.setdefault(piece, len(self._ids)) for piece in pieces]
+
+    def _note(self, request: web.Request, body: Any) -> None:
+        with self.changed:
+            self.requests.append((request.path, dict(request.headers), body))
+            self.changed.notify_all()
+
+
+@pytest.fixture
+def server() -> Iterator[FakeSGLang]:
+    fake = FakeSGLang()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def second_server() -> Iterator[FakeSGLang]:
+    fake = FakeSGLang()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def console() -> Console:
+    """Not a terminal; `console.file.getvalue()` is what was printed."""
+    return Console(file=io.StringIO(), width=120)
+
+
+class JobFolder:
+    """Writes a job and its data under `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.output = path / "out"
+
+    def data(self, rows: list[Any], name: str = "data.jsonl") -> Path:
+        file = self.path / name
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return file
+
+    def job(self, **changes: Any) -> Path:
+        """A job with one task, `words`, over data.jsonl; a change to None drops the key."""
+        task = {"name": "words", "data": "data.jsonl", "prompt": "say {{ word }}"}
+        task |= changes.pop("task", {})
+        job = {
+            "endpoints": ["http://127.0.0.1:9"],
+            "output": str(self.output),
+            "retry": {"first_delay_s": 0.001, "max_delay_s": 0.01},
+            "tasks": [task],
+        }
+        job |= changes
+        return self.yaml(yaml.safe_dump({k: v for k, v in job.items() if v is not None}))
+
+    def yaml(self, text: str) -> Path:
+        file = self.path / "job.yaml"
+        file.write_text(text)
+        return file
+
+    def records(self, task: str = "words") -> list[dict[str, Any]]:
+        return self._lines(f"{task}.jsonl")
+
+    def failures(self, task: str = "words") -> list[dict[str, Any]]:
+        return self._lines(f"{task}.errors.jsonl")
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.output / name).read_text().splitlines()]
+
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.output / "summary.json").read_text())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> JobFolder:
+    return JobFolder(tmp_path)
+
+
+def word_rows(n: int) -> list[dict[str, str]]:
+    """n lines whose prompts are all different."""
+    return [{"word": f"w{i}"} for i in range(1, n + 1)]
+
+
+@pytest.fixture
+def words() -> Callable[[int], list[dict[str, str]]]:
+    return word_rows

@@ -1,0 +1,133 @@
+"""What we send is what SGLang's published `/generate` contract takes, and its replies are read."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import msgspec
+import pytest
+
+from conserve_sgl.jobs.ask import (
+    chat_body,
+    choice_body,
+    choice_logprob,
+    generate_body,
+    read_chat,
+    read_choices,
+    read_text,
+)
+from conserve_sgl.jobs.client import BadReply
+from conserve_sgl.jobs.schema import Sampling
+
+EVERYTHING = Sampling(
+    max_new_tokens=7,
+    min_new_tokens=1,
+    temperature=0.5,
+    top_p=0.9,
+    top_k=40,
+    min_p=0.1,
+    frequency_penalty=0.1,
+    presence_penalty=0.2,
+    repetition_penalty=1.1,
+    stop=["\n", "Q:"],
+    stop_token_ids=[1, 2],
+    seed=3,
+    ignore_eos=True,
+    regex="a+",
+)
+
+
+@pytest.fixture(scope="module")
+def contract() -> ModuleType:
+    """SGLang's generated JSON contract, loaded without the rest of SGLang (which takes 20 s)."""
+    package = importlib.util.find_spec("sglang")
+    if package is None or package.origin is None:
+        pytest.skip("SGLang is not installed")
+    path = Path(package.origin).parent / "api" / "v1" / "api_types.py"
+    spec = importlib.util.spec_from_file_location("sglang_api_types", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        generate_body(None, "hello", Sampling()),
+        generate_body("m", "hello", EVERYTHING, priority=-1),
+        generate_body(
+            None, "hello", Sampling(json_schema='{"type": "object"}', stop="x", top_k=-1)
+        ),
+        choice_body("m", [[1, 2, 3], [1, 2, 4, 5]], 2, priority=-1),
+    ],
+    ids=["default", "everything", "json_schema", "choices"],
+)
+def test_sglang_takes_our_generate_bodies(contract, body):
+    sent = msgspec.json.decode(msgspec.json.encode(body))
+    contract.GenerateRequest.from_json_value(sent)
+
+
+def test_the_contract_would_refuse_an_unknown_sampling_parameter(contract):
+    body = {"text": "x", "sampling_params": {"max_tokens": 1}}
+    with pytest.raises(contract.JsonContractError, match="max_tokens"):
+        contract.GenerateRequest.from_json_value(body)
+
+
+def test_only_what_is_given_is_sent():
+    assert generate_body(None, "p", Sampling()) == {
+        "text": "p",
+        "sampling_params": {"max_new_tokens": 128, "temperature": 0.0},
+    }
+
+
+def test_chat_names_differ_from_native_ones():
+    body = chat_body(None, [], EVERYTHING, {"enable_thinking": False})
+    assert "max_new_tokens" not in body
+    assert (body["max_completion_tokens"], body["min_tokens"], body["seed"]) == (7, 1, 3)
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    schema = Sampling(json_schema='{"type": "object"}')
+    assert chat_body(None, [], schema, None)["response_format"] == {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "schema": {"type": "object"}},
+    }
+
+
+def text_reply(finish: dict, logprobs: list | None = None) -> bytes:
+    meta = {"finish_reason": finish, "prompt_tokens": 3, "completion_tokens": 0, "id": "x"}
+    if logprobs is not None:
+        meta["input_token_logprobs"] = logprobs
+    return msgspec.json.encode({"text": "t", "meta_info": meta, "output_ids": []})
+
+
+def test_an_aborted_answer_is_no_answer():
+    aborted = {"type": "abort", "message": "went away"}
+    with pytest.raises(BadReply, match="went away"):
+        read_text(text_reply(aborted))
+    with pytest.raises(BadReply, match="went away"):
+        read_choices(b"[" + text_reply(aborted) + b"]")
+    chat = {
+        "choices": [{"message": {"content": None}, "finish_reason": "abort"}],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 0},
+    }
+    with pytest.raises(BadReply):
+        read_chat(msgspec.json.encode(chat))
+
+
+def test_the_first_logprob_is_the_shared_token_and_does_not_count():
+    reply = read_text(text_reply({"type": "length"}, [[None, 5], [-1.5, 6], [-0.25, 7]]))
+    scored = choice_logprob(reply)
+    assert (scored.logprob, scored.tokens) == (-1.75, 2)
+
+
+def test_a_token_that_cannot_be_makes_its_choice_impossible():
+    reply = read_text(text_reply({"type": "length"}, [[None, 5], [None, 6], [-0.25, 7]]))
+    assert choice_logprob(reply).logprob is None
+
+
+def test_a_reply_without_logprobs_is_bad():
+    with pytest.raises(BadReply, match="no logprobs"):
+        read_choices(b"[" + text_reply({"type": "length"}) + b"]")

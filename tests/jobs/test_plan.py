@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import json
+import os
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from conserve_sgl.errors import InputError, JobError
+from conserve_sgl.jobs.plan import lines, make_plan
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "jobs").glob("*.yaml"))
+CHOICE = {"kind": "loglikelihood_choice", "choices": "options", "target": "answer"}
+EXACT = {"kind": "exact_match", "target": "{{ answer }}"}
+GOOD = {"word": "w", "answer": 0, "options": ["a", "b"]}
+
+
+def plan_fault(job: Path) -> str:
+    with pytest.raises(InputError) as fault:
+        make_plan(job)
+    return str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "task", "fault"),
+    [
+        ({"wrd": 1}, {}, "data.jsonl:2: prompt: 'word' is undefined"),
+        ('{"word": ', {}, "data.jsonl:2: is not JSON: Input data was truncated"),
+        ('{"word": NaN}', {}, "data.jsonl:2: is not JSON: "),
+        ('["word"]', {}, "data.jsonl:2: is not a JSON object {...}"),
+        (b'{"word": "\xff"}', {}, "data.jsonl:2: is not JSON: "),
+        (GOOD, {"id": "{{ word }}"}, "data.jsonl:2: id: 'w' is the id of line 1 too"),
+        (
+            GOOD | {"answer": 2},
+            {"score": CHOICE},
+            "data.jsonl:2: score.target: 2 is not the number",
+        ),
+        (
+            GOOD | {"answer": "0"},
+            {"score": CHOICE},
+            "data.jsonl:2: score.target: '0' is not the nu",
+        ),
+        (GOOD | {"answer": True}, {"score": CHOICE}, "data.jsonl:2: score.target: True is not the"),
+        (GOOD | {"options": ["a"]}, {"score": CHOICE}, "data.jsonl:2: score.choices: needs a list"),
+        (GOOD | {"options": "ab"}, {"score": CHOICE}, "data.jsonl:2: score.choices: needs a list"),
+        (GOOD | {"options": ["", "b"]}, {"score": CHOICE}, "data.jsonl:2: score.choices: needs a"),
+        ({"word": "w"}, {"score": CHOICE}, "data.jsonl:2: score.choices: 'options' is undefined"),
+        ({"word": "w"}, {"score": EXACT}, "data.jsonl:2: score.target: 'answer' is undefined"),
+        ({"word": ""}, {"prompt": "{{ word }}"}, "data.jsonl:2: prompt: renders to nothing"),
+        (GOOD, {"prompt": "{{ word / 2 }}"}, "data.jsonl:1: prompt: TypeError("),
+        (GOOD, {"prompt": "{{ word.__class__ }}"}, "data.jsonl:1: prompt: "),
+        (
+            {"wrd": 1},
+            {"prompt": None, "chat": [{"role": "user", "content": "{{ word }}"}]},
+            "data.jsonl:2: chat[0].content: 'word' is undefined",
+        ),
+    ],
+)
+def test_bad_lines_are_named(folder, row, task, fault):
+    raw = (
+        row
+        if isinstance(row, bytes)
+        else (row if isinstance(row, str) else json.dumps(row)).encode()
+    )
+    (folder.path / "data.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n" + raw + b"\n")
+    assert fault in plan_fault(folder.job(task=task))
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"endpoints": []}, "job.yaml:1: endpoints: "),
+        ({"endpoints": ["localhost:30000"]}, "job.yaml:1: endpoints: 'localhost:30000' is not a"),
+        ({"endpoints": ["http://h/v1"]}, "endpoints: give 'http://h/v1' without /v1"),
+        ({"endpoints": ["http://h", "http://h"]}, "endpoints: 'http://h' is given twice"),
+        ({"max_in_flight": 0}, "max_in_flight: expected `int` >= 1"),
+        ({"max_inflight": 4}, "max_inflight: unknown key"),
+        ({"retry": {"attempts": 4}}, "retry.attempts: unknown key"),
+        ({"output": None}, "missing required field `output`"),
+        (
+            {"output": "${NOT_SET_ANYWHERE}/x"},
+            "output: environment variable NOT_SET_ANYWHERE is not",
+        ),
+        ({"output": "${NOT"}, "output: '${NOT' is not a ${VARIABLE}"),
+        ({"vars": {"word": "x"}}, "data.jsonl:1: word: is both a field and one of the job's vars"),
+        ({"tasks": []}, "tasks: "),
+        ({"task": {"data": "no.jsonl"}}, "job.yaml: tasks[0].data: no such file: "),
+        ({"task": {"name": "a/b"}}, "tasks[0].name: "),
+        ({"task": {"kind": "harness"}}, "tasks[0].kind: invalid value 'harness'"),
+        ({"task": {"prompt": None}}, "tasks[0]: prompt: exactly one of prompt and chat"),
+        ({"task": {"chat": []}}, "tasks[0]: prompt: exactly one of prompt and chat"),
+        ({"task": {"prompt": None, "chat": []}}, "tasks[0]: chat: at least one message"),
+        ({"task": {"prompt": "{{ word"}}, "tasks[0]: prompt: line 1 of the template: "),
+        ({"task": {"prompt": "{{ word | nope }}"}}, "prompt: line 1 of the template: No filter"),
+        ({"task": {"chat_template_kwargs": {"a": 1}}}, "chat_template_kwargs: needs chat"),
+        ({"task": {"limit": 0}}, "tasks[0].limit: "),
+        ({"task": {"sampling": {"top_p": 0}}}, "tasks[0].sampling.top_p: "),
+        ({"task": {"sampling": {"top_k": 0}}}, "tasks[0].sampling: top_k: 0 keeps no token"),
+        ({"task": {"sampling": {"max_tokens": 9}}}, "tasks[0].sampling.max_tokens: unknown key"),
+        (
+            {"task": {"sampling": {"max_new_tokens": 2, "min_new_tokens": 3}}},
+            "tasks[0].sampling: min_new_tokens: is larger",
+        ),
+        (
+            {"task": {"sampling": {"json_schema": "{"}}},
+            "tasks[0].sampling: json_schema: Input data was truncated",
+        ),
+        ({"task": {"score": EXACT | {"pattern": "(a"}}}, "tasks[0].score: pattern: "),
+        ({"task": {"score": EXACT | {"pattern": "a"}}}, "pattern: needs exactly one group"),
+        ({"task": {"score": EXACT | {"ignore": "["}}}, "tasks[0].score: ignore: "),
+        ({"task": {"score": {"kind": "exact"}}}, "tasks[0].score.kind: invalid value 'exact'"),
+        ({"task": {"score": {"target": "x"}}}, "tasks[0].score: "),
+        ({"task": {"score": CHOICE | {"choices": ["a"]}}}, "choices: at least two are needed"),
+        ({"task": {"score": CHOICE | {"choices": "a b"}}}, "choices: the expression: "),
+        ({"task": {"score": CHOICE, "sampling": {}}}, "sampling: loglikelihood_choice samples"),
+        (
+            {
+                "task": {
+                    "prompt": None,
+                    "chat": [{"role": "user", "content": "x"}],
+                    "score": CHOICE,
+                }
+            },
+            "score: loglikelihood_choice needs prompt, not chat",
+        ),
+    ],
+)
+def test_bad_jobs_are_named(folder, change, fault):
+    folder.data([GOOD])
+    message = plan_fault(folder.job(**change))
+    assert fault in message
+
+
+def test_tasks_that_share_a_file_name_are_refused(folder):
+    folder.data([GOOD])
+    tasks = [{"name": n, "data": "data.jsonl", "prompt": "x"} for n in ("Same", "same")]
+    assert "tasks: 'same' is given twice" in plan_fault(folder.job(tasks=tasks))
+
+
+def test_up_to_ten_faults_are_reported_together(folder):
+    folder.data([{"wrd": i} for i in range(30)])
+    message = plan_fault(folder.job())
+    assert [f"data.jsonl:{i}: prompt: 'word'" in message for i in range(1, 12)] == [True] * 10 + [
+        False
+    ]
+
+
+def test_an_empty_file_is_refused(folder):
+    (folder.path / "data.jsonl").write_text("\n\n")
+    assert "data.jsonl: has no lines" in plan_fault(folder.job())
+
+
+def test_blank_lines_and_a_byte_order_mark_are_passed_over(folder):
+    (folder.path / "data.jsonl").write_bytes(b'\xef\xbb\xbf{"word": "a"}\n\n  \n{"word": "b"}')
+    (task,) = make_plan(folder.job()).tasks
+    assert [(line.id, line.line, line.prompt) for line in lines(task)] == [
+        ("1", 1, "say a"),
+        ("4", 4, "say b"),
+    ]
+
+
+def test_templates_see_fields_and_vars(folder):
+    folder.data([{"word": "a", "n": 3, "nested": {"deep": [1, 2]}}])
+    task = {"prompt": "{{ shots }}{{ word * n }} {{ nested.deep[1] }}\n", "id": "x-{{ n }}"}
+    (planned,) = make_plan(folder.job(task=task, vars={"shots": "Q: "})).tasks
+    (line,) = lines(planned)
+    assert (line.prompt, line.id) == ("Q: aaa 2", "x-3")
+
+
+def test_choices_may_be_a_list_of_templates(folder):
+    folder.data([{"word": "w", "a": "yes", "i": 1}])
+    score = CHOICE | {"choices": ["{{ a }}", "no"], "target": "i", "delimiter": ""}
+    (planned,) = make_plan(folder.job(task={"score": score})).tasks
+    (line,) = lines(planned)
+    assert (line.choices, line.target) == (["yes", "no"], 1)
+
+
+def test_data_edited_after_the_check_ends_the_run(folder, words):
+    path = folder.data(words(3))
+    (planned,) = make_plan(folder.job()).tasks
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(JobError, match=r"data.jsonl was changed after the job had read it"):
+        next(lines(planned))
+
+
+def test_paths_take_environment_variables(folder, words, monkeypatch):
+    (folder.path / "elsewhere").mkdir()
+    folder.data(words(2), "elsewhere/d.jsonl")
+    monkeypatch.setenv("JOB_DATA", str(folder.path / "elsewhere"))
+    plan = make_plan(folder.job(task={"data": "${JOB_DATA}/d.jsonl"}, output="${JOB_DATA}/out"))
+    assert plan.output == folder.path / "elsewhere" / "out"
+    assert plan.total == 2
+
+
+def test_memory_does_not_grow_with_the_prompts(folder):
+    folder.data([{"word": "x" * 10_000} for _ in range(1000)])
+    job = folder.job()
+    tracemalloc.start()
+    (planned,) = make_plan(job).tasks
+    count = sum(1 for _ in lines(planned))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 1000
+    assert peak_bytes < 5_000_000  # the prompts are 10 MB
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_every_job_we_ship_has_good_input(config, monkeypatch, request):
+    if "CONSERVE_DATA" in config.read_text():
+        monkeypatch.setenv("CONSERVE_DATA", str(request.getfixturevalue("shared_data")))
+    plan = make_plan(config)
+    rendered = [line for planned in plan.tasks for line in lines(planned)]
+    assert len(rendered) == plan.total > 0
+
+
+def test_our_questions_are_all_different(checkout):
+    for name, count in (("questions", 120), ("choices", 40)):
+        text = (checkout / "configs" / "jobs" / "data" / f"{name}.jsonl").read_text()
+        rows = [json.loads(row) for row in text.splitlines()]
+        assert len({row["question"] for row in rows}) == len(rows) == count
+
+
+def test_gsm8k_and_arc_easy_targets(checkout, shared_data, monkeypatch):
+    monkeypatch.setenv("CONSERVE_DATA", str(shared_data))
+    (gsm8k,) = make_plan(checkout / "configs" / "jobs" / "gsm8k.yaml").tasks
+    first = next(iter(lines(gsm8k)))
+    assert len(gsm8k.ids) == 1319
+    assert str(first.target).strip() == "18"
+    (arc,) = make_plan(checkout / "configs" / "jobs" / "arc_easy.yaml").tasks
+    first = next(iter(lines(arc)))
+    assert len(arc.ids) == 2376
+    assert first.target == 0
+    assert first.choices[0] == " Sunlight is the source of energy for nearly all ecosystems."

@@ -1,0 +1,135 @@
+"""Tiny random models, made in a second: no download, and every greedy reply is different.
+
+Tokens are bytes, so an ASCII prompt of n characters is n tokens (no bos is added).
+Rows of the output head for special tokens and for bytes that are not printable ASCII are zero,
+so that a reply is readable text and runs to its length limit: it never meets eos by chance.
+A prompt of one repeated character gives attention nothing to tell apart: use varied prompts.
+"""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+__all__ = ["CONTEXT_TOKENS", "Arch", "make_tiny_model"]
+
+Arch = Literal["llama", "qwen2", "qwen3"]
+CONTEXT_TOKENS = 4096
+
+_ARCHS: dict[str, tuple[type, type]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
+_BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+_VOCAB = {token: index for index, token in enumerate([*_SPECIAL, *_BYTES])}
+_BOS, _EOS, _PAD = (_VOCAB[t] for t in ("<|endoftext|>", "<|im_end|>", "<|pad|>"))
+# ByteLevel writes a space as this letter; the other printable ASCII bytes stand for themselves.
+_SPOKEN = [_VOCAB[c] for c in ("Ġ", *string.ascii_letters, *string.digits, *string.punctuation)]
+# Wide enough that attention is sharp and a reply depends on its whole prompt; narrower weights
+# repeat themselves, wider ones amplify rounding.
+_WEIGHT_STD = 0.25
+_BIAS_STD = 0.05
+_QK_NORM = 2.0
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def make_tiny_model(
+    folder: Path,
+    *,
+    arch: Arch,
+    layers: int = 4,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    seed: int = 0,
+) -> Path:
+    """Write a random model that transformers and SGLang load, and return its folder.
+
+    Hidden size 64, 4 query and 2 KV heads of 16 (TP 1 or 2), CONTEXT_TOKENS of context, about
+    0.18M parameters. The same arguments give the same weights.
+
+    Args:
+        folder: made if absent; files of an earlier model in it are replaced.
+        arch: qwen2 has biases in attention, qwen3 norms on queries and keys, llama neither.
+        layers: decoder layers.
+        dtype: of the weights on disk; bfloat16 weights are the float32 ones, rounded.
+        seed: of the weights.
+    """
+    _tokenizer().save_pretrained(folder)
+    _model(arch, layers, seed).to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def _model(arch: Arch, layers: int, seed: int) -> PreTrainedModel:
+    config_class, model_class = _ARCHS[arch]
+    model = model_class(config_class(**_geometry(layers)))
+    _randomize(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def _geometry(layers: int) -> dict[str, object]:
+    return {
+        "vocab_size": len(_VOCAB),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": CONTEXT_TOKENS,
+        "tie_word_embeddings": False,
+        "bos_token_id": _BOS,
+        "eos_token_id": _EOS,
+        "pad_token_id": _PAD,
+    }
+
+
+@torch.no_grad()
+def _randomize(model: PreTrainedModel, generator: torch.Generator) -> None:
+    for name, weight in sorted(model.named_parameters()):
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            weight.fill_(_QK_NORM)
+        elif "norm" not in name:
+            weight.normal_(std=_WEIGHT_STD if weight.ndim == 2 else _BIAS_STD, generator=generator)
+    _mute_unspoken(model.get_output_embeddings().weight)
+
+
+def _mute_unspoken(head: torch.Tensor) -> None:
+    spoken = torch.zeros(len(head), 1)
+    spoken[_SPOKEN] = 1
+    head.mul_(spoken)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(vocab=_VOCAB, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=_CHAT_TEMPLATE,
+        model_max_length=CONTEXT_TOKENS,
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,133 @@
+"""The server's configuration: its bounds, its defaults, and the files that are shipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+
+from conserve_sgl.config import CONFIG_ENV, ConserveConfig
+from conserve_sgl.errors import InputError
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+SERVE_FILES = sorted((CHECKOUT / "configs" / "serve").glob("*.yaml"))
+DEFAULT_FILE = CHECKOUT / "configs" / "serve" / "default.yaml"
+
+DEFAULTS = ConserveConfig()
+SECTIONS = ConserveConfig.__struct_fields__
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Loads a configuration of the given text."""
+
+    def load_text(text: str) -> ConserveConfig:
+        path = tmp_path / "conserve.yaml"
+        path.write_text(text)
+        return ConserveConfig.load(path)
+
+    return load_text
+
+
+def test_an_empty_file_is_all_defaults(load):
+    assert load("") == DEFAULTS
+
+
+def test_a_key_that_is_given_leaves_the_others_at_their_defaults(load):
+    config = load("budget:\n  step_tokens: 99\n")
+    assert config.budget == msgspec.structs.replace(DEFAULTS.budget, step_tokens=99)
+    assert (config.offline, config.memory) == (DEFAULTS.offline, DEFAULTS.memory)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("offline: {queue_requests: 1, retry_after_s: 1}", id="the smallest queue"),
+        pytest.param("budget: {step_tokens: 1, resident_rows: 1}", id="the smallest budget"),
+        pytest.param("budget: {rows_beside_online: 0}", id="no rows beside online"),
+        pytest.param("memory: {online_reserve: 0.0}", id="no reserve"),
+        pytest.param("memory: {online_reserve: 1.0}", id="all of the pool"),
+        pytest.param("memory: {online_reserve: 1}", id="a whole number for a share"),
+    ],
+)
+def test_the_edges_of_the_ranges_are_in(load, text):
+    section, given = next(iter(yaml.safe_load(text).items()))
+    loaded = msgspec.to_builtins(load(text))[section]
+    assert given.items() <= loaded.items()
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "reason"),
+    [
+        pytest.param("offline: {queue_requests: 0}", "offline.queue_requests", ">= 1", id="queue"),
+        pytest.param("offline: {retry_after_s: 0}", "offline.retry_after_s", ">= 1", id="wait"),
+        pytest.param("budget: {step_tokens: 0}", "budget.step_tokens", ">= 1", id="tokens"),
+        pytest.param("budget: {resident_rows: 0}", "budget.resident_rows", ">= 1", id="rows"),
+        pytest.param(
+            "budget: {rows_beside_online: -1}", "budget.rows_beside_online", ">= 0", id="beside"
+        ),
+        pytest.param(
+            "memory: {online_reserve: -0.01}", "memory.online_reserve", ">= 0", id="below nothing"
+        ),
+        pytest.param(
+            "memory: {online_reserve: 1.01}", "memory.online_reserve", "<= 1", id="above all"
+        ),
+        pytest.param("memory: {online_reserve: 25}", "memory.online_reserve", "<= 1", id="percent"),
+        pytest.param(
+            "memory: {online_reserve: .nan}", "memory.online_reserve", "float", id="no number"
+        ),
+        pytest.param("memory: {online_reserve: .inf}", "memory.online_reserve", "<= 1", id="inf"),
+        pytest.param("offline: {queue: 1}", "offline.queue", "unknown key", id="unknown key"),
+        pytest.param("slo: {ttft_ms: 1}", "slo", "unknown key", id="unknown section"),
+        pytest.param("offline:", "offline", "got `null`", id="a section without keys"),
+    ],
+)
+def test_what_is_out_of_range_or_unknown_is_refused(load, text, key, reason):
+    with pytest.raises(InputError) as caught:
+        load(text)
+    assert (caught.value.key, caught.value.line) == (key, 1)
+    assert reason in caught.value.reason
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_the_tree_is_frozen_to_its_leaves(name):
+    section = getattr(DEFAULTS, name)
+    with pytest.raises(AttributeError, match="immutable"):
+        setattr(DEFAULTS, name, section)
+    for key in section.__struct_fields__:
+        with pytest.raises(AttributeError, match="immutable"):
+            setattr(section, key, 1)
+
+
+@pytest.mark.parametrize("path", SERVE_FILES, ids=lambda path: path.name)
+def test_every_file_that_is_shipped_loads(path):
+    assert isinstance(ConserveConfig.load(path), ConserveConfig)
+
+
+def test_the_default_file_says_the_defaults():
+    assert ConserveConfig.load(DEFAULT_FILE) == DEFAULTS
+
+
+def test_the_default_file_names_every_key():
+    assert yaml.safe_load(DEFAULT_FILE.read_text()) == msgspec.to_builtins(DEFAULTS)
+
+
+@pytest.mark.parametrize("value", [None, ""], ids=["not set", "empty"])
+def test_without_the_variable_there_is_no_configuration(monkeypatch, value):
+    monkeypatch.delenv(CONFIG_ENV, raising=False)
+    if value is not None:
+        monkeypatch.setenv(CONFIG_ENV, value)
+    assert ConserveConfig.from_environment() is None
+
+
+def test_the_variable_names_the_file(monkeypatch):
+    monkeypatch.setenv(CONFIG_ENV, str(DEFAULT_FILE))
+    assert ConserveConfig.from_environment() == DEFAULTS
+
+
+def test_a_variable_that_names_no_file_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setenv(CONFIG_ENV, str(tmp_path / "none.yaml"))
+    with pytest.raises(InputError, match="cannot be read"):
+        ConserveConfig.from_environment()

@@ -1,0 +1,175 @@
+"""The house keeps its order: what imports what, and what stays light.
+
+The design's order is `config, policy <- checkpoint, batch <- engine, ingress <- plugin, cli`.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import conserve_sgl
+from conserve_sgl.plugin import HOOK_TARGETS
+
+PACKAGE = Path(conserve_sgl.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# What each part may import of the package besides itself. A part is a subpackage or a module
+# directly under the package.
+_LEAVES = {"errors"}
+MAY_IMPORT = {
+    "__init__": _LEAVES,
+    "errors": set(),
+    "strict_yaml": _LEAVES,
+    "compat": _LEAVES,
+    "config": {"strict_yaml", *_LEAVES},
+    "policy": set(),
+    "checkpoint": {"config", "policy", *_LEAVES},
+    "batch": {"config", "policy", "strict_yaml", *_LEAVES},
+    "ingress": {"config", "policy", "checkpoint", "batch", *_LEAVES},
+    "engine": {"config", "policy", "checkpoint", "batch", "ingress", *_LEAVES},
+    "platform": _LEAVES,
+    "jobs": {"strict_yaml", *_LEAVES},
+    "bench": {"jobs", "strict_yaml", *_LEAVES},
+    "plugin": {"config", "compat", "engine", "ingress", *_LEAVES},
+    "doctor": {"config", "compat", "plugin", "__init__", *_LEAVES},
+    "cli": {"config", "compat", "doctor", "jobs", "bench", "batch", "__init__", *_LEAVES},
+}
+
+MAY_IMPORT_SGLANG = {"engine/host.py", "plugin.py", "doctor.py"}
+
+
+def relative(file: Path) -> str:
+    return file.relative_to(PACKAGE).as_posix()
+
+
+def part_of(module: str) -> str:
+    """`conserve_sgl.jobs.plan` -> `jobs`, `conserve_sgl` -> `__init__`."""
+    return [*module.split("."), "__init__"][1]
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Every module that `file` imports anywhere, with the names taken from a package."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def ours(file: Path) -> set[str]:
+    """The modules of this package that `file` imports."""
+    return {name for name in imported(file) if name.split(".")[0] == "conserve_sgl"}
+
+
+def module_of(name: str) -> str:
+    """`conserve_sgl.compat` for both that and `conserve_sgl.compat.check_version`."""
+    path = PACKAGE.parent / Path(*name.split("."))
+    is_module = path.is_dir() or path.with_suffix(".py").is_file()
+    return name if is_module else name.rpartition(".")[0]
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_imports_run_one_way(file):
+    part = relative(file).split("/")[0].removesuffix(".py")
+    assert part in MAY_IMPORT, f"{part} has no place in the order yet: add it to MAY_IMPORT"
+    used = {part_of(module_of(name)) for name in ours(file)}
+    assert used <= MAY_IMPORT[part] | {part}
+
+
+def test_the_order_has_no_cycle():
+    TopologicalSorter(MAY_IMPORT).prepare()  # raises CycleError, which names the cycle
+
+
+def test_engine_imports_only_the_arrival_channel_of_ingress():
+    used = {
+        module_of(name)
+        for file in (PACKAGE / "engine").glob("*.py")
+        for name in ours(file)
+        if part_of(name) == "ingress"
+    }
+    assert used <= {"conserve_sgl.ingress.arrival"}
+
+
+def test_no_part_is_named_that_does_not_exist():
+    to_come = {"checkpoint", "batch"}
+    parts = {relative(file).split("/")[0].removesuffix(".py") for file in FILES}
+    assert set(MAY_IMPORT) - to_come <= parts
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_sglang_is_imported_only_where_the_host_is_met(file):
+    if relative(file) in MAY_IMPORT_SGLANG or relative(file).startswith("platform/"):
+        return
+    foreign = {name for name in imported(file) if name.split(".")[0] == "sglang"}
+    assert not foreign, "import it in engine/host.py, which tests/contract pins"
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_only_the_plugin_names_hook_targets(file):
+    if relative(file) == "plugin.py":
+        return
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    named = {t for t in HOOK_TARGETS for text in texts if isinstance(text, str) and t in text}
+    assert not named
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_only_the_plugin_registers_hooks(file):
+    if relative(file) == "plugin.py":
+        return
+    calls = [n for n in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(n, ast.Call)]
+    for call in calls:
+        assert not ast.unparse(call.func).endswith(("HookRegistry.register", "plugin_hook"))
+
+
+LIGHT = [
+    "conserve_sgl",
+    "conserve_sgl.policy",
+    "conserve_sgl.config",
+    "conserve_sgl.compat",
+    "conserve_sgl.cli",
+    "conserve_sgl.doctor",
+    "conserve_sgl.plugin",
+    "conserve_sgl.ingress.hooks",
+    "conserve_sgl.platform",
+    "conserve_sgl.jobs",
+    "conserve_sgl.bench",
+]
+HEAVY = ("torch", "sglang", "transformers")
+
+REPORT_HEAVY = f"""
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    heavy = [m for m in {HEAVY!r} if m in sys.modules]
+    assert not heavy, f"importing {{name}} imports {{heavy}}"
+"""
+
+
+def test_light_modules_import_neither_torch_nor_sglang():
+    # One process for all; the assertion names the first module that is not light.
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT_HEAVY, *LIGHT], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_policy_imports_nothing_but_itself_and_plain_python():
+    allowed = {"conserve_sgl", "msgspec", *sys.stdlib_module_names}
+    used = {name.split(".")[0] for f in (PACKAGE / "policy").glob("*.py") for name in imported(f)}
+    assert used <= allowed
+
+
+@pytest.mark.parametrize("module", ["time", "datetime", "asyncio", "threading", "zmq"])
+def test_policy_has_no_clock_and_no_input_of_its_own(module):
+    used = {name.split(".")[0] for f in (PACKAGE / "policy").glob("*.py") for name in imported(f)}
+    assert module not in used
