@@ -5,6 +5,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
-.venv/bin/python scripts/demo_model.py --quiet
-.venv/bin/python scripts/demo_model.py --quiet --dtype float32
+.venv/bin/python scripts/demo_model.py
+.venv/bin/python scripts/demo_model.py --dtype float32
 exec .venv/bin/python -m pytest "$@"

@@ -58,15 +58,7 @@ def test_a_good_file(file):
         pytest.param("", id="nothing"),
         pytest.param("\n\n", id="blank lines"),
         pytest.param("# nothing yet\n", id="a comment"),
-        pytest.param(
-            "---\n",
-            id="an empty document",
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=InputError,
-                reason="BUG strict_yaml.py: `---` alone is a null node",
-            ),
-        ),
+        pytest.param("---\n", id="an empty document"),
     ],
 )
 def test_an_empty_file_is_all_defaults(file, content):
@@ -225,12 +217,6 @@ def test_a_path_may_be_a_string(file):
     assert load_yaml(str(file("title: x")), Document).title == "x"
 
 
-NOT_LOCATED = pytest.mark.xfail(
-    strict=True, reason="BUG strict_yaml.py: another exception than InputError, or no place in it"
-)
-
-
-@NOT_LOCATED
 @pytest.mark.parametrize(
     ("content", "line"),
     [

@@ -12,11 +12,11 @@ from rich.console import Console
 
 from conserve_sgl import __version__, compat
 from conserve_sgl.config import CONFIG_ENV, ConserveConfig
-from conserve_sgl.errors import ConserveError
+from conserve_sgl.errors import ConserveError, InputError
 
 __all__ = ["app", "main"]
 
-_BAD_INPUT = 2
+_BAD_INPUT, _FAILED = 2, 1
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app = typer.Typer(
@@ -34,12 +34,15 @@ ConfigOption = Annotated[
 
 
 def main() -> NoReturn:
-    """Run the command line; an error of ours is one line on stderr and exit code 2."""
+    """Run the command line; an error of ours is its text on stderr, and no traceback.
+
+    Exit code 2: bad input, nothing was done. 1: anything else that went wrong.
+    """
     try:
         app()
     except ConserveError as e:
         Console(stderr=True, soft_wrap=True).print(f"conserve: {e}", style="red", markup=False)
-        sys.exit(_BAD_INPUT)
+        sys.exit(_BAD_INPUT if isinstance(e, InputError) else _FAILED)
     sys.exit(0)
 
 
@@ -64,6 +67,45 @@ def serve(context: typer.Context, config: ConfigOption = None) -> None:
     sglang = [sys.executable, "-c", "from sglang.cli.main import main; main()", "serve"]
     sys.stdout.flush()
     os.execv(sys.executable, [*sglang, *context.args])
+
+
+@app.command("eval")
+def run_eval(
+    job: Annotated[Path, typer.Argument(help="The job, YAML; docs/jobs.md says what it holds.")],
+    endpoint: Annotated[
+        list[str] | None,
+        typer.Option(help="A server's base URL, instead of the job's; may be repeated."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The folder for results, instead of the job's.")
+    ] = None,
+    max_in_flight: Annotated[
+        int | None, typer.Option(min=1, help="Requests at a time, instead of the job's.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many lines of every task.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Throw earlier results in the folder away.")
+    ] = False,
+) -> None:
+    """Run an offline job, or go on with it where it stopped.
+
+    Exit code 0: every line is done. 1: some lines failed, or the job
+    cannot go on. 2: bad input, nothing was sent. 130: interrupted.
+    """
+    from conserve_sgl.jobs import run_job
+
+    code = run_job(
+        job,
+        console=Console(stderr=True),
+        endpoints=endpoint,
+        output=output,
+        max_in_flight=max_in_flight,
+        limit=limit,
+        fresh=fresh,
+    )
+    raise typer.Exit(code)
 
 
 @app.command(context_settings=_PASS_ON)

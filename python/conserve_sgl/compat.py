@@ -43,6 +43,8 @@ def _unless(*allowed: Any) -> Callable[[Any], bool]:
 
 
 _SLICES = "its forward pass is not the one that conserve schedules"
+_RANKS = "its ranks would take different scheduling decisions"
+_ADAPTERS = "its batches are formed by adapter"
 _NO_HTTP = "it bypasses the HTTP server, where the service class is read"
 _REFUSED = (
     _Refusal("speculative_algorithm", "--speculative-algorithm", _unless(None), _SLICES),
@@ -52,21 +54,10 @@ _REFUSED = (
         _unless("null"),
         "prefill and decode run on separate engines",
     ),
-    _Refusal(
-        "enable_dp_attention",
-        "--enable-dp-attention",
-        _unless(False),
-        "its ranks would take different scheduling decisions",
-    ),
-    _Refusal("attn_dp_size", "--attn-dp-size", _unless(None, 1), "its ranks would take different decisions"),
-    _Refusal(
-        "dp_size",
-        "--dp-size",
-        _unless(1),
-        "the arrival channel reaches one scheduler; run one server a replica behind a gateway",
-    ),
-    _Refusal("pp_size", "--pp-size", _unless(1), "pipeline stages run batches of their own"),
-    _Refusal("enable_lora", "--enable-lora", _unless(None, False), "its batches are formed by adapter"),
+    _Refusal("enable_dp_attention", "--enable-dp-attention", _unless(False), _RANKS),
+    _Refusal("attn_dp_size", "--attn-dp-size", _unless(None, 1), _RANKS),
+    _Refusal("enable_lora", "--enable-lora", _unless(None, False), _ADAPTERS),
+    _Refusal("lora_paths", "--lora-paths", _unless(None), _ADAPTERS),
     _Refusal("enable_pdmux", "--enable-pdmux", _unless(False), _SLICES),
     _Refusal("dllm_algorithm", "--dllm-algorithm", _unless(None), _SLICES),
     _Refusal(
@@ -81,12 +72,8 @@ _REFUSED = (
         _unless(1),
         "SGLang loads no plugins in its tokenizer workers, so classes would be lost",
     ),
-    _Refusal(
-        "smg_grpc_mode", "--smg-grpc-mode", _unless(False), _NO_HTTP
-    ),
-    _Refusal(
-        "grpc_port", "--grpc-port", _unless(None), _NO_HTTP
-    ),
+    _Refusal("smg_grpc_mode", "--smg-grpc-mode", _unless(False), _NO_HTTP),
+    _Refusal("grpc_port", "--grpc-port", _unless(None), _NO_HTTP),
     _Refusal(
         "abort_on_priority_when_disabled",
         "--abort-on-priority-when-disabled",
@@ -108,11 +95,14 @@ def check_version(found: str | None) -> None:
     """Accept a tested SGLang version.
 
     Raises:
-        IncompatibleError: `found` is None or was not tested, and `CONSERVE_ALLOW_UNTESTED` is not 1.
+        IncompatibleError: `found` is None, or was not tested and `CONSERVE_ALLOW_UNTESTED` is
+            not 1.
     """
     tested = ", ".join(TESTED_VERSIONS)
     if found is None:
-        raise IncompatibleError(f"SGLang is not installed: pip install sglang=={TESTED_VERSIONS[0]}")
+        raise IncompatibleError(
+            f"SGLang is not installed: pip install sglang=={TESTED_VERSIONS[0]}"
+        )
     if found not in TESTED_VERSIONS and os.environ.get(ALLOW_UNTESTED_ENV) != "1":
         raise IncompatibleError(
             f"SGLang {found} was not tested with conserve (tested: {tested}); install a tested "
@@ -126,7 +116,7 @@ def check_environment(environment: Mapping[str, str]) -> None:
     Raises:
         IncompatibleError: `SGLANG_RUST_SERVER` is on.
     """
-    if environment.get("SGLANG_RUST_SERVER", "0").lower() in ("1", "true", "yes", "on"):
+    if environment.get("SGLANG_RUST_SERVER", "0").lower() in ("1", "true", "yes", "y"):
         raise IncompatibleError(
             "SGLANG_RUST_SERVER replaces the tokenizer process that conserve reads the service "
             "class in; unset it"

@@ -22,6 +22,7 @@ T = TypeVar("T")
 _FAULT = re.compile(r"^(?P<reason>.*?)(?: - at `\$(?P<path>[^`]*)`)?$", re.DOTALL)
 _STEP = re.compile(r"\.(?P<key>[^.\[]+)|\[(?P<index>\d+|\.\.\.)\]")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<key>.+)`$")
+_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
 def load_yaml(path: Path | str, type_: type[T]) -> T:
@@ -33,45 +34,65 @@ def load_yaml(path: Path | str, type_: type[T]) -> T:
     """
     path = Path(path)
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except OSError as e:
-        raise InputError(path, f"cannot be read: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise InputError(path, f"is not UTF-8 text: {e.reason}") from e
+        node = yaml.compose(_read(path), Loader=yaml.SafeLoader)
+        _check(path, node, "")
+        value = (
+            None if node is None else yaml.constructor.SafeConstructor().construct_document(node)
+        )
     except yaml.MarkedYAMLError as e:
         line = e.problem_mark.line + 1 if e.problem_mark else None
         raise InputError(path, f"is not YAML: {e.problem}", line=line) from e
     except yaml.YAMLError as e:
         raise InputError(path, f"is not YAML: {e}") from e
-
-    if node is None:
-        value: object = {}
-    else:
-        _refuse_repeated_keys(path, node, "")
-        try:
-            value = yaml.constructor.SafeConstructor().construct_document(node)
-        except yaml.MarkedYAMLError as e:
-            line = e.problem_mark.line + 1 if e.problem_mark else None
-            raise InputError(path, f"is not YAML: {e.problem}", line=line) from e
+    except RecursionError as e:
+        raise InputError(path, "is nested too deeply, or an alias stands for itself") from e
     try:
-        return msgspec.convert(value, type_)
+        return msgspec.convert({} if value is None else value, type_)
     except msgspec.ValidationError as e:
         raise _located(path, node, str(e)) from e
 
 
-def _refuse_repeated_keys(path: Path, node: yaml.Node, prefix: str) -> None:
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise InputError(path, f"cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise InputError(path, f"is not UTF-8 text: {e.reason}") from e
+
+
+def _check(path: Path, node: yaml.Node | None, prefix: str) -> None:
+    """Refuse, with its place, what YAML allows and a configuration does not."""
     if isinstance(node, yaml.SequenceNode):
         for i, child in enumerate(node.value):
-            _refuse_repeated_keys(path, child, f"{prefix}[{i}]")
-    if not isinstance(node, yaml.MappingNode):
-        return
+            _check(path, child, f"{prefix}[{i}]")
+    elif isinstance(node, yaml.MappingNode):
+        _check_mapping(path, node, prefix)
+    elif isinstance(node, yaml.ScalarNode):
+        _check_scalar(path, node, prefix)
+
+
+def _check_mapping(path: Path, node: yaml.MappingNode, prefix: str) -> None:
     seen: set[str] = set()
     for key_node, child in node.value:
+        line = key_node.start_mark.line + 1
+        if key_node.tag not in _KEY_TAGS:
+            reason = "has a key that is not text; put it in quotes if it is meant so"
+            raise InputError(path, reason, line=line, key=prefix or None)
         key = f"{prefix}.{key_node.value}".lstrip(".")
         if key_node.value in seen:
-            raise InputError(path, "is given twice", line=key_node.start_mark.line + 1, key=key)
+            raise InputError(path, "is given twice", line=line, key=key)
         seen.add(key_node.value)
-        _refuse_repeated_keys(path, child, key)
+        _check(path, child, key)
+
+
+def _check_scalar(path: Path, node: yaml.ScalarNode, key: str) -> None:
+    try:
+        yaml.constructor.SafeConstructor().construct_object(node)
+    except (ValueError, KeyError) as e:
+        kind = node.tag.rpartition(":")[2]
+        reason = f"{node.value!r} is no {kind}"
+        raise InputError(path, reason, line=node.start_mark.line + 1, key=key or None) from e
 
 
 def _located(path: Path, root: yaml.Node | None, message: str) -> InputError:

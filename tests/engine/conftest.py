@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
-from support.tiny_models import make_tiny_model
 
 from conserve_sgl.bench.server import ServerProcess, free_port
+from support.tiny_models import make_tiny_model
 
 READY_S = 180
 TINY_FLAGS = (
@@ -53,7 +53,7 @@ class Server:
 
     def offline_accepted(self) -> int:
         """Offline requests accepted since the server started."""
-        return self.state().get("offline_accepted", 0)
+        return self.state()["offline_accepted"]
 
     def assert_idle_and_balanced(self) -> None:
         """The engine is idle, holds nothing, and SGLang's own checks found no leak."""
@@ -79,11 +79,16 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> StartServer:
     """
 
     @contextmanager
-    def start(model: Path, *flags: str, config: str | None = None) -> Iterator[Server]:
+    def start(
+        model: Path,
+        *flags: str,
+        config: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> Iterator[Server]:
         folder = tmp_path_factory.mktemp("server")
         port = free_port()
         flags = (f"--model-path={model}", f"--port={port}", *TINY_FLAGS, *flags)
-        env = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "PYTHONWARNINGS": "default"}
+        env = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", **(env or {})}
         if config is None:
             argv = [sys.executable, "-c", "from sglang.cli.main import main; main()", "serve"]
             env["SGLANG_PLATFORM"] = "conserve_cpu"

@@ -22,12 +22,6 @@ from conserve_sgl.ingress.middleware import asked_class
 from conserve_sgl.policy import ServiceClass
 
 ONLINE, OFFLINE = ServiceClass.ONLINE, ServiceClass.OFFLINE
-SEVERAL_PROMPTS = pytest.mark.xfail(
-    strict=True,
-    raises=AttributeError,
-    reason="BUG ingress/hooks.py: SGLang's is_health_check_generate_req takes one request; asked "
-    "about a list of ids it raises, so a request with several prompts fails",
-)
 
 
 @dataclass
@@ -147,18 +141,22 @@ def test_stamps_an_embedding():
         assert through(started(), Embedding("a")).priority == -1
 
 
-@SEVERAL_PROMPTS
 @pytest.mark.usefixtures("senders")
 def test_stamps_a_request_with_several_prompts():
     with asking_for(OFFLINE):
         assert through(started(), Generate(["a", "b"])).priority == -1
 
 
-def test_a_health_check_is_left_alone(senders):
+def test_a_health_check_is_neither_offline_nor_announced(senders):
     ingress = started()
     with asking_for(OFFLINE):
-        assert through(ingress, Generate("HEALTH_CHECK_1")).priority is None
+        assert through(ingress, Generate("HEALTH_CHECK_1")).priority != -1
     assert senders[0].sent == []
+
+
+@pytest.mark.usefixtures("senders")
+def test_a_health_check_is_stamped_online():
+    assert through(started(), Generate("HEALTH_CHECK_1")).priority == 0
 
 
 def test_stamps_before_the_sockets_are_up():
@@ -180,18 +178,13 @@ def test_the_channel_is_the_one_of_this_server(senders):
     ("request_", "announced"),
     [
         pytest.param(Generate("a"), [("a",)], id="one prompt"),
-        pytest.param(
-            Generate(["a", "b"]), [("a", "b")], id="several prompts", marks=SEVERAL_PROMPTS
-        ),
+        pytest.param(Generate(["a", "b"]), [("a", "b")], id="several prompts"),
         pytest.param(Embedding("a"), [("a",)], id="one text to embed"),
-        pytest.param(
-            Embedding(["a", "b"]), [("a", "b")], id="several to embed", marks=SEVERAL_PROMPTS
-        ),
+        pytest.param(Embedding(["a", "b"]), [("a", "b")], id="several to embed"),
         pytest.param(
             Generate(["a", "b"], parallel_sample_num=2),
             [],
             id="several samples get ids of their own later",
-            marks=SEVERAL_PROMPTS,
         ),
         pytest.param(Generate("a", parallel_sample_num=2), [("a",)], id="one of several samples"),
         pytest.param(Generate("a", priority=-1), [], id="offline work is not announced"),

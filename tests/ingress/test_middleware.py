@@ -377,6 +377,24 @@ async def test_a_stream_holds_its_place_to_its_end():
     assert middleware.offline_in_hand == 0
 
 
+async def test_a_429_from_further_in_says_when_to_come_back():
+    async def app(scope, receive, send) -> None:
+        await JSONResponse({}, status_code=429, headers={"x-kept": "1"})(scope, receive, send)
+
+    response = await post(layer(app), "/generate", content=b'{"priority": -1}')
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "7"
+    assert response.headers["x-kept"] == "1"
+
+
+@pytest.mark.parametrize("status", [200, 400, 500, 503])
+async def test_no_other_status_says_so(status):
+    async def app(scope, receive, send) -> None:
+        await JSONResponse({}, status_code=status)(scope, receive, send)
+
+    assert "retry-after" not in (await post(layer(app), "/offline/generate")).headers
+
+
 async def test_an_answer_that_is_an_error_gives_the_place_back():
     async def app(scope, receive, send) -> None:
         await JSONResponse({}, status_code=500)(scope, receive, send)

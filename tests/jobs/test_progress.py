@@ -18,6 +18,7 @@ def record(prompt_tokens: int, completion_tokens: int) -> Record:
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         latency_s=0,
+        done_unix_s=0,
         attempts=1,
     )
 

@@ -24,6 +24,7 @@ def record(line: int, output: str = "o") -> Record:
         prompt_tokens=1,
         completion_tokens=1,
         latency_s=0.1,
+        done_unix_s=1e9,
         attempts=1,
     )
 

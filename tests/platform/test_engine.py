@@ -61,7 +61,7 @@ def test_tokens_equal_torch_natives(tmp_path: Path, arch: str) -> None:
 
 def test_hicache_reads_back_more_than_the_device_holds(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path, arch="llama")
-    prompts = [[_prompt(seed)] for seed in range(6)]
+    prompts = [[str(seed) + _prompt(seed)] for seed in range(6)]  # no two share a prefix
     replies = _generate(
         model,
         prompts + prompts,

@@ -98,15 +98,17 @@ class ManagedProcess:
             return None
 
     def stop(self) -> int | None:
-        """Send the stop signal to the group, after `grace_s` SIGKILL; the leader's exit status.
+        """Send the stop signal to the command, after `grace_s` SIGKILL to its whole group.
 
-        Returns when no process of the group is left. Safe to call again, and before start.
+        The command gets to stop its own children in its own order: SGLang takes a scheduler that
+        dies before it for a crash. Returns the command's exit status, None before start, when no
+        process of the group is left. Safe to call again.
         """
         if self._process is None:
             return None
         if self._group_lives():
             try:
-                self._signal(self.stop_signal)
+                self._process.send_signal(self.stop_signal)
                 self._wait_for_group()
             finally:  # a second Ctrl-C must not leave anything behind
                 self._signal(signal.SIGKILL)

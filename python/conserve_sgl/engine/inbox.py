@@ -43,9 +43,9 @@ class ArrivalInbox:
 
     def poll(self) -> None:
         """Read what has arrived, without waiting, and forget what is overdue."""
-        now_ns = time.monotonic_ns()
         while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
             arrival = self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
+            now_ns = time.monotonic_ns()
             self.received += 1
             self._latencies_ns.append(now_ns - arrival.sent_ns)
             for rid in arrival.rids:
@@ -53,6 +53,10 @@ class ArrivalInbox:
                     del self._early[rid]
                 else:
                     self._announced[rid] = now_ns
+        self._forget_overdue()
+
+    def _forget_overdue(self) -> None:
+        now_ns = time.monotonic_ns()
         while self._announced:
             rid, seen_ns = next(iter(self._announced.items()))
             if now_ns - seen_ns <= self._forget_after_ns:

@@ -67,9 +67,7 @@ class ParkedRows:
         if surplus <= 0 or not _can_split(batch):
             return 0
         # The members of a beam group decode in lockstep on rows of their own.
-        offline = [
-            i for i, r in enumerate(batch.reqs) if r.beam_group is None and is_offline(r)
-        ]
+        offline = [i for i, r in enumerate(batch.reqs) if r.beam_group is None and is_offline(r)]
         leaving = offline[-surplus:]
         moved = _split_off(batch, leaving)
         if self._batch is None:

@@ -56,6 +56,13 @@ __all__ = ["ConserveScheduler"]
 
 logger = logging.getLogger(__name__)
 
+_COUNTS = (
+    "offline_accepted",
+    "offline_refused",
+    "offline_preempted",
+    "offline_rows_parked",
+    "offline_chunks_parked",
+)
 _NO_PLAN = StepPlan(
     offline_prefill_tokens=0, offline_admissions=0, offline_decode_rows=0, kv_reserve_tokens=0
 )
@@ -82,9 +89,7 @@ class ConserveScheduler(Scheduler):
     def init_ipc_channels(self, port_args: Any) -> None:
         super().init_ipc_channels(port_args)
         rank_zero = self.recv_from_tokenizer is not None
-        self._inbox = (
-            ArrivalInbox(arrival_endpoint(port_args.instance_id)) if rank_zero else None
-        )
+        self._inbox = ArrivalInbox(arrival_endpoint(port_args.instance_id)) if rank_zero else None
 
     def init_running_status(self) -> None:
         super().init_running_status()
@@ -103,7 +108,7 @@ class ConserveScheduler(Scheduler):
         self._parked_chunk: Req | None = None
         self._plan = _NO_PLAN
         self._rows_decoded = True
-        self._counts: Counter[str] = Counter()
+        self._counts = Counter(dict.fromkeys(_COUNTS, 0))
         self._step_policy = self._make_policy(config)
 
     def _make_policy(self, config: ConserveConfig) -> Policy:
@@ -180,9 +185,7 @@ class ConserveScheduler(Scheduler):
         self._account(next_plan.batch_to_run)
         return next_plan
 
-    def _observe(
-        self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None
-    ) -> StepView:
+    def _observe(self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None) -> StepView:
         decoding = running_batch.reqs
         if last_batch is not None and last_batch.forward_mode.is_extend():
             # SGLang merges a finished prefill into the running batch right after this.
@@ -193,7 +196,7 @@ class ConserveScheduler(Scheduler):
         offline_chunk = chunk_is_offline or self._parked_chunk is not None
         return StepView(
             now_s=time.monotonic(),
-            online_arriving=0 if self._inbox is None else len(self._inbox),
+            online_arriving=self._arriving(),
             online_waiting=len(self.waiting_queue),
             online_waiting_tokens=sum(r.seqlen for r in self.waiting_queue),
             online_prefilling=int(self.chunked_req is not None and not chunk_is_offline),
@@ -209,6 +212,10 @@ class ConserveScheduler(Scheduler):
             chunk_tokens=self.chunked_prefill_size,
             rows_decoded=self._rows_decoded,
         )
+
+    def _arriving(self) -> int:
+        # Only rank 0 hears arrivals, and ranks that plan differently hang.
+        return len(self._inbox) if self._inbox is not None and self.tp_size == 1 else 0
 
     def _account(self, batch: ScheduleBatch | None) -> None:
         mode = None if batch is None else batch.forward_mode

@@ -70,6 +70,6 @@ def class_from_body(body: bytes) -> ServiceClass | None:
         return None
     try:
         tier = _decoder.decode(body).service_tier
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     return _TIERS.get(tier) if isinstance(tier, str) else None

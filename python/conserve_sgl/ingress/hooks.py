@@ -56,7 +56,9 @@ class Ingress:
         The earliest point at which a request has its ids, and still before tokenization. Every
         route comes through here, `Engine.generate` too.
         """
-        if self._is_health_check(obj):
+        if isinstance(obj.rid, str) and self._is_health_check(obj):
+            # Stamped too: under --enable-priority-scheduling no priority is the least urgent one.
+            obj.priority = self._rule.stamp(None, ServiceClass.ONLINE)
             return
         service_class = asked_class.get() or self._rule.class_of(obj.priority)
         obj.priority = self._rule.stamp(obj.priority, service_class)

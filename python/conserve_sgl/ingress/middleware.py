@@ -86,10 +86,21 @@ class ServiceClassMiddleware:
         self.offline_in_hand += counted
         token = asked_class.set(asked)
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, self._with_retry_after(send))
         finally:
             asked_class.reset(token)
             self.offline_in_hand -= counted
+
+    def _with_retry_after(self, send: Send) -> Send:
+        """A `send` that completes a 429 from further in: the scheduler's queue was full."""
+
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 429:
+                retry_after = (b"retry-after", b"%d" % self._retry_after_s)
+                message = {**message, "headers": [*message["headers"], retry_after]}
+            await send(message)
+
+        return send_on
 
 
 async def _read_body(receive: Receive) -> tuple[bytes, Receive]:

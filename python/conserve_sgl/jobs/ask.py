@@ -182,6 +182,7 @@ async def ask(
         id=line.id,
         line=line.line,
         latency_s=round(clock.monotonic_s() - started_s, 4),
+        done_unix_s=round(clock.wall_s(), 3),
         attempts=attempts.sent,
         target=line.target,
         prompt=(line.prompt or line.messages) if job.save_prompts else None,

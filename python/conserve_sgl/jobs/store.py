@@ -38,6 +38,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_tokens: int
     completion_tokens: int
     latency_s: float
+    done_unix_s: float
     attempts: int
     cached_tokens: int | None = None  # None when the server does not say
     reasoning: str | None = None

@@ -127,6 +127,7 @@ def _refuse_unsupported(args: Any) -> None:
         _require(flag, getattr(args, flag), (None, *_ATTENTION_BACKENDS))
     _require("device", args.device, ("cpu",))
     _require("page_size", args.page_size, (None, 1))
+    _require("speculative_algorithm", args.speculative_algorithm, (None,))
     _require("enable_torch_compile", args.enable_torch_compile, (False,))
     if args.enable_hierarchical_cache:
         _require("hicache_io_backend", args.hicache_io_backend, _HICACHE_IO_BACKENDS)
@@ -136,9 +137,10 @@ def _refuse_unsupported(args: Any) -> None:
 def _require(flag: str, value: Any, allowed: tuple) -> None:
     if value in allowed:
         return
-    usable = ", ".join(str(a) for a in allowed if a is not None)
+    usable = ", ".join(str(a) for a in allowed if a)
+    hint = f"use {usable}" if usable else "leave it out"
     raise IncompatibleError(
-        f"--{flag.replace('_', '-')} {value} does not work on the platform {NAME}: use {usable}"
+        f"--{flag.replace('_', '-')} {value} does not work on the platform {NAME}: {hint}"
     )
 
 

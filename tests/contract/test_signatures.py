@@ -1,0 +1,332 @@
+"""The signatures in SGLang that conserve overrides, calls or hooks.
+
+A change here means that a call of ours, or a call into ours, may no longer fit. Read the new
+function, adapt what uses it, and only then the table. Parameters and defaults are compared, not
+annotations: those change without changing anything.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import pkgutil
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import conserve_sgl
+from conserve_sgl.plugin import HOOK_TARGETS
+
+PACKAGE = Path(conserve_sgl.__file__).parent
+
+SIGNATURES_BY_MODULE = {
+    "sglang.srt.managers.scheduler": {
+        "Scheduler.init_ipc_channels": "(self, port_args)",
+        "Scheduler.init_running_status": "(self)",
+        "Scheduler.init_schedule_policy": "(self)",
+        "Scheduler.init_invariant_checker": "(self)",
+        "Scheduler.ingest_requests": "(self, stop_at_pause=False)",
+        "Scheduler._add_request_to_queue": "(self, req, is_retracted=False)",
+        "Scheduler._release_aborted_request": "(self, req)",
+        "Scheduler.send_abort_output": "(self, abort_req, req)",
+        "Scheduler.get_next_batch_to_run": "(self, running_batch, last_batch)",
+        "Scheduler.get_prefill_adder_class": "(self)",
+        "Scheduler.get_new_batch_prefill": "(self, running_batch)",
+        "Scheduler.update_running_batch": "(self, batch)",
+        "Scheduler.abort_request": "(self, recv_req)",
+        "Scheduler.pause_generation": "(self, recv_req)",
+        "Scheduler.is_fully_idle": "(self, for_health_check=False, ignore_waiting=False)",
+        "Scheduler.get_internal_state": "(self, recv_req)",
+        "_make_abort_req": "(req, finished_reason=None)",
+    },
+    "sglang.srt.managers.schedule_batch": {
+        "release_req": (
+            "(*, req, remaing_req_count, req_to_token_pool, token_to_kv_pool_allocator, "
+            "tree_cache, hisparse_coordinator, offload_kv=True)"
+        ),
+        "NextBatchPlan": "(batch_to_run, running_batch)",
+        "ScheduleBatch.filter_batch": "(self, reqs_to_exclude=None, keep_indices=None)",
+        "ScheduleBatch.merge_batch": "(self, other)",
+        "ScheduleBatch.is_empty": "(self)",
+        "ScheduleBatch.check_decode_mem": "(self, selected_indices=None)",
+        "Req.finished": "(self)",
+    },
+    "sglang.srt.managers.schedule_policy": {
+        "SchedulePolicy": (
+            "(policy, tree_cache, enable_hierarchical_cache, enable_priority_scheduling, "
+            "schedule_low_priority_values_first)"
+        ),
+        "SchedulePolicy.calc_priority": (
+            "(self, waiting_queue, running_batch=None, processed_tokens=0)"
+        ),
+        "PrefillAdder": (
+            "(page_size, tree_cache, token_to_kv_pool_allocator, running_batch, "
+            "new_token_ratio, rem_input_tokens, rem_chunk_tokens, num_mixed_decode_tokens=0, "
+            "priority_scheduling_preemption_threshold=0, max_prefill_bs=0, "
+            "max_running_requests=None, prefill_max_requests=None, "
+            "prefill_delayer_single_pass=None, dllm_config=None, waiting_queue_len=0, "
+            "prefill_tile_block_m=64)"
+        ),
+        "PrefillAdder.add_one_req": "(self, req, has_chunked_req, truncation_align_size)",
+        "PrefillAdder.add_chunked_req": "(self, req)",
+        "PrefillAdder._swa_new_tokens": "(self, req)",
+        "PrefillAdder.ceil_paged_tokens": "(self, tokens)",
+    },
+    "sglang.srt.managers.scheduler_components.invariant_checker": {
+        "SchedulerInvariantChecker": (
+            "(*, is_hybrid_swa, is_hybrid_ssm, disaggregation_mode, page_size, "
+            "full_tokens_per_layer, swa_tokens_per_layer, max_total_num_tokens, tree_cache, "
+            "token_to_kv_pool_allocator, req_to_token_pool, pool_stats_observer, "
+            "get_last_batch, get_running_batch, scheduler_stage_metrics, "
+            "get_chunked_req=<lambda>, count_req_pool_leak_warnings=0, "
+            "count_memory_leak_warnings=0, recent_busy_msgs=<factory>)"
+        ),
+        "SchedulerInvariantChecker._requests_owning_rows": "(self)",
+    },
+    "sglang.srt.sampling.penaltylib.orchestrator": {
+        "BatchedPenalizerOrchestrator": "(vocab_size, batch, penalizers)",
+    },
+    "sglang.srt.runtime_context": {
+        "get_schedule": "()",
+    },
+    "sglang.srt.managers.tokenizer_manager": {
+        "TokenizerManager.init_ipc_channels": "(self, port_args)",
+        "TokenizerManager._init_req_state": "(self, obj, request=None)",
+    },
+    "sglang.srt.managers.utils": {
+        "is_health_check_generate_req": "(recv_req)",
+    },
+    "sglang.srt.entrypoints.engine": {
+        "Engine._launch_subprocesses": (
+            "(server_args, init_tokenizer_manager_func, run_scheduler_process_func, "
+            "run_detokenizer_process_func, port_args=None, placement_group=None)"
+        ),
+    },
+    "sglang.srt.entrypoints.http_server": {
+        "_setup_and_run_http_server": (
+            "(server_args, tokenizer_manager, template_manager, port_args, scheduler_infos, "
+            "subprocess_watchdog, execute_warmup_func=_execute_server_warmup, "
+            "launch_callback=None)"
+        ),
+        "app.build_middleware_stack": "()",
+    },
+    "sglang.srt.plugins": {
+        "load_plugins": "()",
+    },
+    "sglang.srt.plugins.hook_registry": {
+        "HookRegistry.register": (
+            "(target, hook, hook_type=<HookType.AFTER: 'after'>, *, source=None)"
+        ),
+        "HookRegistry.apply_hooks": "()",
+    },
+    "sglang.srt.server_args": {
+        "prepare_server_args": "(argv)",
+    },
+    "sglang.srt.arg_groups.choices": {
+        "add_attention_backend_choices": "(iterable, /)",
+    },
+    "sglang.srt.arg_groups.overrides": {
+        "declare_resolution": "(server_args, source, **fields)",
+        "resolving_view": "(server_args)",
+    },
+    "sglang.srt.arg_groups.resolution_hooks": {
+        "register_resolution_hook": "(name)",
+    },
+    "sglang.srt.model_executor.cuda_graph_config": {
+        "with_phase": "(config, phase, **changes)",
+    },
+    "sglang.srt.layers.attention.attention_registry": {
+        "register_attention_backend": "(name)",
+    },
+    "sglang.srt.layers.attention.torch_native_backend": {
+        "TorchNativeAttnBackend": "(model_runner)",
+        "TorchNativeAttnBackend.init_forward_metadata": "(self, forward_batch)",
+        "TorchNativeAttnBackend._run_sdpa_forward_extend": (
+            "(self, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, "
+            "extend_prefix_lens, extend_seq_lens, encoder_lens=None, scaling=None, "
+            "enable_gqa=False, causal=False, is_cross_attn=False, sliding_window_size=None)"
+        ),
+        "TorchNativeAttnBackend._run_sdpa_forward_decode": (
+            "(self, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, "
+            "encoder_lens=None, scaling=None, enable_gqa=False, causal=False, "
+            "is_cross_attn=False, sliding_window_size=None)"
+        ),
+    },
+    "sglang.srt.platforms.interface": {
+        "SRTPlatform.get_default_attention_backend": "(self)",
+        "SRTPlatform.apply_server_args_defaults": "(self, server_args)",
+        "SRTPlatform.init_backend": "(self)",
+        "SRTPlatform.post_load_model": "(self, model)",
+        "SRTPlatform.get_device": "(self, device_id=0)",
+        "SRTPlatform.get_compile_backend": "(self, mode=None)",
+    },
+}
+SIGNATURES = {
+    f"{module}:{name}": signature
+    for module, functions in SIGNATURES_BY_MODULE.items()
+    for name, signature in functions.items()
+}
+
+
+def resolve(name: str) -> Any:
+    return pkgutil.resolve_name(name)
+
+
+class _AsIs:
+    """A default as it reads in source: functions by their names, which have no address."""
+
+    def __init__(self, value: Any) -> None:
+        self._text = value.__name__ if callable(value) else repr(value)
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def plain_signature(function: Callable[..., Any]) -> str:
+    """The signature without annotations."""
+    empty = inspect.Parameter.empty
+    signature = inspect.signature(function)
+    plain = [
+        p.replace(annotation=empty, default=empty if p.default is empty else _AsIs(p.default))
+        for p in signature.parameters.values()
+    ]
+    return str(signature.replace(parameters=plain, return_annotation=empty))
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_the_signature_is_the_one_that_conserve_was_written_for(name):
+    assert plain_signature(resolve(name)) == SIGNATURES[name], (
+        f"{name} has changed: re-read it, then what calls or overrides it in conserve_sgl"
+    )
+
+
+@pytest.mark.parametrize("target", HOOK_TARGETS)
+def test_every_hook_target_is_there(target):
+    module, _, attribute = target.rpartition(".")
+    assert callable(getattr(resolve(module), attribute))
+
+
+def test_every_hooked_function_is_in_the_table():
+    functions = {name.replace(":", ".") for name in SIGNATURES}
+    classes = {name.rpartition(".")[0] for name in functions}
+    assert set(HOOK_TARGETS) <= functions | classes
+
+
+def test_every_name_that_the_engine_takes_from_sglang_is_there():
+    from conserve_sgl.engine import host
+
+    assert all(getattr(host, name) is not None for name in host.__all__)
+
+
+# What is overridden is found in our own sources, so that a new override cannot be forgotten.
+
+OVERRIDERS = {
+    ("engine/scheduler.py", "ConserveScheduler"): "sglang.srt.managers.scheduler:Scheduler",
+    ("engine/scheduler.py", "_OnlineFirst"): "sglang.srt.managers.schedule_policy:SchedulePolicy",
+    ("engine/adder.py", "ConserveAdder"): "sglang.srt.managers.schedule_policy:PrefillAdder",
+    ("engine/invariants.py", "_Checker"): (
+        "sglang.srt.managers.scheduler_components.invariant_checker:SchedulerInvariantChecker"
+    ),
+}
+OVERRIDER_IDS = [name for _file, name in OVERRIDERS]
+
+
+def class_in(file: str, name: str) -> ast.ClassDef:
+    tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+    (found,) = (n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == name)
+    return found
+
+
+def uses_of_self(node: ast.ClassDef, context: type[ast.expr_context]) -> set[str]:
+    """The names X of `self.X` that are read, or that are assigned, in a class."""
+    return {
+        n.attr
+        for n in ast.walk(node)
+        if isinstance(n, ast.Attribute)
+        and isinstance(n.ctx, context)
+        and isinstance(n.value, ast.Name)
+        and n.value.id == "self"
+    }
+
+
+def attributes_of(host_class: type) -> set[str]:
+    """The names that an instance has: of the classes, and assigned in their methods."""
+    names = set(dir(host_class))
+    for base in host_class.__mro__:
+        if not base.__module__.startswith("sglang."):
+            continue
+        names |= set(inspect.get_annotations(base))
+        (node,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        names |= uses_of_self(node, ast.Store)
+    return names
+
+
+@pytest.mark.parametrize(("ours", "theirs"), OVERRIDERS.items(), ids=OVERRIDER_IDS)
+def test_every_method_that_is_overridden_is_in_the_table(ours, theirs):
+    defined = {n.name for n in class_in(*ours).body if isinstance(n, ast.FunctionDef)}
+    overridden = {name for name in defined if name in dir(resolve(theirs))} - {"__init__"}
+    assert overridden, "a subclass that overrides nothing"
+    assert {f"{theirs}.{name}" for name in overridden} <= set(SIGNATURES)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), OVERRIDERS.items(), ids=OVERRIDER_IDS)
+def test_every_attribute_of_the_host_that_is_read_is_there(ours, theirs):
+    node = class_in(*ours)
+    own = uses_of_self(node, ast.Store) | {
+        n.name for n in node.body if isinstance(n, ast.FunctionDef)
+    }
+    own |= {n.target.id for n in node.body if isinstance(n, ast.AnnAssign)}
+    missing = uses_of_self(node, ast.Load) - own - attributes_of(resolve(theirs))
+    assert not missing
+
+
+@pytest.mark.parametrize(("ours", "theirs"), OVERRIDERS.items(), ids=OVERRIDER_IDS)
+def test_no_attribute_of_ours_has_a_name_of_the_host_s_by_chance(ours, theirs):
+    taken_on_purpose = {"policy", "invariant_checker", "waiting_queue", "chunked_req"}
+    taken_on_purpose |= {"rem_chunk_tokens"}
+    assigned = uses_of_self(class_in(*ours), ast.Store)
+    assert assigned & attributes_of(resolve(theirs)) <= taken_on_purpose
+
+
+REQUEST_ATTRIBUTES = (
+    "beam_group",
+    "finished",
+    "full_untruncated_fill_ids",
+    "host_hit_length",
+    "kv",
+    "prefix_len",
+    "priority",
+    "retracted_stain",
+    "rid",
+    "seqlen",
+    "time_stats",
+)
+
+
+def test_a_request_has_what_is_read_of_it():
+    req = resolve("sglang.srt.managers.schedule_batch:Req")
+    assert set(REQUEST_ATTRIBUTES) <= attributes_of(req)
+
+
+@pytest.mark.parametrize(
+    ("owner", "attributes"),
+    [
+        ("sglang.srt.managers.schedule_batch:ReqKvInfo", {"holds_kv"}),
+        ("sglang.srt.managers.schedule_batch:ScheduleBatch", {"batch_is_full", "reqs"}),
+        ("sglang.srt.managers.schedule_batch:ScheduleBatch", {"forward_mode", "sampling_info"}),
+        (
+            "sglang.srt.sampling.penaltylib.orchestrator:BatchedPenalizerOrchestrator",
+            {"is_required", "penalizers", "vocab_size"},
+        ),
+        ("sglang.srt.managers.schedule_policy:AddReqResult", {"NO_TOKEN", "OTHER"}),
+        ("sglang.srt.plugins.hook_registry:HookRegistry", {"_hooks", "_patched"}),
+        ("sglang.srt.plugins.hook_registry:HookType", {"REPLACE", "BEFORE", "AFTER"}),
+        ("sglang.srt.managers.io_struct:AbortReq", {"abort_all", "rid"}),
+        ("sglang.srt.server_args:PortArgs", {"instance_id"}),
+    ],
+)
+def test_a_class_has_what_is_read_of_it(owner, attributes):
+    assert attributes <= attributes_of(resolve(owner))

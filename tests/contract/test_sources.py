@@ -1,0 +1,182 @@
+"""Methods of SGLang whose bodies, not just signatures, conserve relies on.
+
+Our overrides run around these and lean on what they do, in which order, and on which attributes.
+When one differs from 0.5.23, read it anew together with what the table names, and only then put the
+hash of the failure's message into the table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+
+_SCHEDULER = "sglang.srt.managers.scheduler:Scheduler."
+_ADDER = "sglang.srt.managers.schedule_policy:PrefillAdder."
+_BATCH = "sglang.srt.managers.schedule_batch:ScheduleBatch."
+_CHECKER = "sglang.srt.managers.scheduler_components.invariant_checker:SchedulerInvariantChecker."
+_TOKENIZER = "sglang.srt.managers.tokenizer_manager:TokenizerManager."
+
+
+class Relied(NamedTuple):
+    """What stands in SGLang 0.5.23, and where to look when it stands there no longer."""
+
+    method: str
+    sha256: str
+    reread: str
+
+
+RELIED = [
+    Relied(
+        _SCHEDULER + "get_next_batch_to_run",
+        "34f30fd4dfb13d74",
+        "ConserveScheduler.get_next_batch_to_run, _observe and _move_offline_chunk: a finished "
+        "prefill is merged and the chunked request stashed before get_new_batch_prefill, and "
+        "decode runs only when that gives no batch",
+    ),
+    Relied(
+        _SCHEDULER + "get_new_batch_prefill",
+        "a8b9a7a4fee3e50e",
+        "ConserveScheduler.get_new_batch_prefill: waiting_queue holds offline candidates within",
+    ),
+    Relied(
+        _SCHEDULER + "_get_new_batch_prefill_raw",
+        "09e8cf03a4d0c1bb",
+        "ConserveScheduler.get_new_batch_prefill and engine/adder.py: order of admission, "
+        "batch_is_full, how the adder's verdicts end the loop, how chunked_req is set",
+    ),
+    Relied(
+        _SCHEDULER + "update_running_batch",
+        "6962823239da9a89",
+        "ConserveScheduler.update_running_batch and _free_kv_for: rows that sit out leave first, "
+        "and KV is freed so that SGLang does not retract online rows",
+    ),
+    Relied(
+        _SCHEDULER + "_add_request_to_queue",
+        "056a60799b02ac47",
+        "ConserveScheduler._add_request_to_queue: what an offline request goes without",
+    ),
+    Relied(
+        _SCHEDULER + "_set_or_validate_priority",
+        "920836f00dbc8196",
+        "ConserveScheduler.is_offline: what SGLang makes of a missing priority",
+    ),
+    Relied(
+        _SCHEDULER + "_release_aborted_request",
+        "29bcfe53df66e3d4",
+        "ConserveScheduler._refuse",
+    ),
+    Relied(
+        _SCHEDULER + "abort_request",
+        "b16ca1103b1df7f5",
+        "ConserveScheduler.abort_request: how requests in waiting_queue are matched and answered",
+    ),
+    Relied(
+        _SCHEDULER + "process_pending_chunked_abort",
+        "62e3fce1240d07a4",
+        "ConserveScheduler.abort_request and _move_offline_chunk: an abort waits for chunked_req",
+    ),
+    Relied(
+        _SCHEDULER + "stash_chunked_request",
+        "b39124b41321009f",
+        "ConserveScheduler._move_offline_chunk: a chunk is put aside after it was stashed",
+    ),
+    Relied(
+        _SCHEDULER + "pause_generation",
+        "b5afa4cbaf6fbea9",
+        "ConserveScheduler.pause_generation: what mode `retract` takes out of the engine",
+    ),
+    Relied(
+        _SCHEDULER + "is_fully_idle",
+        "de1b97c37c2842d2",
+        "ConserveScheduler.is_fully_idle: what the flags leave out",
+    ),
+    Relied(
+        _SCHEDULER + "init_ipc_channels",
+        "8dee5ea23751f232",
+        "ConserveScheduler.init_ipc_channels: recv_from_tokenizer is None off rank 0",
+    ),
+    Relied(
+        _SCHEDULER + "init_schedule_policy",
+        "91e50a99cc80f8f8",
+        "ConserveScheduler.init_schedule_policy: it makes the policy anew, with these arguments",
+    ),
+    Relied(
+        _SCHEDULER + "init_invariant_checker",
+        "2a8bca7002092208",
+        "ConserveScheduler.init_invariant_checker: who keeps a reference to the checker",
+    ),
+    Relied(
+        _ADDER + "add_one_req",
+        "11ea292b16f33cb6",
+        "ConserveAdder.add_one_req and _offline_fits: how rem_chunk_tokens limits and is charged",
+    ),
+    Relied(
+        _ADDER + "add_chunked_req",
+        "af3ae7db76b5e8d2",
+        "ConserveAdder.add_chunked_req: how rem_chunk_tokens limits and is charged",
+    ),
+    Relied(
+        _ADDER + "_swa_new_tokens",
+        "e3c89c4f72571380",
+        "ConserveAdder._offline_fits: it is taken for the estimate of output tokens",
+    ),
+    Relied(
+        _BATCH + "filter_batch",
+        "17e9b543d3c8c16e",
+        "engine/parking.py: which tensors and lists of a batch are cut",
+    ),
+    Relied(
+        _BATCH + "merge_batch",
+        "efcc96367ceacfa6",
+        "engine/parking.py: which tensors and lists of two batches are joined",
+    ),
+    Relied(
+        "sglang.srt.managers.schedule_batch:release_req",
+        "e9a690b5c7084bb5",
+        "ConserveScheduler._release: what of a preempted request is kept and reset",
+    ),
+    Relied(
+        _CHECKER + "_requests_owning_rows",
+        "c6c35aedd0ce6971",
+        "engine/invariants.py: whose rows SGLang knows of",
+    ),
+    Relied(
+        _TOKENIZER + "_init_req_state",
+        "e864e33a0a232643",
+        "Ingress.before_init_req_state: it runs once a request, ids are set, nothing is tokenized",
+    ),
+    Relied(
+        _TOKENIZER + "_handle_batch_request",
+        "3500d4b39e5b3787",
+        "ingress/hooks.py, _rids_to_come: every sample of n > 1 comes through _init_req_state",
+    ),
+    Relied(
+        "sglang.srt.plugins.hook_registry:HookRegistry.apply_hooks",
+        "2b949d5a4187576c",
+        "plugin.verify: a hook that failed is logged and missing in _patched",
+    ),
+    Relied(
+        "sglang.srt.plugins:load_plugins",
+        "cd2a423a31293f61",
+        "plugin.register: it is called once a process, and apply_hooks looked up after it",
+    ),
+]
+
+
+def fingerprint(function: Callable[..., Any]) -> str:
+    """The first half of the sha256 of a function's source."""
+    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("relied", RELIED, ids=lambda relied: relied.method.partition(":")[2])
+def test_the_body_is_the_one_that_was_read(relied):
+    found = fingerprint(pkgutil.resolve_name(relied.method))
+    assert found == relied.sha256, (
+        f"{relied.method} is not what it was in 0.5.23 (now {found}). Re-read it, and then: "
+        f"{relied.reread}"
+    )

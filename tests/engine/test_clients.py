@@ -1,0 +1,153 @@
+"""Unchanged clients, and every tag that makes a request offline, on a real server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+
+pytestmark = pytest.mark.engine
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+COMPLETION = {"model": "m", "prompt": "hi", "max_tokens": 4}
+GENERATE = {"text": "hi", "sampling_params": {"max_new_tokens": 4}}
+ROUTES = {
+    "/generate": GENERATE,
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": COMPLETION,
+}
+OFFLINE_HEADERS = [{"x-sgl-conserve-class": "offline"}, {"x-smg-priority": "bulk"}]
+ONLINE_TAGS = [
+    {},
+    {"priority": 0},
+    {"priority": 7},
+    {"service_tier": "default"},
+    {"service_tier": "auto"},
+    {"service_tier": "priority"},
+]
+
+
+@pytest.fixture(scope="module")
+def server(start_server, tiny_llama) -> Iterator:
+    with start_server(tiny_llama, config="") as server:
+        yield server
+
+
+def _class_of(server, path: str, body: dict, headers: dict | None = None) -> str:
+    before = server.offline_accepted()
+    server.http.post(path, json=body, headers=headers).raise_for_status()
+    return "offline" if server.offline_accepted() > before else "online"
+
+
+@pytest.mark.parametrize("route", ROUTES)
+class TestEveryRoute:
+    def test_path_prefix(self, server, route):
+        assert _class_of(server, f"/offline{route}", ROUTES[route]) == "offline"
+
+    @pytest.mark.parametrize("headers", OFFLINE_HEADERS, ids=lambda h: next(iter(h)))
+    def test_headers(self, server, route, headers):
+        assert _class_of(server, route, ROUTES[route], headers) == "offline"
+
+    def test_service_tier(self, server, route):
+        assert _class_of(server, route, ROUTES[route] | {"service_tier": "flex"}) == "offline"
+
+    def test_priority(self, server, route):
+        assert _class_of(server, route, ROUTES[route] | {"priority": -100}) == "offline"
+
+    @pytest.mark.parametrize("tag", ONLINE_TAGS, ids=str)
+    def test_the_rest_is_online(self, server, route, tag):
+        assert _class_of(server, route, ROUTES[route] | tag) == "online"
+
+
+def test_the_probe_of_the_server_stays_online(server):
+    before = server.offline_accepted()
+    server.http.get("/offline/health_generate").raise_for_status()
+    assert server.offline_accepted() == before
+
+
+def test_openai_client(server):
+    before = server.offline_accepted()
+    with openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none") as client:
+        answer = client.chat.completions.create(**CHAT, service_tier="flex")
+        assert answer.usage.completion_tokens == 4
+        streamed = client.chat.completions.create(**CHAT, service_tier="flex", stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
+    assert server.offline_accepted() == before + 2
+
+
+def test_openai_client_on_the_offline_base_url(server):
+    before = server.offline_accepted()
+    with openai.OpenAI(base_url=f"{server.base_url}/offline/v1", api_key="none") as client:
+        assert client.models.list().data
+        client.completions.create(**COMPLETION)
+    assert server.offline_accepted() == before + 1
+
+
+def test_curl(server):
+    before = server.offline_accepted()
+    curl = ["curl", "-sf", f"{server.base_url}/v1/completions", "-H", "x-smg-priority: bulk"]
+    answer = subprocess.run([*curl, "--json", json.dumps(COMPLETION)], capture_output=True)
+    assert json.loads(answer.stdout)["usage"]["completion_tokens"] == 4
+    assert server.offline_accepted() == before + 1
+
+
+def test_frontend_program(server):
+    """An `sgl.function` through an unchanged RuntimeEndpoint, on the offline base URL."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import sglang as sgl
+
+    @sgl.function
+    def ask(s, question):
+        s += "Q: " + question + "\nA:"
+        s += sgl.gen("answer", max_tokens=6)
+        s += sgl.select("verdict", choices=["yes", "no"])
+
+    before = server.offline_accepted()
+    backend = sgl.RuntimeEndpoint(f"{server.base_url}/offline")
+    states = ask.run_batch([{"question": q} for q in ("one", "two")], backend=backend)
+    assert all(state["answer"] for state in states)
+    assert all(state["verdict"] in ("yes", "no") for state in states)
+    assert server.offline_accepted() >= before + 4
+    server.assert_idle_and_balanced()
+
+
+def test_several_samples_and_several_prompts(server):
+    before = server.offline_accepted()
+    body = {"text": ["a", "b"], "sampling_params": {"max_new_tokens": 4, "n": 2}, "priority": -1}
+    assert len(server.http.post("/generate", json=body).json()) == 4
+    assert server.offline_accepted() >= before + 4
+    server.assert_idle_and_balanced()
+
+
+def test_penalties_logprobs_grammar_and_stops_ride_along(server):
+    """Sampling state that a row carries is the same with both classes as alone."""
+    bodies = [
+        {"frequency_penalty": 0.7, "presence_penalty": 0.3},
+        {"regex": "[a-z]{5,30}"},
+        {"stop": ["e"]},
+    ]
+
+    def run(sampling: dict, headers: dict | None) -> tuple[str, list[float]]:
+        answer = server.generate(
+            "tell me",
+            sampling_params={"max_new_tokens": 32, **sampling},
+            headers=headers,
+            return_logprob=True,
+        )
+        logprobs = answer["meta_info"]["output_token_logprobs"]
+        return answer["text"], [logprob for logprob, *_ in logprobs]
+
+    alone = [run(sampling, None) for sampling in bodies]
+    with ThreadPoolExecutor(8) as pool:
+        offline = [pool.submit(run, sampling, OFFLINE_HEADERS[0]) for sampling in bodies]
+        online = [pool.submit(run, sampling, None) for sampling in bodies]
+        for results in (offline, online):
+            for future, (text, logprobs) in zip(results, alone, strict=True):
+                assert future.result() == (text, pytest.approx(logprobs, abs=1e-3))
+    server.assert_idle_and_balanced()

@@ -1,0 +1,39 @@
+"""A server that would not serve as configured does not start, and says why."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conserve_sgl.bench.server import free_port
+
+pytestmark = pytest.mark.engine
+
+
+def _serve(model: Path, config: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "conserve_sgl.cli", "serve", f"--config={config}", "--"]
+    flags = (f"--model-path={model}", f"--port={free_port()}", *flags)
+    return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "conserve.yaml"
+    path.write_text("budget: {step_tokens: 64}\n")
+    return path
+
+
+def test_a_flag_that_conflicts(tiny_llama, config):
+    done = _serve(tiny_llama, config, "--tokenizer-worker-num=2")
+    assert done.returncode == 1
+    assert "refusing to start: --tokenizer-worker-num=2 does not go with conserve" in done.stderr
+
+
+def test_a_configuration_that_is_wrong(tiny_llama, config):
+    config.write_text("budget:\n  step_tokens: 64\n  steps: 1\n")
+    done = _serve(tiny_llama, config)
+    assert done.returncode == 2
+    assert f"{config}:3: budget.steps: unknown key" in done.stderr

@@ -1,0 +1,61 @@
+"""SmolLM2 with the plugin loaded: the tokens are stock SGLang's, and offline work changes none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+FLAGS = ("--chunked-prefill-size=256",)
+CONFIG = "budget: {step_tokens: 64, resident_rows: 6, rows_beside_online: 1}"
+OFFLINE = {"x-sgl-conserve-class": "offline"}
+SAMPLING = {"max_new_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def smollm2(checkout: Path) -> Path:
+    model = checkout / ".cache" / "models" / "SmolLM2-135M-Instruct-float32"
+    assert model.is_dir(), "scripts/test.sh makes it: scripts/demo_model.py --dtype float32"
+    return model
+
+
+@pytest.fixture(scope="module")
+def prompts(checkout: Path) -> list[str]:
+    lines = (checkout / "configs/jobs/data/questions.jsonl").read_text().splitlines()
+    return [f"Question: {json.loads(line)['question']}\nAnswer:" for line in lines[:12]]
+
+
+@pytest.fixture(scope="module")
+def stock_texts(start_server, smollm2, prompts) -> list[str]:
+    with start_server(smollm2, *FLAGS) as server:
+        texts = server.generate_all(prompts, sampling_params=SAMPLING)
+        france = server.generate("The capital of France is", sampling_params=SAMPLING)
+        assert france["text"].startswith(" Paris")
+        return texts
+
+
+@pytest.fixture(scope="module")
+def server(start_server, smollm2, stock_texts) -> Iterator:  # noqa: ARG001  one engine at a time
+    with start_server(smollm2, *FLAGS, config=CONFIG) as server:
+        yield server
+
+
+def test_without_offline_requests_the_tokens_are_stock(server, prompts, stock_texts):
+    assert server.generate_all(prompts, sampling_params=SAMPLING) == stock_texts
+    assert server.offline_accepted() == 0
+
+
+def test_with_both_classes_every_token_is_stock(server, prompts, stock_texts):
+    with ThreadPoolExecutor(1) as pool:
+        offline = pool.submit(
+            server.generate_all, prompts, sampling_params=SAMPLING, headers=OFFLINE
+        )
+        online = [server.generate(prompt, sampling_params=SAMPLING)["text"] for prompt in prompts]
+        assert offline.result() == stock_texts
+    assert online == stock_texts
+    server.assert_idle_and_balanced()

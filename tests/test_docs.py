@@ -1,0 +1,117 @@
+"""The pages that list something list all of it, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from conserve_sgl import compat
+from conserve_sgl.config import CONFIG_ENV, ConserveConfig
+from conserve_sgl.ingress.classify import OFFLINE_PREFIX, class_from_body, class_from_headers
+from conserve_sgl.policy import ServiceClass
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+CONFIGURATION = (DOCS / "configuration.md").read_text(encoding="utf-8")
+SERVICE_CLASS = (DOCS / "service-class.md").read_text(encoding="utf-8")
+
+
+def keys_of(struct: type[msgspec.Struct], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every key of a configuration, dotted, with its default."""
+    for field in msgspec.structs.fields(struct):
+        name = f"{prefix}{field.name}"
+        default = field.default
+        if isinstance(default, msgspec.Struct):
+            yield from keys_of(type(default), f"{name}.")
+        else:
+            yield name, default
+
+
+def keys_in(page: str) -> Iterator[tuple[str, list[str]]]:
+    """Every row of the page's tables of keys: its dotted key, and its other cells."""
+    section = None
+    for line in page.splitlines():
+        if line.startswith("## "):
+            heading = re.fullmatch(r"## `(\w+)`", line)
+            section = heading[1] if heading else None
+        elif section and (row := re.fullmatch(r"\| `(\w+)` \|(.+)\|", line)):
+            yield f"{section}.{row[1]}", [cell.strip() for cell in row[2].split("|")]
+
+
+KEYS = dict(keys_of(ConserveConfig))
+ROWS = list(keys_in(CONFIGURATION))
+
+
+def test_the_page_lists_every_key_once_and_no_other():
+    assert sorted(key for key, _ in ROWS) == sorted(KEYS)
+
+
+def test_the_page_has_a_section_for_every_section_and_no_other():
+    assert re.findall(r"^## `(\w+)`$", CONFIGURATION, re.MULTILINE) == list(
+        ConserveConfig.__struct_fields__
+    )
+
+
+@pytest.mark.parametrize(("key", "cells"), ROWS, ids=[key for key, _ in ROWS])
+def test_a_row_says_default_range_meaning_and_occasion(key, cells):
+    default, unit_and_range, meaning, occasion = cells
+    assert default == str(KEYS[key])
+    assert re.search(r"at least \d|\d to \d", unit_and_range)
+    assert len(meaning.split()) > 3
+    assert len(occasion.split()) > 3
+
+
+RANGES = {
+    "at least 0": lambda meta: (meta.ge, meta.le) == (0, None),
+    "at least 1": lambda meta: (meta.ge, meta.le) == (1, None),
+    "0 to 1": lambda meta: (meta.ge, meta.le) == (0, 1),
+}
+
+
+@pytest.mark.parametrize(("key", "cells"), ROWS, ids=[key for key, _ in ROWS])
+def test_a_row_gives_the_range_that_is_checked(key, cells):
+    section, name = key.split(".")
+    struct = type(getattr(ConserveConfig(), section))
+    (field,) = (f for f in msgspec.structs.fields(struct) if f.name == name)
+    _unit, given = cells[1].split(", ", 1)
+    assert RANGES[given](field.type.__metadata__[0])
+
+
+@pytest.mark.parametrize("variable", [CONFIG_ENV, compat.ALLOW_UNTESTED_ENV])
+def test_the_page_lists_our_environment_variables(variable):
+    assert f"| {variable} |" in CONFIGURATION
+
+
+# ------------------------------------------------------- docs/service-class.md
+
+
+def test_the_tags_of_the_page_do_what_it_says():
+    assert f"`{OFFLINE_PREFIX}/" in SERVICE_CLASS
+    for header in re.findall(r"^\| header \| `([^`]+)` \|", SERVICE_CLASS, re.MULTILINE):
+        name, value = header.split(": ")
+        found = class_from_headers([(name.lower().encode(), value.encode())])
+        assert found is ServiceClass.OFFLINE
+    bodies = re.findall(r'^\| body \| `("service_tier": [^`]+)` \|', SERVICE_CLASS, re.MULTILINE)
+    assert [class_from_body(f"{{{body}}}".encode()) for body in bodies] == [ServiceClass.OFFLINE]
+
+
+def test_the_page_names_both_headers():
+    named = re.findall(r"^\| header \| `([^`:]+): ", SERVICE_CLASS, re.MULTILINE)
+    assert named == ["x-sgl-conserve-class", "x-smg-priority"]
+
+
+def test_the_python_examples_of_the_page_are_python():
+    examples = re.findall(r"```python\n(.*?)```", SERVICE_CLASS, re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        compile(example, "docs/service-class.md", "exec")
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+def test_every_file_that_a_page_names_is_there(page):
+    named = re.findall(r"(?:configs|docs|scripts)/[\w./-]+\.(?:yaml|md|sh|py)", page.read_text())
+    missing = [name for name in named if not (DOCS.parent / name).is_file()]
+    assert not missing

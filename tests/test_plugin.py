@@ -1,0 +1,208 @@
+"""The plugin's entry point: inert without a configuration, all or nothing with one.
+
+What needs SGLang's own loader runs in a process of its own: hooks, once applied, stay.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conserve_sgl import compat, plugin
+from conserve_sgl.config import CONFIG_ENV
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+GOOD = CHECKOUT / "configs" / "serve" / "default.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch):
+    for name in (CONFIG_ENV, compat.ALLOW_UNTESTED_ENV, "SGLANG_RUST_SERVER", "SGLANG_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def registered(monkeypatch) -> list[object]:
+    """What would have been registered, without importing SGLang."""
+    calls: list[object] = []
+    monkeypatch.setattr(plugin, "_register", calls.append)
+    return calls
+
+
+def refused() -> str:
+    """Why `register` ends this process."""
+    with pytest.raises(SystemExit) as left:
+        plugin.register()
+    # A string as its code: Python prints it to stderr and ends with 1.
+    assert isinstance(left.value.code, str)
+    assert left.value.code.startswith("conserve: refusing to start: ")
+    return left.value.code
+
+
+@pytest.mark.parametrize("value", [None, ""], ids=["not set", "empty"])
+def test_without_a_configuration_nothing_is_registered_and_nothing_checked(
+    registered, monkeypatch, value
+):
+    if value is not None:
+        monkeypatch.setenv(CONFIG_ENV, value)
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    monkeypatch.setattr(compat, "version", lambda _name: "0.0.1")
+    plugin.register()
+    assert registered == []
+
+
+def test_with_a_configuration_the_hooks_are_registered(registered, monkeypatch):
+    monkeypatch.setenv(CONFIG_ENV, str(GOOD))
+    plugin.register()
+    assert len(registered) == 1
+
+
+def test_a_bad_configuration_ends_the_process_with_file_line_and_key(
+    registered, monkeypatch, tmp_path
+):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("memory:\n  online_reserve: 25\n")
+    monkeypatch.setenv(CONFIG_ENV, str(bad))
+    assert f"{bad}:2: memory.online_reserve: expected" in refused()
+    assert registered == []
+
+
+def test_a_configuration_that_is_not_there_ends_the_process(registered, monkeypatch, tmp_path):
+    monkeypatch.setenv(CONFIG_ENV, str(tmp_path / "none.yaml"))
+    assert "none.yaml: cannot be read" in refused()
+    assert registered == []
+
+
+def test_an_untested_version_ends_the_process(registered, monkeypatch):
+    monkeypatch.setenv(CONFIG_ENV, str(GOOD))
+    monkeypatch.setattr(compat, "version", lambda _name: "0.5.99")
+    assert "SGLang 0.5.99 was not tested" in refused()
+    assert registered == []
+
+
+def test_an_untested_version_may_be_allowed(registered, monkeypatch):
+    monkeypatch.setenv(CONFIG_ENV, str(GOOD))
+    monkeypatch.setenv(compat.ALLOW_UNTESTED_ENV, "1")
+    monkeypatch.setattr(compat, "version", lambda _name: "0.5.99")
+    plugin.register()
+    assert len(registered) == 1
+
+
+def test_the_rust_server_ends_the_process(registered, monkeypatch):
+    monkeypatch.setenv(CONFIG_ENV, str(GOOD))
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    assert "SGLANG_RUST_SERVER" in refused()
+    assert registered == []
+
+
+# ------------------------------------------------- with SGLang's own loader
+
+
+def in_a_process(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `script` with SGLang's warnings off."""
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("SGLANG_", "CONSERVE_"))}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**plain, **environment},
+    )
+
+
+STOCK = """
+import sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.managers import scheduler
+ours = [m for m in sys.modules if m.startswith(("conserve_sgl.engine", "conserve_sgl.ingress"))]
+assert not ours, ours
+from conserve_sgl.plugin import HOOK_TARGETS
+assert not HookRegistry._patched & set(HOOK_TARGETS)
+assert scheduler.Scheduler.__module__ == "sglang.srt.managers.scheduler"
+"""
+
+HOOKED = """
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.managers import scheduler
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.plugins.hook_registry import HookRegistry
+from conserve_sgl.engine.scheduler import ConserveScheduler
+from conserve_sgl.plugin import HOOK_TARGETS, verify
+assert set(HOOK_TARGETS) <= HookRegistry._patched
+assert scheduler.Scheduler is ConserveScheduler
+for hooked in (TokenizerManager._init_req_state, TokenizerManager.init_ipc_channels):
+    assert hooked.__wrapped__
+try:
+    Engine._launch_subprocesses(server_args=None)
+except AttributeError:
+    print("flags were looked at")
+verify()
+"""
+
+TARGET_GONE = """
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+del TokenizerManager._init_req_state
+from sglang.srt.plugins import load_plugins
+load_plugins()
+print("still running")
+"""
+
+REPLACED_BY_ANOTHER = """
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from conserve_sgl import plugin
+class Other(Scheduler):
+    pass
+plugin.register()
+HookRegistry.register("sglang.srt.managers.scheduler.Scheduler", Other, HookType.REPLACE)
+HookRegistry.apply_hooks()
+print("still running")
+"""
+
+REFUSED_FLAG = """
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.server_args import ServerArgs
+Engine._launch_subprocesses(ServerArgs(model_path="dummy", pp_size=2), None, None, None)
+print("still running")
+"""
+
+
+@pytest.mark.engine
+def test_a_stock_server_stays_stock():
+    done = in_a_process(STOCK)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.engine
+def test_with_a_configuration_every_hook_takes():
+    done = in_a_process(HOOKED, CONSERVE_CONFIG=str(GOOD))
+    assert done.returncode == 0, done.stderr
+    assert "flags were looked at" in done.stdout
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        pytest.param(TARGET_GONE, "TokenizerManager._init_req_state", id="a target is gone"),
+        pytest.param(REPLACED_BY_ANOTHER, "scheduler.Scheduler", id="another plugin was later"),
+        pytest.param(REFUSED_FLAG, "--pp-size=2 does not go with conserve", id="a refused flag"),
+    ],
+)
+def test_a_server_that_would_run_half_hooked_does_not_start(script, said):
+    done = in_a_process(script, CONSERVE_CONFIG=str(GOOD))
+    assert done.returncode == 1
+    assert "still running" not in done.stdout
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("conserve: refusing to start: ")
+    assert said in last
