@@ -56,6 +56,13 @@ _REFUSED = (
     ),
     _Refusal("enable_dp_attention", "--enable-dp-attention", _unless(False), _RANKS),
     _Refusal("attn_dp_size", "--attn-dp-size", _unless(None, 1), _RANKS),
+    _Refusal(
+        "dp_size",
+        "--dp-size",
+        _unless(1),
+        "the arrival channel reaches one scheduler; run one server a replica behind a gateway",
+    ),
+    _Refusal("pp_size", "--pp-size", _unless(1), "pipeline stages run batches of their own"),
     _Refusal("enable_lora", "--enable-lora", _unless(None, False), _ADAPTERS),
     _Refusal("lora_paths", "--lora-paths", _unless(None), _ADAPTERS),
     _Refusal("enable_pdmux", "--enable-pdmux", _unless(False), _SLICES),
