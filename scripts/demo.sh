@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
+export PYTHONDONTWRITEBYTECODE=  # SGLang takes twice as long to import without its bytecode
 .venv/bin/python scripts/demo_model.py
 exec .venv/bin/python -m conserve_sgl.bench.demo \
     --model .cache/models/SmolLM2-135M-Instruct --config configs/bench/demo.yaml --out out/demo "$@"

@@ -5,10 +5,12 @@ What needs SGLang's own loader runs in a process of its own: hooks, once applied
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -102,30 +104,26 @@ def test_the_rust_server_ends_the_process(registered, monkeypatch):
 # ------------------------------------------------- with SGLang's own loader
 
 
-def in_a_process(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `script` with SGLang's warnings off."""
+class Ended(NamedTuple):
+    """How a process ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def in_a_process(script: str, *arguments: str, **environment: str) -> Ended:
+    """Run `script` in a fresh interpreter, SGLang's warnings off."""
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("SGLANG_", "CONSERVE_"))}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script],
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, *arguments],
         capture_output=True,
         text=True,
         check=False,
         env={**plain, **environment},
     )
+    return Ended(done.returncode, done.stdout, done.stderr)
 
-
-STOCK = """
-import sys
-from sglang.srt.plugins import load_plugins
-load_plugins()
-from sglang.srt.plugins.hook_registry import HookRegistry
-from sglang.srt.managers import scheduler
-ours = [m for m in sys.modules if m.startswith(("conserve_sgl.engine", "conserve_sgl.ingress"))]
-assert not ours, ours
-from conserve_sgl.plugin import HOOK_TARGETS
-assert not HookRegistry._patched & set(HOOK_TARGETS)
-assert scheduler.Scheduler.__module__ == "sglang.srt.managers.scheduler"
-"""
 
 HOOKED = """
 from sglang.srt.plugins import load_plugins
@@ -145,6 +143,19 @@ try:
 except AttributeError:
     print("flags were looked at")
 verify()
+"""
+
+STOCK = """
+import sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.managers import scheduler
+from conserve_sgl.plugin import HOOK_TARGETS
+assert not HookRegistry._patched & set(HOOK_TARGETS)
+assert scheduler.Scheduler.__module__ == "sglang.srt.managers.scheduler"
+ours = [m for m in sys.modules if m.startswith(("conserve_sgl.engine", "conserve_sgl.ingress"))]
+assert not ours, ours
 """
 
 TARGET_GONE = """
@@ -177,32 +188,81 @@ print("still running")
 """
 
 
-@pytest.mark.engine
-def test_a_stock_server_stays_stock():
-    done = in_a_process(STOCK)
-    assert done.returncode == 0, done.stderr
+# Importing SGLang takes most of a process's time, so the cases are forks of one that has done it.
+FORKS = """
+import json, os, sys, traceback
+import sglang.srt.entrypoints.http_server, sglang.srt.managers.scheduler
+folder, config, cases = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+for name, (script, configured) in cases.items():
+    if (child := os.fork()) == 0:
+        for number, stream in ((1, "stdout"), (2, "stderr")):
+            flags = os.O_CREAT | os.O_WRONLY
+            os.dup2(os.open(f"{folder}/{name}.{stream}", flags, 0o600), number)
+        if configured:
+            os.environ["CONSERVE_CONFIG"] = config
+        code = 0
+        try:
+            exec(script, {})
+        except SystemExit as e:
+            print(e.code, file=sys.stderr)
+            code = 1
+        except BaseException:
+            traceback.print_exc()
+            code = 2
+        sys.stdout.flush()
+        os._exit(code)
+    with open(f"{folder}/{name}.code", "w") as file:
+        file.write(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+"""
+CASES = {
+    "stock": (STOCK, False),
+    "target_gone": (TARGET_GONE, True),
+    "replaced": (REPLACED_BY_ANOTHER, True),
+    "refused_flag": (REFUSED_FLAG, True),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> dict[str, Ended]:
+    """How each case's process ended."""
+    folder = tmp_path_factory.mktemp("forks")
+    done = in_a_process(FORKS, str(folder), str(GOOD), json.dumps(CASES))
+    assert done.code == 0, done.stderr
+
+    def read(name: str, what: str) -> str:
+        return (folder / f"{name}.{what}").read_text()
+
+    return {
+        name: Ended(int(read(name, "code")), read(name, "stdout"), read(name, "stderr"))
+        for name in CASES
+    }
 
 
 @pytest.mark.engine
 def test_with_a_configuration_every_hook_takes():
     done = in_a_process(HOOKED, CONSERVE_CONFIG=str(GOOD))
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     assert "flags were looked at" in done.stdout
 
 
 @pytest.mark.engine
+def test_a_stock_server_stays_stock(ended):
+    assert ended["stock"].code == 0, ended["stock"].stderr
+
+
+@pytest.mark.engine
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("case", "said"),
     [
-        pytest.param(TARGET_GONE, "TokenizerManager._init_req_state", id="a target is gone"),
-        pytest.param(REPLACED_BY_ANOTHER, "scheduler.Scheduler", id="another plugin was later"),
-        pytest.param(REFUSED_FLAG, "--pp-size=2 does not go with conserve", id="a refused flag"),
+        pytest.param("target_gone", "TokenizerManager._init_req_state", id="a target is gone"),
+        pytest.param("replaced", "scheduler.Scheduler", id="another plugin was later"),
+        pytest.param("refused_flag", "--pp-size=2 does not go with conserve", id="a refused flag"),
     ],
 )
-def test_a_server_that_would_run_half_hooked_does_not_start(script, said):
-    done = in_a_process(script, CONSERVE_CONFIG=str(GOOD))
-    assert done.returncode == 1
-    assert "still running" not in done.stdout
-    last = done.stderr.strip().splitlines()[-1]
+def test_a_server_that_would_run_half_hooked_does_not_start(ended, case, said):
+    code, stdout, stderr = ended[case]
+    assert code == 1, stderr
+    assert "still running" not in stdout
+    last = stderr.strip().splitlines()[-1]
     assert last.startswith("conserve: refusing to start: ")
     assert said in last

@@ -121,8 +121,15 @@ def check_environment(environment: Mapping[str, str]) -> None:
     """Accept the environment variables that change SGLang's processes.
 
     Raises:
-        IncompatibleError: `SGLANG_RUST_SERVER` is on.
+        IncompatibleError: `SGLANG_RUST_SERVER` is on, or `SGLANG_PLATFORM` names a platform of
+            somebody else's.
     """
+    platform = environment.get("SGLANG_PLATFORM", "")
+    if platform not in ("", "conserve_cpu"):
+        raise IncompatibleError(
+            f"with SGLANG_PLATFORM={platform} SGLang passes over the plugins of other packages "
+            "that bring a platform, conserve's too; unset it"
+        )
     if environment.get("SGLANG_RUST_SERVER", "0").lower() in ("1", "true", "yes", "y"):
         raise IncompatibleError(
             "SGLANG_RUST_SERVER replaces the tokenizer process that conserve reads the service "

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from conserve_sgl import __version__, compat
 from conserve_sgl.config import CONFIG_ENV, ConserveConfig
-from conserve_sgl.errors import ConserveError
+from conserve_sgl.errors import ConserveError, HookError
 
 __all__ = ["Finding", "Level", "examine"]
 
@@ -55,7 +56,7 @@ def examine(console: Console, *, config: Path | None, flags: Sequence[str]) -> i
         findings += [*_hooks(config), *_flags(flags), *_machine()]
     table = Table("what", "", "detail", title=f"conserve {__version__}", title_justify="left")
     for finding in findings:
-        table.add_row(finding.what, finding.level.value, finding.detail)
+        table.add_row(escape(finding.what), finding.level.value, escape(finding.detail))
     console.print(table)
     bad = [finding.what for finding in findings if finding.level is Level.BAD]
     if bad:
@@ -133,13 +134,18 @@ def _hooks(config: Path | None) -> Iterator[Finding]:
     from sglang.srt.plugins import load_plugins
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    from conserve_sgl.plugin import HOOK_TARGETS
+    from conserve_sgl.plugin import HOOK_TARGETS, verify
 
     with _configured(config):
         try:
             load_plugins()
+            # A plugin that SGLang passed over has registered nothing, and says nothing.
+            verify()
         except SystemExit as e:
             yield Finding("hooks", Level.BAD, str(e.code))
+            return
+        except HookError as e:
+            yield Finding("hooks", Level.BAD, str(e))
             return
     for target in HOOK_TARGETS:
         others = {

@@ -26,6 +26,7 @@ SIGNATURES_BY_MODULE = {
     "sglang.srt.managers.scheduler": {
         "Scheduler.init_ipc_channels": "(self, port_args)",
         "Scheduler.init_running_status": "(self)",
+        "Scheduler.init_chunked_prefill": "(self)",
         "Scheduler.init_schedule_policy": "(self)",
         "Scheduler.init_invariant_checker": "(self)",
         "Scheduler.ingest_requests": "(self, stop_at_pause=False)",

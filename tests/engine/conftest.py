@@ -13,7 +13,6 @@ import httpx
 import pytest
 
 from conserve_sgl.bench.server import ServerProcess, free_port
-from support.tiny_models import make_tiny_model
 
 READY_S = 180
 TINY_FLAGS = (
@@ -68,6 +67,8 @@ StartServer = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from support.tiny_models import make_tiny_model  # imports transformers, for the engine tier
+
     return make_tiny_model(tmp_path_factory.mktemp("tiny-llama"), arch="llama")
 
 

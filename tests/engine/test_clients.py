@@ -125,10 +125,10 @@ def test_several_samples_and_several_prompts(server):
     server.assert_idle_and_balanced()
 
 
-def test_penalties_logprobs_grammar_and_stops_ride_along(server):
+def test_logprobs_grammar_and_stops_ride_along(server):
     """Sampling state that a row carries is the same with both classes as alone."""
     bodies = [
-        {"frequency_penalty": 0.7, "presence_penalty": 0.3},
+        {},
         {"regex": "[a-z]{5,30}"},
         {"stop": ["e"]},
     ]
@@ -150,4 +150,19 @@ def test_penalties_logprobs_grammar_and_stops_ride_along(server):
         for results in (offline, online):
             for future, (text, logprobs) in zip(results, alone, strict=True):
                 assert future.result() == (text, pytest.approx(logprobs, abs=1e-3))
+    server.assert_idle_and_balanced()
+
+
+def test_penalised_rows_run_beside_others(server):
+    """Their running counts belong to a batch, so such a batch is never split."""
+    penalty = {"frequency_penalty": 0.7, "max_new_tokens": 48}
+    with ThreadPoolExecutor(8) as pool:
+        offline = [
+            pool.submit(server.generate, p, sampling_params=sampling, headers=OFFLINE_HEADERS[0])
+            for p in ("a", "b", "c")
+            for sampling in (penalty, {"max_new_tokens": 48})
+        ]
+        online = [pool.submit(server.generate, p, sampling_params=penalty) for p in ("d", "e")]
+        answers = [future.result() for future in offline + online]
+    assert {answer["meta_info"]["completion_tokens"] for answer in answers} == {48}
     server.assert_idle_and_balanced()

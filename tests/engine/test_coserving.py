@@ -200,7 +200,9 @@ def test_kv_shortage_preempts_offline_rows_and_changes_no_token(server):
         offline = pool.submit(
             server.generate_all, prompts, sampling_params=sampling, headers=OFFLINE
         )
-        _online_stream(server, offline.done)
+        while not offline.done():
+            server.generate(SHORT_PROMPTS[0])
+            time.sleep(1)  # while online is away, all six rows decode and grow
         assert offline.result() == alone
     assert server.state()["offline_preempted"] > before
     server.assert_idle_and_balanced()
@@ -211,4 +213,4 @@ def test_arrivals_reach_the_scheduler_before_their_requests(server):
     server.generate_all(SHORT_PROMPTS)
     state = server.state()
     assert state["arrivals_received"] == before + len(SHORT_PROMPTS)
-    assert all(latency >= 0 for latency in state["arrival_latencies_ms"])
+    assert 0 < state["arrival_ms"]["p50"] <= state["arrival_ms"]["p99"]

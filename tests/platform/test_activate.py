@@ -21,8 +21,8 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SGLANG_PLATFORM", "CONSERVE_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     # Set, then removed: monkeypatch restores what was there, whatever activate() writes.
-    monkeypatch.setenv("OMP_WAIT_POLICY", "")
-    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_choice(
     if config is not None:
         monkeypatch.setenv("CONSERVE_CONFIG", config)
     assert activate() == answer
-    assert ("OMP_WAIT_POLICY" in os.environ) == (answer is not None)
+    assert ("GOMP_SPINCOUNT" in os.environ) == (answer is not None)
 
 
 def test_named_beside_an_accelerator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,12 +63,12 @@ def test_named_beside_an_accelerator_is_refused(monkeypatch: pytest.MonkeyPatch)
         activate()
 
 
-def test_a_wait_policy_that_was_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spin_count_that_was_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     _machine(monkeypatch, None)
     monkeypatch.setenv("SGLANG_PLATFORM", platform.NAME)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     activate()
-    assert os.environ["OMP_WAIT_POLICY"] == "active"
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 
 def test_the_package_imports_neither_torch_nor_sglang() -> None:

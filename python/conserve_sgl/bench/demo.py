@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -75,6 +76,7 @@ class Demo:
             grace_s=config.offline.stop_s,
         )
         self.arrivals = config.online.arrivals.draw(config.online.duration_s, config.seed)
+        self.engine_state: dict[str, Any] | None = None
 
     def run(self) -> tuple[Phase, Phase]:
         """Measure both phases.
@@ -88,6 +90,7 @@ class Demo:
             self._warm_up()
             alone = self._phase(ALONE, self._stream(1, ALONE))
             beside = self._stream_beside_job()
+            self.engine_state = read_engine_state(self.server.base_url)
         return alone, beside
 
     def _filled(self, command: Sequence[str]) -> list[str]:
@@ -163,12 +166,34 @@ class Demo:
         )
 
 
+def read_engine_state(base_url: str) -> dict[str, Any] | None:
+    """What conserve's scheduler counted since it started; None from a server without conserve."""
+    try:
+        with urllib.request.urlopen(f"{base_url}/server_info", timeout=10) as response:
+            return msgspec.json.decode(response.read())["internal_states"][0]["conserve"]
+    except (OSError, KeyError):
+        return None
+
+
+def arrival_line(state: dict[str, Any] | None) -> str:
+    """How long an online arrival took from the tokenizer process to the scheduler."""
+    if state is None:
+        return ""
+    arrivals, latency = state["arrivals_received"], state["arrival_ms"]
+    return (
+        f"Arrival to scheduler, the step that runs included: P50 {latency['p50']:.1f} ms, "
+        f"P99 {latency['p99']:.1f} ms over {arrivals} arrivals.\n"
+    )
+
+
 def write_results(demo: Demo, phases: Sequence[Phase], on: Environment) -> None:
     """Write table.md, demo.png and demo.json into the output folder."""
     slo, model = demo.config.slo, Path(demo.values["model"]).name
     caption = f"{model} on {on.hardware}; SGLang {on.versions.get('sglang', '-')}"
     caption += f"; seed {demo.config.seed}; TTFT {slo.ttft_ms:g} ms, TPOT {slo.tpot_ms:g} ms"
-    (demo.out / "table.md").write_text(f"{markdown_table(phases, slo)}\n{caption}\n", "utf-8")
+    (demo.out / "table.md").write_text(
+        f"{markdown_table(phases, slo)}\n{caption}\n{arrival_line(demo.engine_state)}", "utf-8"
+    )
     plot_phases(phases, slo, demo.out / "demo.png", caption=caption)
     report = msgspec.json.encode(_report(demo, phases, on))
     (demo.out / "demo.json").write_bytes(msgspec.json.format(report, indent=1))
@@ -182,6 +207,7 @@ def _report(demo: Demo, phases: Sequence[Phase], on: Environment) -> dict[str, A
         "environment": on,
         "config": demo.config,
         "summaries": {phase.name: _summary(phase, demo.config) for phase in phases},
+        "engine_state": demo.engine_state,
         "phases": phases,
     }
 
@@ -214,6 +240,7 @@ def main(
         console.print(f"demo: {e}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     Console().print(rich_table(phases, demo.config.slo))
+    console.print(arrival_line(demo.engine_state), end="")
     console.print(f"Written: {out}/table.md, {out}/demo.png, {out}/demo.json")
 
 

@@ -23,6 +23,8 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+import numpy as np
+
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.engine.adder import OfflinePurse, make_adder_class
 from conserve_sgl.engine.host import (
@@ -120,6 +122,11 @@ class ConserveScheduler(Scheduler):
             rows_beside_online=min(config.budget.rows_beside_online, rows),
             kv_reserve=config.memory.online_reserve,
         )
+
+    def init_chunked_prefill(self) -> None:
+        super().init_chunked_prefill()
+        if self.chunked_prefill_size is None:
+            raise IncompatibleError("conserve needs chunked prefill, and SGLang turned it off here")
 
     def init_schedule_policy(self) -> None:
         super().init_schedule_policy()
@@ -353,11 +360,12 @@ class ConserveScheduler(Scheduler):
 
     def _state(self) -> dict[str, Any]:
         """What `/server_info` shows under `internal_states[i].conserve`."""
-        latencies = [] if self._inbox is None else self._inbox.latencies_ms()
+        latencies_ms = [] if self._inbox is None else self._inbox.latencies_ms()
+        p50, p99 = np.percentile(latencies_ms or [0.0], (50, 99)).tolist()
         return {
             "offline_waiting": len(self._offline_queue),
             "offline_parked": len(self._parked),
             "arrivals_received": 0 if self._inbox is None else self._inbox.received,
-            "arrival_latencies_ms": latencies,
+            "arrival_ms": {"p50": p50, "p99": p99},
             **self._counts,
         }

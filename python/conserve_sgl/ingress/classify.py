@@ -55,10 +55,17 @@ def class_from_headers(headers: Iterable[tuple[bytes, bytes]]) -> ServiceClass |
     asked = None
     for name, value in headers:
         if name == _CLASS_HEADER:
-            return ServiceClass(value.decode("latin-1").strip().lower())
+            return _class_named(value.decode("latin-1").strip().lower())
         if name == _GATEWAY_HEADER and value.strip().lower() == b"bulk":
             asked = ServiceClass.OFFLINE
     return asked
+
+
+def _class_named(name: str) -> ServiceClass:
+    try:
+        return ServiceClass(name)
+    except ValueError:
+        raise ValueError(f"must be online or offline, not {name!r}") from None
 
 
 def class_from_body(body: bytes) -> ServiceClass | None:

@@ -64,9 +64,12 @@ class ServiceClassMiddleware:
         if prefixed:
             raw_path, _ = split_prefix(scope.get("raw_path", b"").decode("latin-1"))
             scope = {**scope, "path": path, "raw_path": raw_path.encode("latin-1")}
-        if path in _GENERATING and asked is None and scope["method"] == "POST":
+        if path in _GENERATING and asked is None and scope["method"] in ("POST", "PUT"):
             body, receive = await _read_body(receive)
             asked = class_from_body(body)
+            if path == "/v1/responses" and asked is None and b'"priority"' not in body:
+                # SGLang lowers the priority of each turn after a tool call: not a class.
+                asked = ServiceClass.ONLINE
         await self._run(scope, receive, send, asked, bounded=path in _GENERATING)
 
     async def _run(

@@ -15,10 +15,13 @@ import os
 
 from conserve_sgl.errors import IncompatibleError
 
-__all__ = ["NAME", "activate"]
+__all__ = ["NAME", "SPIN_COUNT", "activate"]
 
 NAME = "conserve_cpu"
 """The platform's entry point, and the name of its attention backend."""
+
+SPIN_COUNT = "20000"
+"""Default of `GOMP_SPINCOUNT`: how often an idle OpenMP thread looks before it sleeps."""
 
 _PLATFORM_CLASS = "conserve_sgl.platform.cpu:CpuPlatform"
 
@@ -28,7 +31,7 @@ def activate() -> str | None:
 
     Chosen by `SGLANG_PLATFORM=conserve_cpu`, or, unless another platform is named there, by
     `CONSERVE_CONFIG` on a machine where torch sees no accelerator. A stock server is never touched.
-    When chosen, sets `OMP_WAIT_POLICY=passive` unless it is set: the scheduler's process, which is
+    When chosen, sets `GOMP_SPINCOUNT` unless it is set: the scheduler's process, which is
     spawned later, inherits it.
 
     Raises:
@@ -37,8 +40,9 @@ def activate() -> str | None:
     if not _chosen():
         return None
     # An OpenMP thread that spins at a barrier takes its core from the tokenizer, the detokenizer
-    # and the client; on a busy machine each parallel region then costs a scheduler quantum.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # and the client; one that sleeps at once pays a wake-up in every operator. Tens of
+    # microseconds bridge the gap between two operators (docs/cpu-platform.md has the figures).
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     return _PLATFORM_CLASS
 
 

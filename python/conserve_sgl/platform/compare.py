@@ -23,6 +23,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from conserve_sgl.platform import SPIN_COUNT
+
 __all__ = ["main"]
 
 # SmolLM2-135M's attention.
@@ -81,8 +83,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _set_environment() -> None:
-    # The OpenMP runtime reads its policy when it is loaded, so torch must not be there yet.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # The OpenMP runtime reads it when it is loaded, so torch must not be there yet.
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     os.environ["SGLANG_PLATFORM"] = "conserve_cpu"
 
 
@@ -94,7 +96,7 @@ def _print_machine() -> None:
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
     print(f"- {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads")
     print(f"- torch {torch.__version__}, sglang {version('sglang')}, {platform.python_version()}")
-    print(f"- OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}, load average {load} at the start\n")
+    print(f"- GOMP_SPINCOUNT={os.environ['GOMP_SPINCOUNT']}, load average {load} at the start\n")
 
 
 def _processor() -> str:
