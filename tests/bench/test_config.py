@@ -49,3 +49,12 @@ def test_a_wrong_key_or_value_is_named(
 
 def test_fill_replaces_names_and_leaves_other_braces() -> None:
     assert fill('{"a": "{port}"}', {"port": "80"}) == '{"a": "80"}'
+
+
+def test_the_stock_demo_differs_in_its_server_alone(demo_yaml: Path) -> None:
+    ours = load_yaml(demo_yaml, DemoConfig)
+    stock = load_yaml(demo_yaml.with_name("demo-stock-priority.yaml"), DemoConfig)
+    assert (stock.seed, stock.slo, stock.online) == (ours.seed, ours.slo, ours.online)
+    assert stock.offline == ours.offline
+    assert "--enable-priority-scheduling" in stock.server.command
+    assert "conserve_sgl.cli" not in stock.server.command

@@ -63,7 +63,7 @@ def test_the_python_example_runs(readme, start_server, tiny_llama):
     (example,) = _blocks(readme, "python")
     with start_server(tiny_llama, config="") as server:
         code = example.replace("http://127.0.0.1:30000", server.base_url)
-        code = code.replace('"messages"', '"max_tokens": 4, "messages"')
+        code = code.replace('"messages"', '"max_tokens": 4, "temperature": 0, "messages"')
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert server.offline_accepted() == 1
