@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets everything up and runs the tests; arguments go to pytest.
-#   scripts/test.sh                             everything, about 15 minutes on 2 cores
-#   scripts/test.sh -m "not engine" -n auto     the fast tier, under a minute on 2 cores
+#   scripts/test.sh                                             everything, about 15 minutes on 2 cores
+#   scripts/test.sh -m "not engine" -n auto --dist worksteal   the fast tier, a minute
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
@@ -9,5 +9,5 @@ export PYTHONDONTWRITEBYTECODE=  # SGLang takes twice as long to import without 
 .venv/bin/python scripts/demo_model.py
 .venv/bin/python scripts/demo_model.py --dtype float32
 [ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
-.venv/bin/python -m pytest -m "not engine" -n auto --dist loadfile
+.venv/bin/python -m pytest -m "not engine" -n auto --dist worksteal
 .venv/bin/python -m pytest -m engine  # one engine at a time

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from conserve_sgl import __version__, compat
 from conserve_sgl.config import CONFIG_ENV, ConserveConfig
@@ -54,7 +54,8 @@ def examine(console: Console, *, config: Path | None, flags: Sequence[str]) -> i
     findings = [*_packages(), *_environment(), *_configuration(config)]
     if not _any_bad(findings):
         findings += [*_hooks(config), *_flags(flags), *_machine()]
-    table = Table("what", "", "detail", title=f"conserve {__version__}", title_justify="left")
+    detail = Column("detail", overflow="fold")
+    table = Table("what", "", detail, title=f"conserve {__version__}", title_justify="left")
     for finding in findings:
         table.add_row(escape(finding.what), finding.level.value, escape(finding.detail))
     console.print(table)
