@@ -287,10 +287,9 @@ class ConserveScheduler(Scheduler):
         self._counts["offline_rows_parked"] += parked
 
     def _free_kv_for(self, batch: ScheduleBatch) -> None:
-        """Preempt offline rows, parked ones first, until the batch's next tokens have room."""
-        while not batch.check_decode_mem() and len(self._parked):
-            newest = self._parked.reqs[-1]
-            self._preempt(self._parked.remove(lambda req, newest=newest: req is newest))
+        """Preempt offline requests, put aside ones first, until the next tokens have room."""
+        while not batch.check_decode_mem() and (aside := self._parked_reqs()):
+            self._preempt(self._take_aside(lambda req, newest=aside[-1]: req is newest))
         while not batch.check_decode_mem():
             offline = [req for req in batch.reqs if self.is_offline(req)]
             if not offline or len(batch.reqs) == 1:
