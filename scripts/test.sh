@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
-export PYTHONDONTWRITEBYTECODE=  # SGLang takes twice as long to import without its bytecode
+export PYTHONDONTWRITEBYTECODE=  # without bytecode a server takes twice as long to start
 .venv/bin/python scripts/demo_model.py
 .venv/bin/python scripts/demo_model.py --dtype float32
 [ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"

@@ -100,11 +100,7 @@ class ConserveScheduler(Scheduler):
                 "models with sliding-window or state-space layers are not supported by conserve"
             )
         config = ConserveConfig.from_environment() or ConserveConfig()
-        schedule = get_schedule()
-        self._rule = PriorityRule(
-            default=schedule.default_priority_value or 0,
-            low_values_first=schedule.schedule_low_priority_values_first,
-        )
+        self._rule = PriorityRule.of(get_schedule())
         self._offline_queue: OfflineQueue[Req] = OfflineQueue(config.offline.queue_requests)
         self._parked = ParkedRows()
         self._parked_chunk: Req | None = None

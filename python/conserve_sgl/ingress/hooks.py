@@ -29,11 +29,7 @@ class Ingress:
 
     def after_init_ipc_channels(self, _result: None, manager: Any, port_args: Any) -> None:
         """AFTER `TokenizerManager.init_ipc_channels`: bind the arrival channel."""
-        args = manager.server_args
-        self._rule = PriorityRule(
-            default=args.default_priority_value or 0,
-            low_values_first=args.schedule_low_priority_values_first,
-        )
+        self._rule = PriorityRule.of(manager.server_args)
         self._sender = ArrivalSender(arrival_endpoint(port_args.instance_id))
 
     def before_run_http_server(self, app: Any) -> None:

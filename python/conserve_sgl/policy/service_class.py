@@ -9,6 +9,7 @@ that metrics labelled by priority have two values and not as many as there are c
 from __future__ import annotations
 
 from enum import Enum
+from typing import Any
 
 import msgspec
 
@@ -32,6 +33,18 @@ class PriorityRule(msgspec.Struct, frozen=True):
 
     default: int = 0
     low_values_first: bool = False
+
+    @classmethod
+    def of(cls, settings: Any) -> PriorityRule:
+        """The rule of a server, from its `default_priority_value` and
+        `schedule_low_priority_values_first`: SGLang's ServerArgs, or its schedule settings.
+
+        Both processes read it here, since what one stamps the other must read the same way.
+        """
+        return cls(
+            default=settings.default_priority_value or 0,
+            low_values_first=settings.schedule_low_priority_values_first,
+        )
 
     @property
     def offline_priority(self) -> int:
