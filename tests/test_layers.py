@@ -165,8 +165,10 @@ def test_light_modules_import_neither_torch_nor_sglang():
 
 def test_policy_imports_nothing_but_itself_and_plain_python():
     allowed = {"conserve_sgl", "msgspec", *sys.stdlib_module_names}
-    used = {name.split(".")[0] for f in (PACKAGE / "policy").glob("*.py") for name in imported(f)}
-    assert used <= allowed
+    fits = {"latency.py": {"numpy", "scipy"}}
+    for file in (PACKAGE / "policy").glob("*.py"):
+        used = {name.split(".")[0] for name in imported(file)}
+        assert used <= allowed | fits.get(file.name, set()), file.name
 
 
 @pytest.mark.parametrize("module", ["time", "datetime", "asyncio", "threading", "zmq"])
