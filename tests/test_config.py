@@ -36,8 +36,8 @@ def test_an_empty_file_is_all_defaults(load):
 
 
 def test_a_key_that_is_given_leaves_the_others_at_their_defaults(load):
-    config = load("budget:\n  step_tokens: 99\n")
-    assert config.budget == msgspec.structs.replace(DEFAULTS.budget, step_tokens=99)
+    config = load("slo:\n  ttft: 99ms\n")
+    assert config.slo == msgspec.structs.replace(DEFAULTS.slo, ttft="99ms")
     assert (config.offline, config.memory) == (DEFAULTS.offline, DEFAULTS.memory)
 
 
@@ -45,8 +45,9 @@ def test_a_key_that_is_given_leaves_the_others_at_their_defaults(load):
     "text",
     [
         pytest.param("offline: {queue_requests: 1, retry_after_s: 1}", id="the smallest queue"),
-        pytest.param("budget: {step_tokens: 1, resident_rows: 1}", id="the smallest budget"),
-        pytest.param("budget: {rows_beside_online: 0}", id="no rows beside online"),
+        pytest.param("slo: {ttft: 1x, tpot: 1x}", id="no slack at all"),
+        pytest.param("slo: {ttft: 0.5ms, tpot: 12.25ms}", id="parts of milliseconds"),
+        pytest.param("slo: {yield_ms: 0.1}", id="a short yield bound"),
         pytest.param("memory: {online_reserve: 0.0}", id="no reserve"),
         pytest.param("memory: {online_reserve: 1.0}", id="all of the pool"),
         pytest.param("memory: {online_reserve: 1}", id="a whole number for a share"),
@@ -63,11 +64,16 @@ def test_the_edges_of_the_ranges_are_in(load, text):
     [
         pytest.param("offline: {queue_requests: 0}", "offline.queue_requests", ">= 1", id="queue"),
         pytest.param("offline: {retry_after_s: 0}", "offline.retry_after_s", ">= 1", id="wait"),
-        pytest.param("budget: {step_tokens: 0}", "budget.step_tokens", ">= 1", id="tokens"),
-        pytest.param("budget: {resident_rows: 0}", "budget.resident_rows", ">= 1", id="rows"),
+        pytest.param("slo: {ttft: 0ms}", "slo", "above 0", id="no time"),
+        pytest.param("slo: {tpot: 0.9x}", "slo", "1x or more", id="less than online alone"),
+        pytest.param("slo: {tpot: 200}", "slo.tpot", "str", id="no unit"),
         pytest.param(
-            "budget: {rows_beside_online: -1}", "budget.rows_beside_online", ">= 0", id="beside"
+            "slo: {tpot: 2s}",
+            "slo",
+            "tpot: '2s' is not an objective such as 200ms or 1.25x",
+            id="another unit",
         ),
+        pytest.param("slo: {yield_ms: 0}", "slo.yield_ms", "> 0", id="no yield bound"),
         pytest.param(
             "memory: {online_reserve: -0.01}", "memory.online_reserve", ">= 0", id="below nothing"
         ),
@@ -80,7 +86,7 @@ def test_the_edges_of_the_ranges_are_in(load, text):
         ),
         pytest.param("memory: {online_reserve: .inf}", "memory.online_reserve", "<= 1", id="inf"),
         pytest.param("offline: {queue: 1}", "offline.queue", "unknown key", id="unknown key"),
-        pytest.param("slo: {ttft_ms: 1}", "slo", "unknown key", id="unknown section"),
+        pytest.param("budget: {tokens: 1}", "budget", "unknown key", id="unknown section"),
         pytest.param("offline:", "offline", "got `null`", id="a section without keys"),
     ],
 )

@@ -59,15 +59,23 @@ def test_the_page_has_a_section_for_every_section_and_no_other():
 def test_a_row_says_default_range_meaning_and_occasion(key, cells):
     default, unit_and_range, meaning, occasion = cells
     assert default == str(KEYS[key])
-    assert re.search(r"at least \d|\d to \d", unit_and_range)
+    assert re.search(r"at least \d|above \d|\d to \d", unit_and_range)
     assert len(meaning.split()) > 3
     assert len(occasion.split()) > 3
 
 
+def bounds(type_) -> tuple:
+    (meta,) = type_.__metadata__
+    return meta.gt, meta.ge, meta.le
+
+
 RANGES = {
-    "at least 0": lambda meta: (meta.ge, meta.le) == (0, None),
-    "at least 1": lambda meta: (meta.ge, meta.le) == (1, None),
-    "0 to 1": lambda meta: (meta.ge, meta.le) == (0, 1),
+    "at least 0": lambda type_: bounds(type_) == (None, 0, None),
+    "at least 1": lambda type_: bounds(type_) == (None, 1, None),
+    "above 0": lambda type_: bounds(type_) == (0, None, None),
+    "0 to 1": lambda type_: bounds(type_) == (None, 0, 1),
+    # Parsed by the section itself; tests/test_config.py has its edges.
+    "`ms` above 0 or `x` of at least 1": lambda type_: type_ is str,
 }
 
 
@@ -77,7 +85,7 @@ def test_a_row_gives_the_range_that_is_checked(key, cells):
     struct = type(getattr(ConserveConfig(), section))
     (field,) = (f for f in msgspec.structs.fields(struct) if f.name == name)
     _unit, given = cells[1].split(", ", 1)
-    assert RANGES[given](field.type.__metadata__[0])
+    assert RANGES[given](field.type)
 
 
 @pytest.mark.parametrize("variable", [CONFIG_ENV, compat.ALLOW_UNTESTED_ENV])

@@ -6,20 +6,23 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 
+from conserve_sgl.policy.slo import Factor, Seconds, Slo
 from conserve_sgl.strict_yaml import load_yaml
 
-__all__ = ["CONFIG_ENV", "BudgetConfig", "ConserveConfig", "MemoryConfig", "OfflineConfig"]
+__all__ = ["CONFIG_ENV", "ConserveConfig", "MemoryConfig", "OfflineConfig", "SloConfig"]
 
 CONFIG_ENV = "CONSERVE_CONFIG"
 """Environment variable with the path of the YAML file; without it the plugin does nothing."""
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
+Milliseconds = Annotated[float, msgspec.Meta(gt=0)]
 Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 
 
@@ -40,26 +43,46 @@ class OfflineConfig(_Section):
     retry_after_s: Count = 5
 
 
-class BudgetConfig(_Section):
-    """How much offline work a step may carry.
+class SloConfig(_Section):
+    """What online requests are promised. An objective is a time, `200ms`, or a factor, `1.25x`, of
+    what the engine needs without offline work.
 
     Args:
-        step_tokens: prompt and decode tokens of a step; offline prompts get what online leaves.
-        resident_rows: offline requests in the engine at a time.
-        rows_beside_online: offline requests that decode while an online request is present; the
-            others sit out and keep their KV.
+        ttft: from a request's arrival to its first token.
+        tpot: for every token after the first, on average over the request.
+        yield_ms: how long an arrival may have to wait for offline work that cannot be
+            interrupted.
     """
 
-    step_tokens: Count = 512
-    resident_rows: Count = 64
-    rows_beside_online: Natural = 16
+    ttft: str = "1.25x"
+    tpot: str = "1.25x"
+    yield_ms: Milliseconds = 5.0
+
+    def __post_init__(self) -> None:
+        self.objectives()  # raises ValueError
+
+    def objectives(self) -> Slo:
+        """The two objectives as the policy takes them."""
+        return Slo(ttft=_objective("ttft", self.ttft), tpot=_objective("tpot", self.tpot))
+
+
+_OBJECTIVE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)(?P<unit>ms|x)")
+
+
+def _objective(key: str, text: str) -> Seconds | Factor:
+    found = _OBJECTIVE.fullmatch(text)
+    if found is None:
+        raise ValueError(f"{key}: {text!r} is not an objective such as 200ms or 1.25x")
+    number = float(found["number"])
+    return Seconds(number / 1000) if found["unit"] == "ms" else Factor(number)
 
 
 class MemoryConfig(_Section):
     """How the KV pool is shared.
 
     Args:
-        online_reserve: share of the KV pool that admitting offline work leaves free.
+        online_reserve: share of the KV pool that admitting offline work leaves free at most; how
+            much it is at a time follows the recent online demand.
     """
 
     online_reserve: Share = 0.25
@@ -68,8 +91,8 @@ class MemoryConfig(_Section):
 class ConserveConfig(_Section):
     """The whole of it."""
 
+    slo: SloConfig = SloConfig()
     offline: OfflineConfig = OfflineConfig()
-    budget: BudgetConfig = BudgetConfig()
     memory: MemoryConfig = MemoryConfig()
 
     @classmethod

@@ -66,6 +66,7 @@ def _register(config: ConserveConfig) -> None:
     for hook in _hooks(config):
         HookRegistry.register(hook.target, hook.function, HookType[hook.kind])
 
+    _prefer_online_prefixes()
     apply_hooks = HookRegistry.apply_hooks
 
     @functools.wraps(apply_hooks)
@@ -93,6 +94,25 @@ def _hooks(config: ConserveConfig) -> list[_Hook]:
         _Hook(_INIT_IPC, ingress.after_init_ipc_channels, "AFTER"),
         _Hook(_INIT_STATE, ingress.before_init_req_state, "BEFORE"),
     ]
+
+
+def _prefer_online_prefixes() -> None:
+    """Let the radix cache evict offline KV first, where the operator chose no eviction policy.
+
+    SGLang's `priority` policy evicts low values first. Where low values are the urgent ones it
+    would evict online KV first, so there the cache stays as it is.
+    """
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+    @register_resolution_hook("handle_cache_compatibility")
+    def prefer_online(server_args: Any, previous: Callable[[Any], None]) -> None:
+        args = resolving_view(server_args)
+        default = args.radix_eviction_policy == "lru"
+        default &= not args._radix_eviction_policy_explicitly_set
+        if default and not args.schedule_low_priority_values_first:
+            declare_resolution(server_args, "conserve", radix_eviction_policy="priority")
+        previous(server_args)
 
 
 def _check_flags(*args: Any, **kwargs: Any) -> None:

@@ -12,11 +12,11 @@ import pytest
 
 pytestmark = pytest.mark.engine
 
-# Small caps, so that the few requests of a test meet every one of them; without a reserve, so that
-# the KV pool can run full.
+# No slack beside online rows and short steps without them, so that the few requests of a test meet
+# every bound; without a reserve, so that the KV pool can run full.
 CONFIG = """
+slo: {ttft: 1x, tpot: 1x, yield_ms: 1}
 offline: {queue_requests: 24, retry_after_s: 3}
-budget: {step_tokens: 48, resident_rows: 6, rows_beside_online: 2}
 memory: {online_reserve: 0.0}
 """
 OFFLINE = {"x-sgl-conserve-class": "offline"}

@@ -55,7 +55,7 @@ def test_the_configuration_shown_is_the_default(readme, tmp_path):
     path = tmp_path / "shown.yaml"
     path.write_text(shown)
     assert ConserveConfig.load(path) == ConserveConfig()
-    assert set(yaml.safe_load(shown)) == {"offline", "budget", "memory"}
+    assert set(yaml.safe_load(shown)) == {"slo", "offline", "memory"}
 
 
 @pytest.mark.engine

@@ -1,14 +1,16 @@
 """Admission of one prefill pass: SGLang's PrefillAdder, with a purse of its own for offline work.
 
-Online requests come first in the queue and are admitted as SGLang admits them. An offline request
-may then use what is left of the step, at most the plan's tokens, and never leaves the KV pool
-fuller than the plan's reserve.
+Online requests come first in the queue and are admitted as SGLang admits them, except that KV which
+offline requests hold counts as free (they give way when it is needed) and that the plan may cut
+the step's tokens. An offline request may then use what is left of the step, at most the plan's
+tokens, and never leaves the KV pool fuller than the plan's reserve.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 
 from conserve_sgl.engine.host import AddReqResult, PrefillAdder, Req
 
@@ -19,8 +21,12 @@ class OfflinePurse:
     """What offline requests may still use in this pass.
 
     Args:
-        tokens: prompt tokens to compute.
-        kv_reserve_tokens: KV tokens that an admission must leave available.
+        online_tokens: prompt tokens that the whole step may compute, online's included.
+        tokens: prompt tokens that offline requests may compute.
+        kv_reserve_tokens: KV tokens that an offline admission must leave available.
+        make_room: called with the KV tokens that the next online chunk needs at once; preempts
+            offline requests until they are there, or none is left: then it returns False.
+        reclaimable_tokens: KV tokens that offline requests hold and would give up.
         may_chunk: whether an offline prompt may be admitted in part. One at a time: SGLang tracks
             a single chunked request, and we put aside a single one.
         is_offline: tells an offline request.
@@ -29,13 +35,19 @@ class OfflinePurse:
     def __init__(
         self,
         *,
+        online_tokens: int,
         tokens: int,
         kv_reserve_tokens: int,
+        reclaimable_tokens: int,
+        make_room: Callable[[int], bool],
         may_chunk: bool,
         is_offline: Callable[[Req], bool],
     ) -> None:
+        self.online_tokens = online_tokens
         self.tokens = tokens
         self.kv_reserve_tokens = kv_reserve_tokens
+        self.reclaimable_tokens = reclaimable_tokens
+        self.make_room = make_room
         self.may_chunk = may_chunk
         self.is_offline = is_offline
 
@@ -44,46 +56,71 @@ def make_adder_class(purse: OfflinePurse) -> type[PrefillAdder]:
     """The adder class of one pass; SGLang constructs it with arguments of its own."""
 
     class ConserveAdder(PrefillAdder):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.rem_chunk_tokens = min(self.rem_chunk_tokens, purse.online_tokens)
+            # To online admissions, what offline requests hold or may still need is free.
+            self._offline_claim = purse.reclaimable_tokens + sum(
+                self._get_running_request_total_token_offset(req)
+                for req in self.running_batch.reqs
+                if purse.is_offline(req)
+            )
+            self.memory_budget.total_offset -= self._offline_claim
+
         def add_chunked_req(self, req: Req) -> Req | None:
             if not purse.is_offline(req):
+                self._make_room(len(req.full_untruncated_fill_ids) - req.prefix_len)
                 return super().add_chunked_req(req)
-            with self._purse_as_chunk_limit():
+            with self._purse_as_limit():
                 return super().add_chunked_req(req)
 
         def add_one_req(
             self, req: Req, has_chunked_req: bool, truncation_align_size: int | None
         ) -> AddReqResult:
+            new_tokens = len(req.full_untruncated_fill_ids) - req.prefix_len - req.host_hit_length
             if not purse.is_offline(req):
+                # The cached prefix counts too: admission locks it, and it is free no longer.
+                self._make_room(new_tokens, req.prefix_len + req.host_hit_length)
                 return super().add_one_req(req, has_chunked_req, truncation_align_size)
-            if not self._offline_fits(req):
+            if not self._offline_fits(new_tokens):
                 return AddReqResult.OTHER
-            with self._purse_as_chunk_limit():
+            with self._purse_as_limit():
                 verdict = super().add_one_req(req, has_chunked_req, truncation_align_size)
             # NO_TOKEN would shut admission to online requests too (`batch_is_full`).
             return AddReqResult.OTHER if verdict is AddReqResult.NO_TOKEN else verdict
 
-        def _offline_fits(self, req: Req) -> bool:
+        def _make_room(self, new_tokens: int, cached_tokens: int = 0) -> None:
+            if not self._offline_claim:
+                return
+            chunk = min(new_tokens, self.rem_chunk_tokens)
+            admitted = int(self.memory_budget.current_offset)
+            if purse.make_room(admitted + cached_tokens + self.ceil_paged_tokens(chunk + 1)):
+                return
+            # Offline has nothing left to give; from here on SGLang's own account decides.
+            self.memory_budget.total_offset += self._offline_claim
+            self._offline_claim = 0
+
+        def _offline_fits(self, new_tokens: int) -> bool:
             if purse.tokens <= 0:
                 return False
-            new_tokens = len(req.full_untruncated_fill_ids) - req.prefix_len - req.host_hit_length
             may_chunk = purse.may_chunk and self.new_chunked_req is None
-            if not may_chunk and self.ceil_paged_tokens(new_tokens) > self._chunk_limit():
-                return False
-            output_tokens = self._swa_new_tokens(req)  # SGLang's estimate, for any model
-            needed = new_tokens + req.host_hit_length + output_tokens + self.page_size
-            return self.rem_total_tokens - needed >= purse.kv_reserve_tokens
+            return may_chunk or self.ceil_paged_tokens(new_tokens) <= self._chunk_limit()
 
         def _chunk_limit(self) -> int:
             return min(self.rem_chunk_tokens, purse.tokens)
 
         @contextmanager
-        def _purse_as_chunk_limit(self):
-            """Within, SGLang sees a step of the purse's size; what it used is then charged."""
+        def _purse_as_limit(self):
+            """Within, SGLang sees a step of the purse's size, and a pool without the KV that is
+            offline's already or reserved to online. What it used is then charged."""
             outer, self.rem_chunk_tokens = self.rem_chunk_tokens, self._chunk_limit()
             before = self.rem_chunk_tokens
+            withheld = self._offline_claim + purse.kv_reserve_tokens
+            self.memory_budget.total_offset += withheld
             try:
                 yield
             finally:
+                self.memory_budget.total_offset -= withheld
                 used = before - self.rem_chunk_tokens
                 purse.tokens -= used
                 self.rem_chunk_tokens = outer - used

@@ -8,8 +8,9 @@ from sglang.srt.managers.schedule_batch import NextBatchPlan, Req, ScheduleBatch
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder, SchedulePolicy
 from sglang.srt.managers.scheduler import Scheduler, _make_abort_req
 from sglang.srt.managers.scheduler_components.invariant_checker import SchedulerInvariantChecker
-from sglang.srt.runtime_context import get_schedule
+from sglang.srt.runtime_context import get_parallel, get_schedule
 from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
+from sglang.srt.utils import broadcast_pyobj
 
 __all__ = [
     "AbortReq",
@@ -23,6 +24,8 @@ __all__ = [
     "Scheduler",
     "SchedulerInvariantChecker",
     "_make_abort_req",
+    "broadcast_pyobj",
+    "get_parallel",
     "get_schedule",
     "release_req",
 ]

@@ -26,13 +26,13 @@ class ArrivalInbox:
             back for ever.
     """
 
-    def __init__(self, endpoint: str, *, forget_after_s: float = 1.0) -> None:
+    def __init__(self, endpoint: str, *, forget_after_s: float = 0.25) -> None:
         self._socket = zmq.Context.instance().socket(zmq.PULL)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(endpoint)
         self._decoder = msgspec.msgpack.Decoder(Arrival)
         self._forget_after_ns = int(forget_after_s * 1e9)
-        self._announced: dict[str, int] = {}
+        self._announced: dict[str, tuple[int, int]] = {}  # rid: (sent, seen)
         # Requests that overtook their own announcement: two sockets keep no order between them.
         self._early: dict[str, None] = {}
         self._latencies_ns: deque[int] = deque(maxlen=_KEPT_LATENCIES)
@@ -52,24 +52,29 @@ class ArrivalInbox:
                 if rid in self._early:
                     del self._early[rid]
                 else:
-                    self._announced[rid] = now_ns
+                    self._announced[rid] = arrival.sent_ns, now_ns
         self._forget_overdue()
 
     def _forget_overdue(self) -> None:
         now_ns = time.monotonic_ns()
         while self._announced:
-            rid, seen_ns = next(iter(self._announced.items()))
+            rid, (_, seen_ns) = next(iter(self._announced.items()))
             if now_ns - seen_ns <= self._forget_after_ns:
                 break
             del self._announced[rid]
 
-    def reached(self, rid: str) -> None:
-        """The request itself is here: it no longer counts as arriving."""
-        if self._announced.pop(rid, None) is not None:
-            return
+    def reached(self, rid: str) -> float | None:
+        """The request itself is here: it no longer counts as arriving.
+
+        Returns:
+            When it was announced, in seconds of `time.monotonic`; None when it was not.
+        """
+        if (announced := self._announced.pop(rid, None)) is not None:
+            return announced[0] / 1e9
         self._early[rid] = None
         if len(self._early) > _KEPT_EARLY:
             del self._early[next(iter(self._early))]
+        return None
 
     def latencies_ms(self) -> list[float]:
         """Milliseconds from send to poll of the latest arrivals, oldest first."""

@@ -36,20 +36,33 @@ from conserve_sgl.engine.host import (
     SchedulePolicy,
     Scheduler,
     _make_abort_req,
+    broadcast_pyobj,
+    get_parallel,
     get_schedule,
     release_req,
 )
 from conserve_sgl.engine.inbox import ArrivalInbox
 from conserve_sgl.engine.invariants import with_parked_rows
+from conserve_sgl.engine.observe import (
+    OnlineClock,
+    RowCount,
+    rest_of_prompt,
+    running_rows,
+    waiting_prompts,
+)
 from conserve_sgl.engine.parking import ParkedRows
 from conserve_sgl.errors import IncompatibleError
 from conserve_sgl.ingress.arrival import arrival_endpoint
 from conserve_sgl.policy import (
-    FixedCap,
+    Coefficients,
+    LatencyModel,
     OfflineQueue,
+    OnlineReserve,
     Policy,
     PriorityRule,
+    Rows,
     ServiceClass,
+    SlackBudget,
     StepPlan,
     StepView,
 )
@@ -66,7 +79,11 @@ _COUNTS = (
     "offline_chunks_parked",
 )
 _NO_PLAN = StepPlan(
-    offline_prefill_tokens=0, offline_admissions=0, offline_decode_rows=0, kv_reserve_tokens=0
+    online_prefill_tokens=0,
+    offline_prefill_tokens=0,
+    offline_admissions=0,
+    offline_decode_rows=0,
+    kv_reserve_tokens=0,
 )
 
 
@@ -104,25 +121,33 @@ class ConserveScheduler(Scheduler):
         self._offline_queue: OfflineQueue[Req] = OfflineQueue(config.offline.queue_requests)
         self._parked = ParkedRows()
         self._parked_chunk: Req | None = None
+        self._slo = config.slo.objectives()
+        self._view = StepView(now_s=time.monotonic())
         self._plan = _NO_PLAN
+        self._prefill_beside = self.running_batch
         self._rows_decoded = True
         self._counts = Counter(dict.fromkeys(_COUNTS, 0))
+        self._free_at_s = 0.0
+        self._always_mixes = False
+        self._latency = LatencyModel.of_coefficients(
+            Coefficients(step=0.03, token=0.0012, row=0.003)
+        )
         self._step_policy = self._make_policy(config)
 
     def _make_policy(self, config: ConserveConfig) -> Policy:
-        # Rows are a hard limit in SGLang: an online request that finds none waits for one.
-        rows = min(config.budget.resident_rows, max(self.max_running_requests // 2, 1))
-        return FixedCap(
-            step_tokens=config.budget.step_tokens,
-            resident_rows=rows,
-            rows_beside_online=min(config.budget.rows_beside_online, rows),
-            kv_reserve=config.memory.online_reserve,
+        return SlackBudget(
+            self._latency,
+            slo=self._slo,
+            yield_s=config.slo.yield_ms / 1000,
+            reserve=OnlineReserve(at_most=config.memory.online_reserve),
+            smallest_chunk=max(self.page_size, 32),
         )
 
     def init_chunked_prefill(self) -> None:
         super().init_chunked_prefill()
         if self.chunked_prefill_size is None:
             raise IncompatibleError("conserve needs chunked prefill, and SGLang turned it off here")
+        self._always_mixes = self.is_mixed_chunk
 
     def init_schedule_policy(self) -> None:
         super().init_schedule_policy()
@@ -152,8 +177,7 @@ class ConserveScheduler(Scheduler):
 
     def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
         if not self.is_offline(req):
-            if self._inbox is not None:
-                self._inbox.reached(req.rid)
+            self._start_clock(req)
             super()._add_request_to_queue(req, is_retracted)
         elif is_retracted or req.retracted_stain:
             self._counts["offline_preempted"] += 1
@@ -163,6 +187,12 @@ class ConserveScheduler(Scheduler):
             req.time_stats.set_wait_queue_entry_time()
         else:
             self._refuse(req)
+
+    def _start_clock(self, req: Req) -> None:
+        """Once for each online request; one that was retracted keeps its clock."""
+        announced_s = None if self._inbox is None else self._inbox.reached(req.rid)
+        if not hasattr(req, "online_clock"):
+            req.online_clock = OnlineClock(announced_s or time.monotonic())
 
     def _refuse(self, req: Req) -> None:
         self._counts["offline_refused"] += 1
@@ -180,45 +210,56 @@ class ConserveScheduler(Scheduler):
         self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None
     ) -> NextBatchPlan:
         self._parked.drop_finished()
-        view = self._observe(running_batch, last_batch)
-        self._plan = self._step_policy.plan(view)
-        rows_to_spare = self._plan.offline_decode_rows - view.offline_decoding
+        self._view = view = self._observe(running_batch, last_batch)
+        self._plan = self._agreed(self._step_policy.plan(view))
+        rows_to_spare = self._plan.offline_decode_rows - view.offline_decoding.count
         running_batch = self._parked.come_back(running_batch, rows_to_spare)
         next_plan = super().get_next_batch_to_run(running_batch, last_batch)
         self._account(next_plan.batch_to_run)
         return next_plan
 
     def _observe(self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None) -> StepView:
-        decoding = running_batch.reqs
-        if last_batch is not None and last_batch.forward_mode.is_extend():
-            # SGLang merges a finished prefill into the running batch right after this.
-            decoding = decoding + [r for r in last_batch.reqs if r is not self.chunked_req]
-        live = [req for req in decoding if not req.finished()]
-        offline_decoding = sum(map(self.is_offline, live))
+        now_s = time.monotonic()
+        count = RowCount(self._slo, now_s, self.is_offline)
+        running_rows(
+            count, running_batch, last_batch, self.chunked_req, overlap=self.enable_overlap
+        )
         chunk_is_offline = self.chunked_req is not None and self.is_offline(self.chunked_req)
-        offline_chunk = chunk_is_offline or self._parked_chunk is not None
+        offline_chunk = self.chunked_req if chunk_is_offline else self._parked_chunk
+        online_chunk = None if chunk_is_offline else self.chunked_req
         return StepView(
-            now_s=time.monotonic(),
+            now_s=now_s,
+            free_at_s=self._free_at_s,
             online_arriving=self._arriving(),
-            online_waiting=len(self.waiting_queue),
-            online_waiting_tokens=sum(r.seqlen for r in self.waiting_queue),
-            online_prefilling=int(self.chunked_req is not None and not chunk_is_offline),
-            online_decoding=len(live) - offline_decoding,
+            online_prompts=waiting_prompts(self._slo, online_chunk, self.waiting_queue),
+            online_decoding=count.online,
+            online_due_s=count.online_due_s,
+            offline_due_s=count.offline_due_s,
             offline_waiting=len(self._offline_queue),
-            offline_prefilling=int(offline_chunk),
-            offline_decoding=offline_decoding,
-            offline_parked=len(self._parked),
+            offline_chunk=None if offline_chunk is None else rest_of_prompt(offline_chunk),
+            offline_decoding=count.offline,
+            offline_parked=Rows(len(self._parked), sum(r.seqlen for r in self._parked.reqs)),
             free_rows=self.req_to_token_pool.available_size(),
+            # Rows are a hard limit in SGLang: an online request that finds none waits for one.
+            max_rows=max(self.max_running_requests // 2, 1),
             free_kv_tokens=self.token_to_kv_pool_allocator.available_size()
             + self.tree_cache.evictable_size(),
             total_kv_tokens=self.max_total_num_tokens,
             chunk_tokens=self.chunked_prefill_size,
             rows_decoded=self._rows_decoded,
+            can_mix=not running_batch.return_logprob,
         )
 
     def _arriving(self) -> int:
-        # Only rank 0 hears arrivals, and ranks that plan differently hang.
-        return len(self._inbox) if self._inbox is not None and self.tp_size == 1 else 0
+        return 0 if self._inbox is None else len(self._inbox)
+
+    def _agreed(self, plan: StepPlan) -> StepPlan:
+        """Rank 0's plan: it alone hears arrivals, and no two clocks are the same."""
+        if self.tp_size == 1:
+            return plan
+        group = get_parallel().tp_group
+        (plan,) = broadcast_pyobj([plan], group.rank, group.cpu_group, src=group.ranks[0])
+        return plan
 
     def _account(self, batch: ScheduleBatch | None) -> None:
         mode = None if batch is None else batch.forward_mode
@@ -230,18 +271,29 @@ class ConserveScheduler(Scheduler):
         plan = self._plan
         return make_adder_class(
             OfflinePurse(
+                online_tokens=plan.online_prefill_tokens,
                 tokens=plan.offline_prefill_tokens,
                 kv_reserve_tokens=plan.kv_reserve_tokens,
+                reclaimable_tokens=self._reclaimable_tokens(),
+                make_room=lambda tokens: self._give_way(
+                    self._prefill_beside, lambda: self._kv_is_free(tokens)
+                ),
                 may_chunk=self.chunked_req is None and self._parked_chunk is None,
                 is_offline=self.is_offline,
             )
         )
 
     def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> NextBatchPlan:
+        plan = self._plan
         self._move_offline_chunk()
+        if plan.online_prefill_tokens == 0:
+            # The rows that decode go first; what waits is looked at again in the next step.
+            return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
+        self.is_mixed_chunk = plan.mix or self._always_mixes
         if self.is_mixed_chunk:
             self._sit_out_surplus(running_batch)
-        candidates = self._offline_queue.take(self._plan.offline_admissions)
+        self._prefill_beside = running_batch
+        candidates = self._offline_queue.take(plan.offline_admissions)
         self.waiting_queue.extend(candidates)
         try:
             return super().get_new_batch_prefill(running_batch)
@@ -259,7 +311,8 @@ class ConserveScheduler(Scheduler):
         other, so an offline one stays out of its sight while online prompts wait or while the
         plan grants it no tokens.
         """
-        granted = self._plan.offline_prefill_tokens > 0 and not self.waiting_queue
+        tokens = self._plan.offline_prefill_tokens
+        granted = tokens > 0 and not self.waiting_queue and self._kv_is_free(tokens)
         if self.chunked_req is not None and self.is_offline(self.chunked_req) and not granted:
             assert self._parked_chunk is None  # the adder chunks one offline prompt at a time
             self._parked_chunk, self.chunked_req = self.chunked_req, None
@@ -273,7 +326,8 @@ class ConserveScheduler(Scheduler):
         self._sit_out_surplus(batch)
         if batch.is_empty():
             return batch
-        self._free_kv_for(batch)
+        # The last row stays: SGLang itself decides about one that does not fit alone.
+        self._give_way(batch, lambda: len(batch.reqs) == 1 or batch.check_decode_mem())
         return super().update_running_batch(batch)
 
     def _sit_out_surplus(self, batch: ScheduleBatch) -> None:
@@ -282,16 +336,34 @@ class ConserveScheduler(Scheduler):
         parked = self._parked.sit_out(batch, surplus, self.is_offline)
         self._counts["offline_rows_parked"] += parked
 
-    def _free_kv_for(self, batch: ScheduleBatch) -> None:
-        """Preempt offline requests, put aside ones first, until the next tokens have room."""
-        while not batch.check_decode_mem() and (aside := self._parked_reqs()):
+    # -------------------------------------------------------------------- memory
+
+    def _reclaimable_tokens(self) -> int:
+        """KV tokens that offline requests hold and would give to an online one."""
+        if not self._view.online_prompts:
+            return 0
+        offline = (req for req in self.running_batch.reqs if self.is_offline(req))
+        return sum(r.seqlen - r.kv.cache_protected_len for r in [*offline, *self._parked_reqs()])
+
+    def _kv_is_free(self, tokens: int) -> bool:
+        free = self.token_to_kv_pool_allocator.available_size()
+        return free + self.tree_cache.evictable_size() >= tokens
+
+    def _give_way(self, batch: ScheduleBatch, enough: Callable[[], bool]) -> bool:
+        """Preempt offline requests, put aside ones first, until there is enough KV.
+
+        Returns:
+            Whether there is; if not, no offline request is left in `batch` or aside.
+        """
+        while not enough() and (aside := self._parked_reqs()):
             self._preempt(self._take_aside(lambda req, newest=aside[-1]: req is newest))
-        while not batch.check_decode_mem():
+        while not enough():
             offline = [req for req in batch.reqs if self.is_offline(req)]
-            if not offline or len(batch.reqs) == 1:
-                return
+            if not offline:
+                return False
             batch.filter_batch(reqs_to_exclude=[offline[-1]])
             self._preempt([offline[-1]])
+        return True
 
     def _preempt(self, reqs: list[Req]) -> None:
         """Release the rows and KV of `reqs`, which nobody else holds, and queue them again."""

@@ -1,16 +1,26 @@
-"""Decides: which work runs in a step. Pure Python, no torch, no sglang, no clock of its own."""
+"""Decides: which work runs in a step. No torch, no sglang, no clock of its own."""
 
-from conserve_sgl.policy.fixed_cap import FixedCap
+from conserve_sgl.policy.budget import SlackBudget
+from conserve_sgl.policy.latency import Coefficients, LatencyModel, StepWork
+from conserve_sgl.policy.memory import OnlineReserve
 from conserve_sgl.policy.offline_queue import OfflineQueue
 from conserve_sgl.policy.service_class import PriorityRule, ServiceClass
-from conserve_sgl.policy.step import Policy, StepPlan, StepView
+from conserve_sgl.policy.slo import Slo
+from conserve_sgl.policy.step import Policy, Prompt, Rows, StepPlan, StepView
 
 __all__ = [
-    "FixedCap",
+    "Coefficients",
+    "LatencyModel",
     "OfflineQueue",
+    "OnlineReserve",
     "Policy",
     "PriorityRule",
+    "Prompt",
+    "Rows",
     "ServiceClass",
+    "SlackBudget",
+    "Slo",
     "StepPlan",
     "StepView",
+    "StepWork",
 ]

@@ -6,11 +6,41 @@ and never touches the engine; replacing a policy replaces nothing else.
 
 from __future__ import annotations
 
+from math import inf
 from typing import Protocol
 
 import msgspec
 
-__all__ = ["Policy", "StepPlan", "StepView"]
+__all__ = ["Policy", "Prompt", "Rows", "StepPlan", "StepView"]
+
+
+class Prompt(msgspec.Struct, frozen=True, array_like=True):
+    """A prompt, or the rest of one, that is yet to be computed.
+
+    Args:
+        new_tokens: to compute; a cached prefix is not known before admission and counts as new.
+        resident_tokens: of it that are in the KV pool already.
+        deadline_s: when its first token is due, on the view's clock; infinite for offline work.
+    """
+
+    new_tokens: int
+    resident_tokens: int = 0
+    deadline_s: float = inf
+
+
+class Rows(msgspec.Struct, frozen=True, array_like=True):
+    """Some rows that decode, or could: how many, and the sum of their contexts in tokens."""
+
+    count: int = 0
+    context_tokens: int = 0
+
+    @property
+    def mean_context_tokens(self) -> int:
+        """Of a row; 0 without rows."""
+        return self.context_tokens // self.count if self.count else 0
+
+
+NO_ROWS = Rows()
 
 
 class StepView(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,73 +48,86 @@ class StepView(msgspec.Struct, frozen=True, kw_only=True):
 
     Args:
         now_s: a monotonic clock, in seconds.
+        free_at_s: when the device is expected to finish what it runs now; `now_s` when idle.
         online_arriving: announced by the arrival channel, still being tokenized.
-        online_waiting: in SGLang's waiting queue.
-        online_waiting_tokens: their prompt tokens, cached prefixes not subtracted.
-        online_prefilling: 1 while an online prompt is between two of its chunks, else 0.
+        online_prompts: online prompts in the order in which they will run; the one between two
+            of its chunks first. Long queues may be cut: what is left out is behind all of these.
         online_decoding: online rows of the running batch.
+        online_due_s: when the first of their next tokens is due; infinite without rows.
+        offline_due_s: the same for a step with offline work in it, which leaves more to spare.
         offline_waiting: in the OfflineQueue.
-        offline_prefilling: 1 while an offline prompt is between two of its chunks, else 0.
+        offline_chunk: the offline prompt between two of its chunks, or None.
         offline_decoding: offline rows of the running batch.
         offline_parked: offline rows that sit out and keep their KV.
         free_rows: request rows of the engine that nobody holds.
+        max_rows: request rows that offline work may hold at most.
         free_kv_tokens: KV tokens that are free or can be evicted from the radix cache.
         total_kv_tokens: size of the device KV pool.
         chunk_tokens: the engine's own limit on the prefill tokens of a step.
         rows_decoded: whether the running rows got a token in the last step; True when none ran.
+        can_mix: whether prompt tokens may ride in the step in which the running rows decode.
+        interruptible: whether an offline prefill yields within the step (layer slices).
     """
 
     now_s: float
+    free_at_s: float = 0.0
     online_arriving: int = 0
-    online_waiting: int = 0
-    online_waiting_tokens: int = 0
-    online_prefilling: int = 0
-    online_decoding: int = 0
+    online_prompts: tuple[Prompt, ...] = ()
+    online_decoding: Rows = NO_ROWS
+    online_due_s: float = inf
+    offline_due_s: float = inf
     offline_waiting: int = 0
-    offline_prefilling: int = 0
-    offline_decoding: int = 0
-    offline_parked: int = 0
+    offline_chunk: Prompt | None = None
+    offline_decoding: Rows = NO_ROWS
+    offline_parked: Rows = NO_ROWS
     free_rows: int = 0
+    max_rows: int = 0
     free_kv_tokens: int = 0
     total_kv_tokens: int = 0
     chunk_tokens: int = 0
     rows_decoded: bool = True
+    can_mix: bool = False
+    interruptible: bool = False
 
     @property
     def online_present(self) -> bool:
         """Whether any online request is anywhere in the engine or on its way to it."""
-        return bool(
-            self.online_arriving
-            or self.online_waiting
-            or self.online_prefilling
-            or self.online_decoding
-        )
+        return bool(self.online_arriving or self.online_prompts or self.online_decoding.count)
 
     @property
     def offline_resident(self) -> int:
         """Offline requests that hold a row."""
-        return self.offline_prefilling + self.offline_decoding + self.offline_parked
+        chunk = self.offline_chunk is not None
+        return chunk + self.offline_decoding.count + self.offline_parked.count
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What the offline class may use in the step; online work is never limited by it.
+    """What may run in the step.
 
     Args:
+        online_prefill_tokens: prompt tokens that online requests may compute; 0 lets the rows
+            that decode go first, in a step of their own.
         offline_prefill_tokens: prompt tokens that offline requests may compute.
         offline_admissions: requests that may leave the OfflineQueue.
         offline_decode_rows: offline rows that may decode; the rest sit out.
+        mix: whether prompts and the rows that decode share the step.
         kv_reserve_tokens: KV tokens that an offline admission must leave free for online.
+        bound_s: predicted seconds that the step was sized to stay within; infinite when no rule
+            bound it. For metrics and tests.
     """
 
+    online_prefill_tokens: int
     offline_prefill_tokens: int
     offline_admissions: int
     offline_decode_rows: int
     kv_reserve_tokens: int
+    mix: bool = False
+    bound_s: float = inf
 
     def __post_init__(self) -> None:
-        if min(self.offline_prefill_tokens, self.offline_admissions) < 0:
+        if min(self.online_prefill_tokens, self.offline_prefill_tokens) < 0:
             raise ValueError(f"a plan grants no negative work: {self}")
-        if min(self.offline_decode_rows, self.kv_reserve_tokens) < 0:
+        if min(self.offline_admissions, self.offline_decode_rows, self.kv_reserve_tokens) < 0:
             raise ValueError(f"a plan holds no negative rows or tokens: {self}")
 
 
@@ -92,5 +135,5 @@ class Policy(Protocol):
     """Plans steps. May keep state of its own between steps; must not block."""
 
     def plan(self, view: StepView) -> StepPlan:
-        """Decide what offline work may use in the step that `view` describes."""
+        """Decide what may run in the step that `view` describes."""
         ...
