@@ -33,13 +33,24 @@ MAY_IMPORT = {
     "checkpoint": {"config", "policy", *_LEAVES},
     "batch": {"config", "policy", "strict_yaml", *_LEAVES},
     "ingress": {"config", "policy", "checkpoint", "batch", *_LEAVES},
-    "engine": {"config", "policy", "checkpoint", "batch", "ingress", *_LEAVES},
+    "profile": {"policy", *_LEAVES},
+    "engine": {"config", "policy", "checkpoint", "batch", "ingress", "profile", *_LEAVES},
     "platform": _LEAVES,
     "jobs": {"strict_yaml", *_LEAVES},
     "bench": {"jobs", "strict_yaml", *_LEAVES},
     "plugin": {"config", "compat", "engine", "ingress", *_LEAVES},
     "doctor": {"config", "compat", "plugin", "__init__", *_LEAVES},
-    "cli": {"config", "compat", "doctor", "jobs", "bench", "batch", "__init__", *_LEAVES},
+    "cli": {
+        "config",
+        "compat",
+        "doctor",
+        "jobs",
+        "bench",
+        "batch",
+        "profile",
+        "__init__",
+        *_LEAVES,
+    },
 }
 
 MAY_IMPORT_SGLANG = {"engine/host.py", "plugin.py", "doctor.py"}
@@ -143,6 +154,7 @@ LIGHT = [
     "conserve_sgl.platform",
     "conserve_sgl.jobs",
     "conserve_sgl.bench",
+    "conserve_sgl.profile",
 ]
 HEAVY = ("torch", "sglang", "transformers")
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from conserve_sgl import __version__, compat
 from conserve_sgl.config import CONFIG_ENV, ConserveConfig
-from conserve_sgl.errors import ConserveError, InputError
+from conserve_sgl.errors import ConserveError, InputError, ServerError
 
 __all__ = ["app", "main"]
 
 _BAD_INPUT, _FAILED = 2, 1
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+# A fresh interpreter: the server is then exactly `CONSERVE_CONFIG=... sglang serve ...`.
+_SGLANG_SERVE = [sys.executable, "-c", "from sglang.cli.main import main; main()", "serve"]
+_READY_S = 3600.0
 
 app = typer.Typer(
     name="conserve",
@@ -58,15 +63,43 @@ def _version(
 @app.command(context_settings=_PASS_ON)
 def serve(context: typer.Context, config: ConfigOption = None) -> None:
     """Start an SGLang server with conserve: conserve serve --config FILE -- SGLANG FLAGS."""
-    path = _config_path(config)
-    ConserveConfig.load(path)
-    compat.check_version(compat.sglang_version())
-    compat.check_environment(os.environ)
-    os.environ[CONFIG_ENV] = str(path.resolve())
-    # A fresh interpreter: the server is then exactly `CONSERVE_CONFIG=... sglang serve ...`.
-    sglang = [sys.executable, "-c", "from sglang.cli.main import main; main()", "serve"]
+    os.environ[CONFIG_ENV] = str(_checked(config))
     sys.stdout.flush()
-    os.execv(sys.executable, [*sglang, *context.args])
+    os.execv(sys.executable, [*_SGLANG_SERVE, *context.args])
+
+
+@app.command(context_settings=_PASS_ON)
+def profile(
+    context: typer.Context,
+    config: ConfigOption = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Show what is stored; start nothing.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="The picture, PNG. Default: beside the profile.")
+    ] = None,
+) -> None:
+    """Measure how long an engine's steps take: conserve profile --config FILE -- SGLANG FLAGS.
+
+    Starts the server that the flags describe, has it measured anew, stores the profile and stops.
+    With --show: the profile in a file, conserve profile --show FILE, or else the newest one of
+    the model that the flags name.
+    """
+    from conserve_sgl.profile import ProfileStore, read_profile
+    from conserve_sgl.profile.report import plot_profile, print_profile
+
+    console, store = Console(), ProfileStore.of_environment()
+    if show:
+        path = store.find(context.args)
+    else:
+        with TemporaryDirectory(prefix="conserve-profile-") as folder:
+            measured = _measured_in(Path(folder), context.args, _checked(config), console)
+            path = store.save(read_profile(measured))
+    found = read_profile(path)
+    print_profile(console, found, path)
+    picture = plot or path.with_suffix(".png")
+    plot_profile(found, picture)
+    console.print(f"predicted against measured: {picture}", highlight=False, soft_wrap=True)
 
 
 @app.command("eval")
@@ -118,6 +151,35 @@ def doctor(context: typer.Context, config: ConfigOption = None) -> None:
 
     path = config or (Path(os.environ[CONFIG_ENV]) if os.environ.get(CONFIG_ENV) else None)
     raise typer.Exit(examine(Console(), config=path, flags=context.args))
+
+
+def _checked(config: Path | None) -> Path:
+    """The absolute path of the configuration; it and this SGLang are good for a server."""
+    path = _config_path(config)
+    ConserveConfig.load(path)
+    compat.check_version(compat.sglang_version())
+    compat.check_environment(os.environ)
+    return path.resolve()
+
+
+def _measured_in(folder: Path, flags: list[str], config: Path, console: Console) -> Path:
+    """Run a server until it is ready, with `folder` as its profiles; the one it measured."""
+    from conserve_sgl.bench.server import ServerProcess, free_port
+    from conserve_sgl.profile import DIR_ENV, ProfileStore
+
+    port, log = free_port(), folder / "server.log"
+    server = ServerProcess(
+        [*_SGLANG_SERVE, *flags, f"--port={port}"],
+        port=port,
+        log_path=log,
+        env={CONFIG_ENV: str(config), DIR_ENV: str(folder)},
+    )
+    with server, console.status("Starting the server") as status:
+        server.wait_healthy(_READY_S, lambda _: status.update(escape(server.log_tail(1))))
+    stored = ProfileStore(folder).paths()
+    if not stored:
+        raise ServerError(f"the server measured nothing:\n{server.log_tail()}")
+    return stored[0]
 
 
 def _config_path(given: Path | None) -> Path:

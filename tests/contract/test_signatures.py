@@ -37,6 +37,7 @@ SIGNATURES_BY_MODULE = {
         "Scheduler.get_prefill_adder_class": "(self)",
         "Scheduler.get_new_batch_prefill": "(self, running_batch)",
         "Scheduler.update_running_batch": "(self, batch)",
+        "Scheduler.process_batch_result": "(self, batch, result)",
         "Scheduler.abort_request": "(self, recv_req)",
         "Scheduler.pause_generation": "(self, recv_req)",
         "Scheduler.is_fully_idle": "(self, for_health_check=False, ignore_waiting=False)",

@@ -73,7 +73,13 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> StartServer:
+def profiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the servers of this session keep their latency profiles."""
+    return tmp_path_factory.mktemp("profiles")
+
+
+@pytest.fixture(scope="session")
+def start_server(tmp_path_factory: pytest.TempPathFactory, profiles: Path) -> StartServer:
     """A context manager that runs one server: `with start_server(model, "--flag") as server`.
 
     With `config` (YAML text) it is `conserve serve`, without it a stock SGLang on our platform.
@@ -89,7 +95,11 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> StartServer:
         folder = tmp_path_factory.mktemp("server")
         port = free_port()
         flags = (f"--model-path={model}", f"--port={port}", *TINY_FLAGS, *flags)
-        env = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", **(env or {})}
+        env = {
+            "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+            "CONSERVE_PROFILE_DIR": str(profiles),
+            **(env or {}),
+        }
         if config is None:
             argv = [sys.executable, "-c", "from sglang.cli.main import main; main()", "serve"]
             env["SGLANG_PLATFORM"] = "conserve_cpu"

@@ -214,3 +214,37 @@ def test_arrivals_reach_the_scheduler_before_their_requests(server):
     state = server.state()
     assert state["arrivals_received"] == before + len(SHORT_PROMPTS)
     assert 0 < state["arrival_ms"]["p50"] <= state["arrival_ms"]["p99"]
+
+
+def test_offline_work_pushes_no_online_prefix_out_of_the_cache(server):
+    """Three pools' worth of offline tokens later, an online prompt is still a hit."""
+    prompt = "an online conversation that will go on later, " * 6
+    server.generate(prompt)
+    cached = server.generate(prompt)["meta_info"]["cached_tokens"]
+    assert cached > 40
+    texts = [f"{i} of a batch: " + "many other words of a long prompt. " * 20 for i in range(60)]
+    sampling = {"max_new_tokens": 8}
+    for batch in (texts[:20], texts[20:40], texts[40:]):  # the queue holds 24
+        answers = server.generate_all(batch, sampling_params=sampling, headers=OFFLINE)
+        assert all(answers)
+    assert server.generate(prompt)["meta_info"]["cached_tokens"] == cached
+
+
+def test_an_online_prompt_gets_kv_from_offline_rows_in_the_same_step(server):
+    """The pool is full of offline rows that would run for long; online does not wait for them."""
+    with ThreadPoolExecutor(1) as pool:
+        offline = pool.submit(
+            server.generate_all,
+            LONG_PROMPTS[:8],
+            sampling_params={"max_new_tokens": 700, "ignore_eos": True},
+            headers=OFFLINE,
+        )
+        before = server.state()["offline_preempted"]
+        answers = 0
+        while not offline.done():
+            server.generate(f"{answers} " + "words of a prompt that needs room, " * 40)
+            answers += 1
+        offline.result()
+    assert answers > 3
+    assert server.state()["offline_preempted"] > before
+    server.assert_idle_and_balanced()

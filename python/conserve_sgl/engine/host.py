@@ -8,24 +8,33 @@ from sglang.srt.managers.schedule_batch import NextBatchPlan, Req, ScheduleBatch
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder, SchedulePolicy
 from sglang.srt.managers.scheduler import Scheduler, _make_abort_req
 from sglang.srt.managers.scheduler_components.invariant_checker import SchedulerInvariantChecker
-from sglang.srt.runtime_context import get_parallel, get_schedule
+from sglang.srt.mem_cache.common import release_kv_cache
+from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule
 from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
-from sglang.srt.utils import broadcast_pyobj
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.utils.common import DynamicGradMode, broadcast_pyobj, get_device_name
+from sglang.version import __version__ as sglang_version
 
 __all__ = [
     "AbortReq",
     "AddReqResult",
     "BatchedPenalizerOrchestrator",
+    "DynamicGradMode",
     "NextBatchPlan",
     "PrefillAdder",
     "Req",
+    "SamplingParams",
     "ScheduleBatch",
     "SchedulePolicy",
     "Scheduler",
     "SchedulerInvariantChecker",
     "_make_abort_req",
     "broadcast_pyobj",
+    "get_device_name",
+    "get_exec",
     "get_parallel",
     "get_schedule",
+    "release_kv_cache",
     "release_req",
+    "sglang_version",
 ]

@@ -24,6 +24,7 @@ from http import HTTPStatus
 from typing import Any
 
 import numpy as np
+from msgspec.structs import asdict
 
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.engine.adder import OfflinePurse, make_adder_class
@@ -43,6 +44,7 @@ from conserve_sgl.engine.host import (
 )
 from conserve_sgl.engine.inbox import ArrivalInbox
 from conserve_sgl.engine.invariants import with_parked_rows
+from conserve_sgl.engine.metering import StepMeter
 from conserve_sgl.engine.observe import (
     OnlineClock,
     RowCount,
@@ -51,11 +53,10 @@ from conserve_sgl.engine.observe import (
     waiting_prompts,
 )
 from conserve_sgl.engine.parking import ParkedRows
+from conserve_sgl.engine.profiling import load_or_measure
 from conserve_sgl.errors import IncompatibleError
 from conserve_sgl.ingress.arrival import arrival_endpoint
 from conserve_sgl.policy import (
-    Coefficients,
-    LatencyModel,
     OfflineQueue,
     OnlineReserve,
     Policy,
@@ -66,6 +67,7 @@ from conserve_sgl.policy import (
     StepPlan,
     StepView,
 )
+from conserve_sgl.policy.latency import StepKind, StepSample
 
 __all__ = ["ConserveScheduler"]
 
@@ -77,6 +79,8 @@ _COUNTS = (
     "offline_preempted",
     "offline_rows_parked",
     "offline_chunks_parked",
+    "profiles_measured",
+    "profiles_rejected",
 )
 _NO_PLAN = StepPlan(
     online_prefill_tokens=0,
@@ -105,6 +109,19 @@ class ConserveScheduler(Scheduler):
 
     # ------------------------------------------------------------------ set-up
 
+    def __init__(self, server_args: Any, port_args: Any) -> None:
+        super().__init__(server_args, port_args)
+        # All is set up, and the parent has not been told yet that requests may come.
+        self.latency = load_or_measure(self, self._counts)
+        self._meter = StepMeter(overlapped=self.enable_overlap and self.device != "cpu")
+        self._step_policy: Policy = SlackBudget(
+            self.latency,
+            slo=self._slo,
+            yield_s=self._config.slo.yield_ms / 1000,
+            reserve=OnlineReserve(at_most=self._config.memory.online_reserve),
+            smallest_chunk=max(self.page_size, 32),
+        )
+
     def init_ipc_channels(self, port_args: Any) -> None:
         super().init_ipc_channels(port_args)
         rank_zero = self.recv_from_tokenizer is not None
@@ -127,21 +144,8 @@ class ConserveScheduler(Scheduler):
         self._prefill_beside = self.running_batch
         self._rows_decoded = True
         self._counts = Counter(dict.fromkeys(_COUNTS, 0))
-        self._free_at_s = 0.0
         self._always_mixes = False
-        self._latency = LatencyModel.of_coefficients(
-            Coefficients(step=0.03, token=0.0012, row=0.003)
-        )
-        self._step_policy = self._make_policy(config)
-
-    def _make_policy(self, config: ConserveConfig) -> Policy:
-        return SlackBudget(
-            self._latency,
-            slo=self._slo,
-            yield_s=config.slo.yield_ms / 1000,
-            reserve=OnlineReserve(at_most=config.memory.online_reserve),
-            smallest_chunk=max(self.page_size, 32),
-        )
+        self._config = config
 
     def init_chunked_prefill(self) -> None:
         super().init_chunked_prefill()
@@ -216,7 +220,18 @@ class ConserveScheduler(Scheduler):
         running_batch = self._parked.come_back(running_batch, rows_to_spare)
         next_plan = super().get_next_batch_to_run(running_batch, last_batch)
         self._account(next_plan.batch_to_run)
+        self._learn(self._meter.started(next_plan.batch_to_run))
         return next_plan
+
+    def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
+        super().process_batch_result(batch, result)
+        self._learn(self._meter.finished())
+
+    def _learn(self, steps: list[StepSample]) -> None:
+        # Ranks that predict differently plan differently, and hang: there the profile stays.
+        if self.tp_size == 1:
+            for step in steps:
+                self.latency.observe(step.work, step.seconds)
 
     def _observe(self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None) -> StepView:
         now_s = time.monotonic()
@@ -229,7 +244,7 @@ class ConserveScheduler(Scheduler):
         online_chunk = None if chunk_is_offline else self.chunked_req
         return StepView(
             now_s=now_s,
-            free_at_s=self._free_at_s,
+            free_at_s=self._meter.busy_until_s(self.latency.predict_s),
             online_arriving=self._arriving(),
             online_prompts=waiting_prompts(self._slo, online_chunk, self.waiting_queue),
             online_decoding=count.online,
@@ -408,6 +423,7 @@ class ConserveScheduler(Scheduler):
 
     def pause_generation(self, recv_req: Any) -> None:
         super().pause_generation(recv_req)
+        self._meter.forget()
         if recv_req.mode == "retract":
             self._preempt(self._take_aside(lambda _req: True))
 
@@ -434,5 +450,16 @@ class ConserveScheduler(Scheduler):
             "offline_parked": len(self._parked),
             "arrivals_received": 0 if self._inbox is None else self._inbox.received,
             "arrival_ms": {"p50": p50, "p99": p99},
+            "latency": self._latency_state(),
             **self._counts,
+        }
+
+    def _latency_state(self) -> dict[str, Any]:
+        model = self.latency
+        errors = {kind.name.lower(): asdict(model.errors(kind)) for kind in StepKind}
+        return {
+            "coefficients_s": asdict(model.coefficients),
+            "errors": errors,
+            "bias": model.bias,
+            "is_biased": model.is_biased,
         }

@@ -1,0 +1,349 @@
+"""Measures the engine's own steps at start-up, and gives the latency model fitted to them.
+
+The steps are made the way SGLang makes them: requests with rows and KV, a ScheduleBatch that is
+prepared, and `run_batch`, with its graphs and its sampling. What a step reads of the KV cache is
+allocated and never computed: what it holds does not change how long it takes. Nothing enters the
+radix tree, no request is known to anybody else, and at the end every row and slot is free again.
+
+This runs before the scheduler tells its parent that it is ready, so no request can be waiting and
+the server is not healthy before. Tensor-parallel ranks run the same steps; rank 0 keeps the time,
+the file and the decision when to stop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import sys
+import time
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from conserve_sgl.engine.host import (
+    DynamicGradMode,
+    Req,
+    SamplingParams,
+    ScheduleBatch,
+    Scheduler,
+    broadcast_pyobj,
+    get_device_name,
+    get_exec,
+    release_kv_cache,
+    sglang_version,
+)
+from conserve_sgl.errors import InputError
+from conserve_sgl.policy.latency import LatencyModel, StepKind, StepSample
+from conserve_sgl.policy.profile_plan import ProfileLimits, StepShape, plan_profile
+from conserve_sgl.profile import EngineIdentity, Profile, ProfileStore
+
+__all__ = ["TIME_LIMIT_S", "identity_of", "limits_of", "load_or_measure", "measure"]
+
+logger = logging.getLogger(__name__)
+
+TIME_LIMIT_S = 20.0
+"""When a profile stops, finished or not: a start must not wait long for a slow machine."""
+
+
+def load_or_measure(scheduler: Scheduler, counts: Counter[str] | None = None) -> LatencyModel:
+    """The latency model of this engine: from its stored profile, or measured now and stored.
+
+    Every rank calls it, at the end of `Scheduler.__init__`; every rank gets the same model. A
+    stored file that cannot be used is logged and measured again, and a folder that cannot be
+    written costs only the next start. `counts` gets `profiles_measured` and `profiles_rejected`.
+    """
+    counts = Counter() if counts is None else counts
+    identity, store = identity_of(scheduler), ProfileStore.of_environment()
+    profile = _from_rank_zero(scheduler, lambda: _load(store, identity, counts))
+    if profile is None:
+        samples = measure(scheduler)
+        profile = Profile(
+            identity=identity,
+            measured_at=datetime.now(UTC),
+            layers=scheduler.model_config.num_hidden_layers,
+            samples=samples,
+        )
+        counts["profiles_measured"] += 1
+        if scheduler.tp_group.is_first_rank:
+            _save(store, profile)
+    model = profile.model()
+    _log_fit(model)
+    return model
+
+
+def _load(store: ProfileStore, identity: EngineIdentity, counts: Counter[str]) -> Profile | None:
+    try:
+        profile = store.load(identity)
+    except InputError as e:
+        counts["profiles_rejected"] += 1
+        logger.warning("a stored latency profile cannot be used, measuring again: %s", e)
+        return None
+    if profile is not None:
+        logger.info("latency profile of %s: %s", profile.measured_at, store.path_of(identity))
+    return profile
+
+
+def _save(store: ProfileStore, profile: Profile) -> None:
+    try:
+        logger.info("latency profile stored: %s", store.save(profile))
+    except OSError as e:
+        logger.warning(
+            "the latency profile cannot be stored in %s (%s); the next start measures again",
+            store.folder,
+            e.strerror,
+        )
+
+
+def _log_fit(model: LatencyModel) -> None:
+    for kind in StepKind:
+        if (errors := model.errors(kind)).steps:
+            logger.info(
+                "latency model, %s steps: median error %.1f%%, P95 %.1f%%, over %d",
+                kind.name.lower(),
+                errors.median * 100,
+                errors.p95 * 100,
+                errors.steps,
+            )
+
+
+def _from_rank_zero(scheduler: Scheduler, make: Any) -> Any:
+    """What `make()` gives on rank 0, on every rank."""
+    group = scheduler.tp_group
+    if group.world_size == 1:
+        return make()
+    value = [make()] if group.is_first_rank else [None]
+    return broadcast_pyobj(value, group.rank, group.cpu_group, src=group.first_rank)[0]
+
+
+# ------------------------------------------------------------------- what it is of
+
+
+def identity_of(scheduler: Scheduler) -> EngineIdentity:
+    """What the step times of this scheduler's engine depend on."""
+    config, runner = scheduler.model_config, scheduler.tp_worker.model_runner
+    text = config.hf_config.to_json_string()
+    backends = (runner.prefill_attention_backend_str, runner.decode_attention_backend_str)
+    return EngineIdentity(
+        model=str(config.model_path),
+        config_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        device=_device_name(scheduler),
+        dtype=str(config.dtype).removeprefix("torch."),
+        kv_dtype=str(runner.kv_cache_dtype).removeprefix("torch."),
+        quantization=config.quantization,
+        tp_size=scheduler.tp_size,
+        attention_backend="/".join(dict.fromkeys(map(str, backends))),
+        graphs=_graphs(),
+        overlap=scheduler.enable_overlap,
+        sglang=sglang_version,
+    )
+
+
+def _device_name(scheduler: Scheduler) -> str:
+    if scheduler.device != "cpu":
+        return get_device_name(scheduler.gpu_id) or scheduler.device
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _graphs() -> str:
+    config = get_exec().graph.cuda_graph_config
+    return f"prefill {config.prefill.backend}, decode {config.decode.backend}"
+
+
+def limits_of(scheduler: Scheduler) -> ProfileLimits:
+    """What one step of this engine can hold."""
+    return ProfileLimits(
+        chunk_tokens=scheduler.chunked_prefill_size,
+        context_tokens=min(scheduler.model_config.context_len, scheduler.max_req_input_len),
+        pool_tokens=scheduler.token_to_kv_pool_allocator.available_size(),
+        rows=min(scheduler.max_running_requests, scheduler.req_to_token_pool.available_size()),
+    )
+
+
+# ------------------------------------------------------------------------ measuring
+
+
+def measure(scheduler: Scheduler, time_limit_s: float = TIME_LIMIT_S) -> tuple[StepSample, ...]:
+    """Run the steps of a profile on an idle engine, and leave it as it was.
+
+    Returns:
+        At least one sample of a prefill and one of a decode step, the same on every rank.
+    """
+    plan = plan_profile(limits_of(scheduler))
+    before = _free(scheduler)
+    samples: list[StepSample] = []
+    with _as_in_the_event_loop(scheduler):
+        runner = _StepRunner(scheduler)
+        for shape in _warm_up(plan):
+            runner.run(shape)
+        started_s = time.perf_counter()
+        for n, shape in enumerate(_with_progress(scheduler, plan)):
+            late = time.perf_counter() - started_s > time_limit_s
+            if n >= _LEAST_SHAPES and _from_rank_zero(scheduler, lambda late=late: late):
+                logger.warning(
+                    "the latency profile stops after %.0f s, with %d of %d steps measured",
+                    time_limit_s,
+                    n,
+                    len(plan),
+                )
+                break
+            samples += runner.run(shape)
+    assert _free(scheduler) == before, "profiling did not give back its rows and KV"
+    return _from_rank_zero(scheduler, lambda: tuple(samples))
+
+
+_LEAST_SHAPES = 12
+
+
+def _free(scheduler: Scheduler) -> tuple[int, int]:
+    return (
+        scheduler.req_to_token_pool.available_size(),
+        scheduler.token_to_kv_pool_allocator.available_size(),
+    )
+
+
+def _warm_up(plan: list[StepShape]) -> list[StepShape]:
+    """One shape of each kind, twice: first steps load kernels and grow buffers."""
+    first = {}
+    for shape in plan:
+        first.setdefault(shape.work.kind, shape)
+    return [*first.values()] * 2
+
+
+def _with_progress(scheduler: Scheduler, plan: list[StepShape]) -> Iterator[StepShape]:
+    if not scheduler.tp_group.is_first_rank:
+        return iter(plan)
+    logger.info("measuring step times for the latency model: %d steps", len(plan))
+    console = Console(stderr=True)
+    hidden = not sys.stderr.isatty()
+    return track(plan, "Measuring step times", console=console, disable=hidden, transient=True)
+
+
+@contextmanager
+def _as_in_the_event_loop(scheduler: Scheduler) -> Iterator[None]:
+    """The stream and the gradient mode of the event loop; its counters do not count these steps."""
+    counters = scheduler.forward_ct, scheduler.processed_tokens_counter
+    with (
+        DynamicGradMode(),
+        scheduler.device_module.StreamContext(scheduler.schedule_stream),
+    ):
+        try:
+            yield
+        finally:
+            scheduler.device_module.synchronize()
+            scheduler.forward_ct, scheduler.processed_tokens_counter = counters
+            scheduler._sched_idled = True
+
+
+class _StepRunner:
+    """Runs steps of given shapes through `scheduler.run_batch`, one at a time."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._rng = np.random.default_rng(0)
+        self._made = 0
+
+    def run(self, shape: StepShape) -> list[StepSample]:
+        """Run `shape`; a sample for each step of it. Its requests are released in any case."""
+        prompts = [self._request(new, resident) for new, resident in shape.prompts]
+        rows = [self._request(0, context) for context in shape.decode_contexts]
+        try:
+            running = self._resident(rows) if rows else None
+            self._resident([req for req in prompts if req.extend_end])
+            if prompts:
+                return [self._timed(shape, lambda: self._prefill(prompts, running))]
+            return [
+                self._timed(_grown(shape, by), lambda: self._decode(running))
+                for by in range(shape.steps)
+            ]
+        finally:
+            for req in [*prompts, *rows]:
+                if req.kv.holds_kv:
+                    release_kv_cache(req, self._scheduler.tree_cache, checkpoint=False)
+
+    def _timed(self, shape: StepShape, step: Any) -> StepSample:
+        self._scheduler.device_module.synchronize()
+        started_s = time.perf_counter()
+        batch = step()
+        self._scheduler.run_batch(batch)
+        self._scheduler.device_module.synchronize()
+        return StepSample(shape.work, time.perf_counter() - started_s)
+
+    def _request(self, new: int, resident: int) -> Req:
+        vocabulary = self._scheduler.model_config.vocab_size
+        ids = self._rng.integers(0, vocabulary, size=new + resident, dtype=np.int64)
+        self._made += 1
+        req = Req(
+            rid=f"conserve-profile-{self._made}",
+            origin_input_text="",
+            origin_input_ids=array("q", ids.tobytes()),
+            sampling_params=SamplingParams(temperature=0, max_new_tokens=1),
+            vocab_size=vocabulary,
+        )
+        req.skip_radix_cache_insert = True
+        req.init_next_round_input(self._scheduler.tree_cache)
+        req.lock = self._scheduler.tree_cache.lock(req.last_node)
+        req.extend_end = resident
+        return req
+
+    def _batch(self, reqs: list[Req]) -> ScheduleBatch:
+        scheduler = self._scheduler
+        return ScheduleBatch.init_new(
+            reqs,
+            scheduler.req_to_token_pool,
+            scheduler.token_to_kv_pool_allocator,
+            scheduler.tree_cache,
+            scheduler.model_config,
+            scheduler.enable_overlap,
+            scheduler.spec_algorithm,
+        )
+
+    def _resident(self, reqs: list[Req]) -> ScheduleBatch | None:
+        """Give `reqs` a row and KV up to `extend_end`, without computing it."""
+        if not reqs:
+            return None
+        batch = self._batch(reqs)
+        batch.prepare_for_extend()
+        batch.prefill_input_ids_cpu = None
+        tokens = torch.zeros(len(reqs), dtype=torch.int64, device=batch.device)
+        self._scheduler.future_map.stash_bonus_tokens(batch.req_pool_indices, tokens)
+        for req in reqs:
+            req.prefix_len = req.extend_end
+        return batch
+
+    def _prefill(self, reqs: list[Req], running: ScheduleBatch | None) -> ScheduleBatch:
+        for req in reqs:
+            req.extend_end = len(req.full_untruncated_fill_ids)
+        batch = self._batch(reqs)
+        batch.prepare_for_extend()
+        if running is not None:
+            running.prepare_for_decode()
+            batch.mix_with_running(running)
+            batch.decoding_reqs = running.reqs
+        return batch
+
+    def _decode(self, running: ScheduleBatch) -> ScheduleBatch:
+        running.prepare_for_decode()
+        return running
+
+
+def _grown(shape: StepShape, by: int) -> StepShape:
+    return StepShape(decode_contexts=tuple(context + by for context in shape.decode_contexts))

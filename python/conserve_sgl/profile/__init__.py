@@ -1,0 +1,11 @@
+"""Profiles on disk: what they belong to, how they are kept, and how a person looks at them."""
+
+from conserve_sgl.profile.store import (
+    DIR_ENV,
+    EngineIdentity,
+    Profile,
+    ProfileStore,
+    read_profile,
+)
+
+__all__ = ["DIR_ENV", "EngineIdentity", "Profile", "ProfileStore", "read_profile"]

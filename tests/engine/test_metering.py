@@ -1,0 +1,155 @@
+"""What a step holds, and how its time is told apart from its neighbours'. No engine here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+
+from conserve_sgl.engine.metering import StepMeter, work_of
+from conserve_sgl.policy.latency import StepWork
+
+
+@dataclass
+class Mode:
+    name: str
+
+    def is_extend(self) -> bool:
+        return self.name != "decode"
+
+    def is_mixed(self) -> bool:
+        return self.name == "mixed"
+
+
+@dataclass
+class Lengths:
+    of: list[int]
+
+    def sum(self) -> int:
+        return sum(self.of)
+
+
+def decode(*contexts: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        forward_mode=Mode("decode"), reqs=[object()] * len(contexts), seq_lens_cpu=Lengths(contexts)
+    )
+
+
+def prefill(*prompts: tuple[int, int], riding: tuple[int, ...] = ()) -> SimpleNamespace:
+    """A batch of (new, resident) prompts, and of decode rows that end at `riding` tokens."""
+    return SimpleNamespace(
+        forward_mode=Mode("mixed" if riding else "extend"),
+        extend_lens=[new for new, _ in prompts] + [1] * len(riding),
+        prefix_lens=[resident for _, resident in prompts] + [end - 1 for end in riding],
+        decoding_reqs=[object()] * len(riding),
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch", "work"),
+    [
+        (decode(10, 20), StepWork.of((), [10, 20])),
+        (prefill((5, 0), (7, 100)), StepWork.of([(5, 0), (7, 100)])),
+        (prefill((5, 0), riding=(30, 40)), StepWork.of([(5, 0)], [30, 40])),
+    ],
+)
+def test_work_of_a_batch(batch, work):
+    assert work_of(batch) == work
+
+
+def test_rows_left_from_an_earlier_mixed_step_do_not_count_in_a_plain_one():
+    batch = prefill((5, 0))
+    batch.decoding_reqs = [object()]
+    assert work_of(batch) == StepWork.of([(5, 0)])
+
+
+@dataclass
+class Clock:
+    now_s: float = 0.0
+    meter_calls: list = field(default_factory=list)
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def at(self, now_s: float) -> None:
+        self.now_s = now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def times(samples: list) -> list[float]:
+    return [sample.seconds for sample in samples]
+
+
+class TestSerial:
+    @pytest.fixture
+    def meter(self, clock: Clock) -> StepMeter:
+        return StepMeter(overlapped=False, clock=clock)
+
+    def test_a_step_lasts_until_the_next_one_starts(self, meter, clock):
+        assert meter.started(decode(10)) == []
+        clock.at(3.0)
+        assert meter.finished() == []
+        clock.at(4.0)
+        (sample,) = meter.started(prefill((5, 0)))
+        assert (sample.work, sample.seconds) == (StepWork.of((), [10]), 4.0)
+
+    def test_time_without_anything_to_run_belongs_to_no_step(self, meter, clock):
+        meter.started(decode(10))
+        clock.at(4.0)
+        assert times(meter.started(None)) == [4.0]
+        clock.at(100.0)
+        assert meter.started(decode(10)) == []
+        clock.at(103.0)
+        assert times(meter.started(None)) == [3.0]
+        assert meter.started(None) == []
+
+    def test_a_step_across_a_pause_is_left_out(self, meter, clock):
+        meter.started(decode(10))
+        meter.forget()
+        clock.at(1000.0)
+        assert meter.started(decode(11)) == []
+        clock.at(1001.0)
+        assert times(meter.started(None)) == [1.0]
+
+
+class TestOverlapped:
+    @pytest.fixture
+    def meter(self, clock: Clock) -> StepMeter:
+        return StepMeter(overlapped=True, clock=clock)
+
+    def test_a_step_lasts_from_the_end_of_the_one_before_it(self, meter, clock):
+        # Launches run one step ahead of the device, which takes 10 s for each.
+        meter.started(decode(1))
+        clock.at(0.5)
+        meter.started(decode(2))
+        clock.at(10.0)
+        assert times(meter.finished()) == [10.0]
+        meter.started(decode(3))
+        clock.at(20.0)
+        (second,) = meter.finished()
+        assert (second.work, second.seconds) == (StepWork.of((), [2]), 10.0)
+
+    def test_a_step_launched_on_an_idle_device_lasts_from_its_launch(self, meter, clock):
+        meter.started(decode(1))
+        clock.at(10.0)
+        meter.finished()
+        meter.started(None)
+        clock.at(50.0)
+        meter.started(decode(2))
+        clock.at(58.0)
+        assert times(meter.finished()) == [8.0]
+
+    def test_a_result_without_a_step_is_nothing(self, meter):
+        assert meter.finished() == []
+
+    def test_steps_across_a_pause_are_left_out(self, meter, clock):
+        meter.started(decode(1))
+        meter.started(decode(2))
+        meter.forget()
+        clock.at(1000.0)
+        assert meter.finished() == []
