@@ -42,6 +42,9 @@ SIGNATURES_BY_MODULE = {
         "Scheduler.pause_generation": "(self, recv_req)",
         "Scheduler.is_fully_idle": "(self, for_health_check=False, ignore_waiting=False)",
         "Scheduler.get_internal_state": "(self, recv_req)",
+        "Scheduler": "(server_args, port_args)",
+        "Scheduler.run_batch": "(self, batch, pp_proxy_tensors=None)",
+        "Scheduler.process_batch_result": "(self, batch, result)",
         "_make_abort_req": "(req, finished_reason=None)",
     },
     "sglang.srt.managers.schedule_batch": {
@@ -54,7 +57,29 @@ SIGNATURES_BY_MODULE = {
         "ScheduleBatch.merge_batch": "(self, other)",
         "ScheduleBatch.is_empty": "(self)",
         "ScheduleBatch.check_decode_mem": "(self, selected_indices=None)",
+        "ScheduleBatch.init_new": (
+            "(reqs, req_to_token_pool, token_to_kv_pool_allocator, tree_cache, model_config, "
+            "enable_overlap, spec_algorithm, chunked_req=None, dllm_config=None)"
+        ),
+        "ScheduleBatch.prepare_for_extend": "(self)",
+        "ScheduleBatch.prepare_for_decode": "(self)",
+        "ScheduleBatch.mix_with_running": "(self, running_batch)",
         "Req.finished": "(self)",
+        "Req.init_next_round_input": "(self, tree_cache=None, cow_mamba=None)",
+    },
+    "sglang.srt.managers.overlap_utils": {
+        "FutureMap.stash_bonus_tokens": "(self, indices, bonus_tokens)",
+    },
+    "sglang.srt.mem_cache.common": {
+        "release_kv_cache": "(req, tree_cache, *, checkpoint)",
+    },
+    "sglang.srt.mem_cache.base_prefix_cache": {
+        "BasePrefixCache.lock": "(self, node)",
+    },
+    "sglang.srt.utils.common": {
+        "broadcast_pyobj": "(data, rank, dist_group=None, src=0, force_cpu_device=True)",
+        "get_device_name": "(device_id=0)",
+        "DynamicGradMode": "(mode_or_orig_func=None)",
     },
     "sglang.srt.managers.schedule_policy": {
         "SchedulePolicy": (
@@ -92,6 +117,7 @@ SIGNATURES_BY_MODULE = {
         "BatchedPenalizerOrchestrator": "(vocab_size, batch, penalizers)",
     },
     "sglang.srt.runtime_context": {
+        "get_exec": "()",
         "get_schedule": "()",
     },
     "sglang.srt.managers.tokenizer_manager": {
@@ -296,15 +322,19 @@ def test_no_attribute_of_ours_has_a_name_of_the_host_s_by_chance(ours, theirs):
 
 REQUEST_ATTRIBUTES = (
     "beam_group",
+    "extend_end",
     "finished",
     "full_untruncated_fill_ids",
     "host_hit_length",
     "kv",
+    "last_node",
+    "lock",
     "prefix_len",
     "priority",
     "retracted_stain",
     "rid",
     "seqlen",
+    "skip_radix_cache_insert",
     "time_stats",
 )
 
@@ -320,6 +350,38 @@ def test_a_request_has_what_is_read_of_it():
         ("sglang.srt.managers.schedule_batch:ReqKvInfo", {"holds_kv"}),
         ("sglang.srt.managers.schedule_batch:ScheduleBatch", {"batch_is_full", "reqs"}),
         ("sglang.srt.managers.schedule_batch:ScheduleBatch", {"forward_mode", "sampling_info"}),
+        (
+            "sglang.srt.managers.schedule_batch:ScheduleBatch",
+            {"decoding_reqs", "extend_lens", "prefix_lens", "seq_lens_cpu"}
+            | {"device", "prefill_input_ids_cpu", "req_pool_indices"},
+        ),
+        (
+            "sglang.srt.managers.scheduler:Scheduler",
+            {"_sched_idled", "chunked_prefill_size", "device", "device_module", "enable_overlap"}
+            | {"forward_ct", "future_map", "is_mixed_chunk", "max_req_input_len"}
+            | {"max_running_requests", "model_config", "processed_tokens_counter"}
+            | {
+                "req_to_token_pool",
+                "schedule_stream",
+                "spec_algorithm",
+                "token_to_kv_pool_allocator",
+            }
+            | {"tp_group", "tp_size", "tp_worker", "tree_cache"},
+        ),
+        (
+            "sglang.srt.model_executor.model_runner:ModelRunner",
+            {"decode_attention_backend_str", "gpu_id", "kv_cache_dtype"}
+            | {"prefill_attention_backend_str"},
+        ),
+        (
+            "sglang.srt.configs.model_config:ModelConfig",
+            {"context_len", "dtype", "hf_config", "model_path", "num_hidden_layers"}
+            | {"quantization", "vocab_size"},
+        ),
+        (
+            "sglang.srt.distributed.parallel_state:GroupCoordinator",
+            {"cpu_group", "first_rank", "is_first_rank", "rank", "world_size"},
+        ),
         (
             "sglang.srt.sampling.penaltylib.orchestrator:BatchedPenalizerOrchestrator",
             {"is_required", "penalizers", "vocab_size"},

@@ -141,6 +141,37 @@ RELIED = [
         "ConserveScheduler._release: what of a preempted request is kept and reset",
     ),
     Relied(
+        _BATCH + "prepare_for_extend",
+        "e7ca2d0e335a570e",
+        "engine/profiling.py: it allocates a row and KV and computes nothing",
+    ),
+    Relied(
+        _BATCH + "mix_with_running",
+        "6101dfc75b7c2564",
+        "engine/metering.py, work_of: decode rows are the last of a mixed batch",
+    ),
+    Relied(
+        "sglang.srt.managers.overlap_utils:resolve_forward_inputs",
+        "961cfa7af7ccd2a6",
+        "engine/profiling.py: prompt tokens come from prefill_input_ids_cpu, a decode row's from "
+        "the FutureMap",
+    ),
+    Relied(
+        "sglang.srt.mem_cache.common:release_kv_cache",
+        "90e19434d1fa8c22",
+        "engine/profiling.py: without a checkpoint nothing enters the radix tree",
+    ),
+    Relied(
+        _SCHEDULER + "event_loop_normal",
+        "c328a45b821f18a0",
+        "StepMeter: a step runs between two calls of get_next_batch_to_run",
+    ),
+    Relied(
+        _SCHEDULER + "event_loop_overlap",
+        "c093eb14e50c1ac6",
+        "StepMeter: results are handled in the order of launches, one step behind",
+    ),
+    Relied(
         _CHECKER + "_requests_owning_rows",
         "c6c35aedd0ce6971",
         "engine/invariants.py: whose rows SGLang knows of",

@@ -150,7 +150,7 @@ def identity_of(scheduler: Scheduler) -> EngineIdentity:
 
 def _device_name(scheduler: Scheduler) -> str:
     if scheduler.device != "cpu":
-        return get_device_name(scheduler.gpu_id) or scheduler.device
+        return get_device_name(scheduler.tp_worker.model_runner.gpu_id) or scheduler.device
     return f"{_cpu_name()}, {torch.get_num_threads()} threads"
 
 
