@@ -75,6 +75,10 @@ def profile(
     show: Annotated[
         bool, typer.Option("--show", help="Show what is stored; start nothing.")
     ] = False,
+    check: Annotated[
+        Path | None,
+        typer.Option(help="A log of steps (CONSERVE_STEP_LOG) to predict; implies --show."),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="The picture, PNG. Default: beside the profile.")
     ] = None,
@@ -86,10 +90,12 @@ def profile(
     the model that the flags name.
     """
     from conserve_sgl.profile import ProfileStore, read_profile
-    from conserve_sgl.profile.report import plot_profile, print_profile
+    from conserve_sgl.profile.report import plot_profile, print_check, print_profile
+    from conserve_sgl.profile.steps import read_steps
 
     console, store = Console(), ProfileStore.of_environment()
-    if show:
+    steps = None if check is None else read_steps(check)
+    if show or steps:
         path = store.find(context.args)
     else:
         with TemporaryDirectory(prefix="conserve-profile-") as folder:
@@ -97,6 +103,8 @@ def profile(
             path = store.save(read_profile(measured))
     found = read_profile(path)
     print_profile(console, found, path)
+    if steps:
+        print_check(console, found, steps)
     picture = plot or path.with_suffix(".png")
     plot_profile(found, picture)
     console.print(f"predicted against measured: {picture}", highlight=False, soft_wrap=True)

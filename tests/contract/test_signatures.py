@@ -358,7 +358,7 @@ def test_a_request_has_what_is_read_of_it():
         (
             "sglang.srt.managers.scheduler:Scheduler",
             {"_sched_idled", "chunked_prefill_size", "device", "device_module", "enable_overlap"}
-            | {"forward_ct", "future_map", "is_mixed_chunk", "max_req_input_len"}
+            | {"forward_ct", "future_map", "max_req_input_len"}
             | {"max_running_requests", "model_config", "processed_tokens_counter"}
             | {
                 "req_to_token_pool",

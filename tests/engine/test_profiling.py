@@ -12,8 +12,6 @@ from conserve_sgl.profile import Profile, ProfileStore, read_profile
 
 pytestmark = pytest.mark.engine
 
-FLAGS = ("--enable-mixed-chunk",)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -23,7 +21,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def server(start_server, tiny_llama, folder) -> Iterator:
     env = {"CONSERVE_PROFILE_DIR": str(folder)}
-    with start_server(tiny_llama, *FLAGS, config="", env=env) as server:
+    with start_server(tiny_llama, config="", env=env) as server:
         yield server
 
 
@@ -44,7 +42,7 @@ def test_the_profile_says_what_it_was_measured_on(profile, tiny_llama):
     identity = profile.identity
     assert identity.model == str(tiny_llama)
     assert (identity.dtype, identity.kv_dtype) == ("float32", "float32")
-    assert (identity.tp_size, identity.mixed, identity.overlap) == (1, True, True)
+    assert (identity.tp_size, identity.overlap) == (1, True)
     assert "threads" in identity.device
     assert profile.layers == 4
 
@@ -80,7 +78,7 @@ def test_nothing_of_the_profile_can_be_matched_by_a_request(server):
 
 def test_the_next_start_uses_the_stored_profile(start_server, tiny_llama, folder, profile):
     env = {"CONSERVE_PROFILE_DIR": str(folder)}
-    with start_server(tiny_llama, *FLAGS, config="", env=env) as server:
+    with start_server(tiny_llama, config="", env=env) as server:
         assert server.state()["profiles_measured"] == 0
         server.assert_idle_and_balanced()
     assert [read_profile(path) for path in ProfileStore(folder).paths()] == [profile]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conserve_sgl.policy.latency import Coefficients, LatencyModel, StepKind, StepSample
+from conserve_sgl.policy.latency import Coefficients, LatencyModel, StepKind, StepSample, StepWork
 from conserve_sgl.policy.profile_plan import ProfileLimits, plan_profile
 
 SERVERS = {
@@ -40,14 +40,8 @@ def test_a_profile_tells_all_costs_apart(limits):
     fitted = LatencyModel([StepSample(w, machine.predict_s(w)) for w in works], layers=1)
     predicted = np.array([fitted.predict_s(w) for w in works])
     assert predicted == pytest.approx([machine.predict_s(w) for w in works], rel=1e-3)
-    unseen = machine_work(limits)
+    unseen = StepWork.of([(limits.chunk_tokens // 3, 40)], [100] * (limits.rows // 3))
     assert fitted.predict_s(unseen) == pytest.approx(machine.predict_s(unseen), rel=0.01)
-
-
-def machine_work(limits: ProfileLimits):
-    from conserve_sgl.policy.latency import StepWork
-
-    return StepWork.of([(limits.chunk_tokens // 3, 40)], [100] * (limits.rows // 3))
 
 
 @servers

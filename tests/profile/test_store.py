@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,20 +13,8 @@ from conserve_sgl.errors import InputError
 from conserve_sgl.policy.latency import StepSample, StepWork
 from conserve_sgl.profile import EngineIdentity, Profile, ProfileStore
 from conserve_sgl.profile.store import read_profile
+from support.profiles import IDENTITY
 
-IDENTITY = EngineIdentity(
-    model="some/Model-1B",
-    config_sha256="ab" * 32,
-    device="NVIDIA H100",
-    dtype="bfloat16",
-    kv_dtype="bfloat16",
-    quantization=None,
-    tp_size=1,
-    attention_backend="fa3",
-    graphs="prefill breakable, decode full",
-    overlap=True,
-    sglang="0.5.23",
-)
 OTHER = {
     "model": "some/Model-2B",
     "config_sha256": "cd" * 32,
@@ -156,3 +145,39 @@ def test_a_profile_is_readable_json_with_its_time(store):
     path = store.save(PROFILE)
     assert read_profile(path).measured_at == PROFILE.measured_at
     assert b'"measured_at": "2026-11-24T21:00:00Z"' in path.read_bytes()
+
+
+class TestFind:
+    @pytest.fixture
+    def other(self, store) -> Path:
+        """A newer profile, of another model."""
+        first = store.save(PROFILE)
+        os.utime(first, (1, 1))
+        identity = msgspec.structs.replace(IDENTITY, model="some/Model-2B")
+        return store.save(msgspec.structs.replace(PROFILE, identity=identity))
+
+    def test_a_file_is_taken_as_it_is(self, store):
+        assert store.find(["some/where.json"]) == Path("some/where.json")
+
+    def test_without_a_model_it_is_the_newest(self, store, other):
+        assert store.find([]) == other
+        assert store.find(["--dtype=bfloat16"]) == other
+
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            ["--port=1", "--model-path=some/Model-1B"],
+            ["--model-path", "some/Model-1B", "--port=1"],
+            ["--model", "some/Model-1B"],
+        ],
+    )
+    def test_with_a_model_it_is_that_model_s(self, store, other, flags):
+        assert store.find(flags) == store.path_of(IDENTITY) != other
+
+    @pytest.mark.parametrize(
+        ("flags", "why"),
+        [(["--model-path=none/such"], "no profile of none/such"), ([], "no profile;")],
+    )
+    def test_nothing_found_is_an_error(self, tmp_path, flags, why):
+        with pytest.raises(InputError, match=why):
+            ProfileStore(tmp_path / "empty").find(flags)

@@ -68,6 +68,7 @@ from conserve_sgl.policy import (
     StepView,
 )
 from conserve_sgl.policy.latency import StepKind, StepSample
+from conserve_sgl.profile.steps import StepLog
 
 __all__ = ["ConserveScheduler"]
 
@@ -121,6 +122,7 @@ class ConserveScheduler(Scheduler):
             reserve=OnlineReserve(at_most=self._config.memory.online_reserve),
             smallest_chunk=max(self.page_size, 32),
         )
+        self._step_log = StepLog.of_environment() if self.tp_group.is_first_rank else StepLog()
 
     def init_ipc_channels(self, port_args: Any) -> None:
         super().init_ipc_channels(port_args)
@@ -228,10 +230,9 @@ class ConserveScheduler(Scheduler):
         self._learn(self._meter.finished())
 
     def _learn(self, steps: list[StepSample]) -> None:
-        # Ranks that predict differently plan differently, and hang: there the profile stays.
-        if self.tp_size == 1:
-            for step in steps:
-                self.latency.observe(step.work, step.seconds)
+        for step in steps:
+            self.latency.observe(step.work, step.seconds)
+            self._step_log.write(step)
 
     def _observe(self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None) -> StepView:
         now_s = time.monotonic()

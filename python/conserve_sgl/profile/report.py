@@ -8,10 +8,17 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from conserve_sgl.policy.latency import Coefficients, LatencyModel, StepKind
+from conserve_sgl.policy.latency import (
+    Coefficients,
+    ErrorQuantiles,
+    LatencyModel,
+    StepKind,
+    StepSample,
+)
+from conserve_sgl.profile.steps import held_out
 from conserve_sgl.profile.store import Profile
 
-__all__ = ["plot_profile", "print_profile"]
+__all__ = ["plot_profile", "print_check", "print_profile"]
 
 _MEANING = {
     "step": "a step",
@@ -41,6 +48,16 @@ def print_profile(console: Console, profile: Profile, path: Path) -> None:
     console.print(_errors(model))
 
 
+def print_check(console: Console, profile: Profile, samples: list[StepSample]) -> None:
+    """Write how well `samples`, steps of a log, are predicted by what was measured before them."""
+    for title, learn in (("By the profile alone", False), ("Refitted as it goes", True)):
+        checked = held_out(profile.model(), samples, learn=learn)
+        rows = [(kind.name.lower(), errors) for kind, errors in checked.errors.items()]
+        table = _error_table(title, [*rows, ("all", checked.all)])
+        table.caption = f"{checked.under_upper:.0%} of the steps stayed under the upper quantile"
+        console.print(table)
+
+
 def _costs(coefficients: Coefficients) -> Table:
     table = Table("cost", "of", title="What a step costs")
     table.add_column("ms", justify="right")
@@ -51,15 +68,17 @@ def _costs(coefficients: Coefficients) -> Table:
 
 
 def _errors(model: LatencyModel) -> Table:
-    table = Table("steps", title="Error of predictions for steps that the fit did not see")
+    rows = [(kind.name.lower(), model.errors(kind)) for kind in StepKind]
+    return _error_table("Error of predictions for steps that the fit did not see", rows)
+
+
+def _error_table(title: str, rows: list[tuple[str, ErrorQuantiles]]) -> Table:
+    table = Table("steps", title=title)
     for column in ("measured", "median", "P95", "bias", "upper quantile"):
         table.add_column(column, justify="right")
-    for kind in StepKind:
-        errors = model.errors(kind)
-        shares = (errors.median, errors.p95, errors.bias, errors.upper)
-        signs = ("", "", "+", "+")
-        cells = [f"{share * 100:{sign}.1f}%" for share, sign in zip(shares, signs, strict=True)]
-        table.add_row(kind.name.lower(), str(errors.steps), *(cells if errors.steps else "----"))
+    for name, e in rows:
+        cells = [f"{e.median:.1%}", f"{e.p95:.1%}", f"{e.bias:+.1%}", f"{e.upper:+.1%}"]
+        table.add_row(name, str(e.steps), *(cells if e.steps else "----"))
     return table
 
 
