@@ -44,7 +44,6 @@ SIGNATURES_BY_MODULE = {
         "Scheduler.get_internal_state": "(self, recv_req)",
         "Scheduler": "(server_args, port_args)",
         "Scheduler.run_batch": "(self, batch, pp_proxy_tensors=None)",
-        "Scheduler.process_batch_result": "(self, batch, result)",
         "_make_abort_req": "(req, finished_reason=None)",
     },
     "sglang.srt.managers.schedule_batch": {
