@@ -188,3 +188,85 @@ def test_doctor_reports_every_fault_at_once(monkeypatch, bad):
     output = run("doctor", "--config", str(bad)).output
     assert "configuration" in output
     assert "environment" in output
+
+
+# ------------------------------------------------------------------ profile
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch) -> Path:
+    """A profile in the folder of profiles."""
+    from datetime import UTC, datetime
+
+    from conserve_sgl.profile import DIR_ENV, Profile, ProfileStore
+    from support.profiles import IDENTITY, steps
+
+    monkeypatch.setenv(DIR_ENV, str(tmp_path / "profiles"))
+    measured_at = datetime(2026, 1, 2, tzinfo=UTC)
+    samples = tuple(steps())
+    return ProfileStore.of_environment().save(
+        Profile(identity=IDENTITY, measured_at=measured_at, layers=2, samples=samples)
+    )
+
+
+@pytest.mark.parametrize("named", [[], ["--", "--model-path=some/Model-1B"]])
+def test_profile_show_prints_costs_and_draws(stored, named):
+    result = run("profile", "--show", *named)
+    assert result.exit_code == 0, result.output
+    assert "What a step costs" in result.stdout
+    assert str(stored.with_suffix(".png")) in result.stdout
+    assert stored.with_suffix(".png").is_file()
+
+
+def test_profile_show_takes_a_file_and_a_name_for_the_picture(stored, tmp_path, monkeypatch):
+    monkeypatch.setenv("CONSERVE_PROFILE_DIR", str(tmp_path / "empty"))
+    picture = tmp_path / "picture.png"
+    result = run("profile", "--show", "--plot", str(picture), str(stored))
+    assert result.exit_code == 0, result.output
+    assert picture.is_file()
+    assert not stored.with_suffix(".png").exists()
+
+
+def test_profile_check_predicts_a_log_of_steps(stored, tmp_path):
+    from conserve_sgl.profile.steps import STEP_LOG_ENV, StepLog
+    from support.profiles import steps
+
+    log = StepLog.of_environment({STEP_LOG_ENV: str(tmp_path / "steps.jsonl")})
+    for step in steps():
+        log.write(step)
+    log.close()
+    result = run("profile", "--check", str(tmp_path / "steps.jsonl"))
+    assert result.exit_code == 0, result.output
+    assert "By the profile alone" in result.stdout
+    assert stored.with_suffix(".png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--show", "--", "--model-path=none/such"], "no profile of none/such"),
+        (["--show", "not-there.json"], "cannot be read"),
+        (["--check", "not-there.jsonl"], "cannot be read"),
+    ],
+)
+@pytest.mark.usefixtures("stored")
+def test_profile_of_nothing_is_bad_input(arguments, why, monkeypatch, capsys):
+    assert run_main(monkeypatch, "profile", *arguments) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_profile_of_a_corrupt_file_is_bad_input(stored, monkeypatch, capsys):
+    stored.write_text("{")
+    assert run_main(monkeypatch, "profile", "--show") == 2
+    assert str(stored) in capsys.readouterr().err
+
+
+def test_profile_refuses_a_bad_configuration_before_it_starts_anything(bad, monkeypatch, capsys):
+    assert run_main(monkeypatch, "profile", "--config", str(bad), "--", "--port=1") == 2
+    assert f"{bad}:2" in capsys.readouterr().err
+
+
+def test_profile_says_why_a_server_did_not_start(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_SGLANG_SERVE", [sys.executable, "-c", "raise SystemExit('no GPU')"])
+    assert run_main(monkeypatch, "profile", "--config", str(GOOD), "--", "--model-path=m") == 1
+    assert "no GPU" in capsys.readouterr().err
