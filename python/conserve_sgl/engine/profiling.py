@@ -19,7 +19,7 @@ import sys
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,6 +53,9 @@ logger = logging.getLogger(__name__)
 
 TIME_LIMIT_S = 20.0
 """When a profile stops, finished or not: a start must not wait long for a slow machine."""
+
+_LEAST_SHAPES = 12
+_LOG_EVERY_S = 5.0
 
 
 def load_or_measure(scheduler: Scheduler, counts: Counter[str] | None = None) -> LatencyModel:
@@ -210,9 +213,6 @@ def measure(scheduler: Scheduler, time_limit_s: float = TIME_LIMIT_S) -> tuple[S
     return _from_rank_zero(scheduler, lambda: tuple(samples))
 
 
-_LEAST_SHAPES = 12
-
-
 def _free(scheduler: Scheduler) -> tuple[int, int]:
     return (
         scheduler.req_to_token_pool.available_size(),
@@ -228,13 +228,23 @@ def _warm_up(plan: list[StepShape]) -> list[StepShape]:
     return [*first.values()] * 2
 
 
-def _with_progress(scheduler: Scheduler, plan: list[StepShape]) -> Iterator[StepShape]:
+def _with_progress(scheduler: Scheduler, plan: list[StepShape]) -> Iterable[StepShape]:
     if not scheduler.tp_group.is_first_rank:
-        return iter(plan)
-    logger.info("measuring step times for the latency model: %d steps", len(plan))
-    console = Console(stderr=True)
-    hidden = not sys.stderr.isatty()
-    return track(plan, "Measuring step times", console=console, disable=hidden, transient=True)
+        return plan
+    logger.info("measuring step times for the latency model, at most %.0f s", TIME_LIMIT_S)
+    if sys.stderr.isatty():
+        console = Console(stderr=True)
+        return track(plan, "Measuring step times", console=console, transient=True)
+    return _with_log_lines(plan)
+
+
+def _with_log_lines(plan: list[StepShape]) -> Iterator[StepShape]:
+    logged_s = time.monotonic()
+    for done, shape in enumerate(plan):
+        if time.monotonic() - logged_s > _LOG_EVERY_S:
+            logger.info("measured %d of %d steps", done, len(plan))
+            logged_s = time.monotonic()
+        yield shape
 
 
 @contextmanager
