@@ -51,7 +51,7 @@ def generate_body(prompt: Sequence[int], gen_kwargs: dict[str, Any], max_new_tok
         raise JobError(f"gen_kwargs: SGLang has no sampling parameter {unknown[0]!r}")
     params |= {
         "max_new_tokens": given["max_gen_toks"],
-        "temperature": given["temperature"],
+        "temperature": given.get("temperature", 0.0),
         "stop": [text for text in given["until"] if text],
     }
     return {"input_ids": list(prompt), "sampling_params": params}
