@@ -247,7 +247,7 @@ def _names(
     """What lm-eval loads for one entry of `tasks`. May write to the folder `scratch`."""
     key = f"lm_eval.tasks[{i}]"
     if isinstance(task, dict):
-        return [_changed(_with_variables(path, key, task), manager, scratch / f"{i}.yaml")]
+        return [_changed(_with_files(path, key, task), manager, scratch / f"{i}.yaml")]
     if task.endswith((".yaml", ".yml")):
         file = path.parent / expand(path, key, task)
         if not file.is_file():
@@ -268,19 +268,24 @@ def _changed(task: dict[str, Any], manager: TaskManager, file: Path) -> str | di
     return str(file)
 
 
-def _with_variables(path: Path, key: str, task: dict[str, Any]) -> dict[str, Any]:
-    """`task` with ${VARIABLES} filled in below `dataset_kwargs`; elsewhere they may be a text."""
+def _with_files(path: Path, key: str, task: dict[str, Any]) -> dict[str, Any]:
+    """`task`, its `data_files` with ${VARIABLES} filled in, and found from the job's folder."""
+    kwargs = task.get("dataset_kwargs")
+    if not isinstance(kwargs, dict) or "data_files" not in kwargs:
+        return task
 
     def walk(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: walk(v) for k, v in value.items()}
         if isinstance(value, list):
             return [walk(v) for v in value]
-        return expand(path, f"{key}.dataset_kwargs", value) if isinstance(value, str) else value
+        if "://" in value:
+            return value
+        named = expand(path, f"{key}.dataset_kwargs.data_files", value)
+        local = (path.parent / named).resolve()
+        return str(local) if local.is_file() else named  # it may be a pattern
 
-    if "dataset_kwargs" not in task:
-        return task
-    return task | {"dataset_kwargs": walk(task["dataset_kwargs"])}
+    return task | {"dataset_kwargs": kwargs | {"data_files": walk(kwargs["data_files"])}}
 
 
 def _given(args: ModelArgs) -> dict[str, Any]:
