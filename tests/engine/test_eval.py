@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from string import Template
 
@@ -197,7 +198,7 @@ def test_lm_eval_agrees_with_transformers_after_being_killed(server, model, lm_e
 def _cached(output: Path) -> int:
     """Answers in lm-eval's cache."""
     for path in output.glob("lm_eval_cache_*.db"):
-        with sqlite3.connect(path) as cache:
+        with closing(sqlite3.connect(path)) as cache:
             found = cache.execute("select 1 from sqlite_master where name = 'unnamed'").fetchall()
             return cache.execute("select count(*) from unnamed").fetchone()[0] if found else 0
     return 0
