@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,12 @@ def tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch, tmp_path_factory) -> None:
+    """Neither the hub nor lm-eval's own tasks, whose thousands of files take seconds to read."""
     import datasets
+    import lm_eval.tasks
 
+    alone = partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", alone)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("hf")))
 
 

@@ -344,7 +344,8 @@ def _metrics(results: dict[str, Any]) -> dict[str, dict[str, Metric]]:
                 continue
             stderr = values.get(f"{name}_stderr,{filter_}")
             found[name if filter_ == "none" else key] = Metric(
-                value=value, stderr=stderr if isinstance(stderr, float) else None
+                value=float(value),  # lm-eval's may be numpy's
+                stderr=float(stderr) if isinstance(stderr, int | float) else None,
             )
         tasks[task] = found
     return tasks
