@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
-import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from conserve_sgl.errors import InputError, JobError
 from conserve_sgl.jobs import run_job
@@ -20,8 +24,8 @@ from conserve_sgl.jobs.ask import read_text
 from conserve_sgl.jobs.client import BadReply
 from conserve_sgl.jobs.runner import DONE, INTERRUPTED
 
-# lm-eval and what it imports warn of their own ways.
-pytestmark = pytest.mark.filterwarnings("default")
+# What lm-eval imports warns when it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:builtin type .* has no __module__")
 
 CHOICES = {
     "task": "choices",
@@ -99,26 +103,6 @@ def prompt(tokenizer):
     return lambda text: json.dumps(tokens.encode(text))
 
 
-@pytest.fixture
-def start(checkout: Path):
-    """Starts a run of a job in a process of its own; its stdout is what a person would see."""
-    code = "import sys; from pathlib import Path; from rich.console import Console\n"
-    code += "from conserve_sgl.jobs import run_job\n"
-    code += "sys.exit(run_job(Path(sys.argv[1]), console=Console()))"
-    processes = []
-
-    def start(job: Path) -> subprocess.Popen[str]:
-        env = os.environ | {"PYTHONPATH": str(checkout / "python")}
-        argv = [sys.executable, "-c", code, str(job)]
-        processes.append(subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True))
-        return processes[-1]
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
 def results(folder) -> dict[str, Any]:
     (file,) = folder.output.glob("*/results_*.json")
     return json.loads(file.read_text())
@@ -182,6 +166,37 @@ def test_loglikelihood_is_the_sum_and_greedy_is_not_inverted(tokens, top, expect
     assert score(reply([FIRST, *tokens], likeliest), len(tokens)) == expected
 
 
+@pytest.mark.parametrize("max_length", [500, 9])
+def test_rolling_scores_every_token_once(server, folder, job, console, prompt, max_length):
+    """In one window, or in several: the stand-in's logprob depends on the window alone."""
+    run_job(job(TEXTS, limit=2, model_args={"max_length": max_length}), console=console)
+    texts = [json.loads(prompt(row["question"])) for row in ROWS[:2]]
+    bodies = [body for _, _, body in server.requests]
+    scored = [body["input_ids"][body["logprob_start_len"] + 1 :] for body in bodies]
+    assert all(len(body["input_ids"]) < max_length for body in bodies)
+    assert sorted(chain(*scored)) == sorted(chain(*texts))
+    logprobs = [
+        -body["input_ids"].count(token) / 10
+        for body, tokens in zip(bodies, scored, strict=True)
+        for token in tokens
+    ]
+    found = [float(sample["resps"][0][0]) for sample in samples(folder, "texts")]
+    assert sum(found) == pytest.approx(sum(logprobs))
+
+
+def test_a_long_context_loses_its_beginning(server, job, console):
+    run_job(job(CHOICES, limit=1, model_args={"max_length": 8}), console=console)
+    for _, _, body in server.requests:
+        assert len(body["input_ids"]) == 7
+        assert body["logprob_start_len"] == 7 - len(" xyz") - 1
+
+
+def test_a_text_that_is_too_long_to_score_ends_the_run(server, job, console):
+    with pytest.raises(JobError, match="longer than the model's context"):
+        run_job(job(CHOICES, limit=1, model_args={"max_length": 4}), console=console)
+    assert server.requests == []
+
+
 def test_a_reply_with_too_few_logprobs_is_asked_for_again():
     from conserve_sgl.jobs.lm_eval.model import score
 
@@ -243,20 +258,39 @@ def test_what_was_answered_is_not_asked_again(server, folder, job, console, prom
     assert results(folder)["results"]["answers"]["exact_match,none"] == 1.0
 
 
-def test_an_interrupt_keeps_what_is_in_flight(server, folder, job, console, start):
+class Screen(io.StringIO):
+    """A console's file that knows when a text was printed."""
+
+    def __init__(self, awaited: str) -> None:
+        super().__init__()
+        self._awaited = awaited
+        self.seen = threading.Event()
+
+    def write(self, text: str) -> int:
+        if self._awaited in text:
+            self.seen.set()
+        return super().write(text)
+
+
+def test_an_interrupt_keeps_what_is_in_flight(server, folder, job, console):
+    screen = Screen("stopping: 60 s for what is in flight")
+    path = job(ANSWERS, job={"drain_s": 60, "max_in_flight": 2})
     server.hold.clear()
-    process = start(job(ANSWERS, job={"drain_s": 60, "max_in_flight": 2}))
-    server.wait_until(lambda s: len(s.requests) == 2)
-    process.send_signal(signal.SIGINT)
-    for text in process.stdout:
-        if "stopping: 60 s for what is in flight" in text:
-            break
-    server.hold.set()
-    assert process.wait(timeout=60) == INTERRUPTED
+
+    def interrupt() -> None:
+        server.wait_until(lambda s: len(s.requests) == 2)
+        os.kill(os.getpid(), signal.SIGINT)
+        screen.seen.wait(60)
+        server.hold.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        interrupted = pool.submit(interrupt)
+        assert run_job(path, console=Console(file=screen, width=120)) == INTERRUPTED
+        interrupted.result()
     assert folder.summary()["partial"] is True
     assert list(folder.output.glob("*/results_*")) == []
 
-    assert run_job(job(ANSWERS), console=console) == DONE
+    assert run_job(path, console=console) == DONE
     assert set(server.prompts.values()) == {1}
     assert folder.summary()["lm_eval"]["run_requests"] == 3
 
