@@ -26,7 +26,7 @@ class FakeSGLang:
     Runs its own event loop in a thread, so that runs under test may own theirs. A token is a
     character, except for the pairs in `merges`, which are one token. The answer to a prompt is
     its last word in capitals; the logprob of a token is minus its number of occurrences in the
-    whole text over ten, hence deterministic.
+    whole text over ten, hence deterministic. The answer to token ids is their number.
 
     Attributes:
         script: prompt -> faults to give before the answer, in order; mutated as they are used.
@@ -40,6 +40,8 @@ class FakeSGLang:
         self.model = "tiny"
         self.api_key: str | None = None
         self.merges: tuple[str, ...] = ()
+        self.tokenizer: str | None = None
+        self.max_req_input_len: int | None = None
         self.script: dict[str, list[Fault]] = {}
         self.always: Fault | None = None
         self.active = self.peak = 0
@@ -87,6 +89,7 @@ class FakeSGLang:
         app.router.add_post("/v1/chat/completions", self._answer)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_get("/model_info", self._model_info)
+        app.router.add_get("/server_info", self._server_info)
         self._runner = web.AppRunner(app, shutdown_timeout=0)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", port, reuse_address=True)
@@ -96,7 +99,13 @@ class FakeSGLang:
     async def _model_info(self, request: web.Request) -> web.Response:
         if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
-        return web.json_response({"model_path": self.model})
+        info = {"model_path": self.model, "tokenizer_path": self.tokenizer}
+        return web.json_response({key: value for key, value in info.items() if value is not None})
+
+    async def _server_info(self, _: web.Request) -> web.Response:
+        if self.max_req_input_len is None:
+            raise web.HTTPNotFound
+        return web.json_response({"max_req_input_len": self.max_req_input_len})
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -139,9 +148,13 @@ class FakeSGLang:
         return web.json_response({"error": {"message": "scripted"}}, status=status, headers=headers)
 
     def _completion(self, body: dict[str, Any]) -> Any:
+        if body.get("return_logprob"):
+            start, ids = body["logprob_start_len"], body["input_ids"]
+            if isinstance(ids[0], int):
+                return self._scored(ids, start)
+            return [self._scored(each, start) for each in ids]
         if "input_ids" in body:
-            start = body["logprob_start_len"]
-            return [self._scored(ids, start) for ids in body["input_ids"]]
+            return {"text": f"{len(body['input_ids'])}", "meta_info": self._meta(1, 2)}
         text = body.get("text") or body["messages"][-1]["content"]
         output = text.split()[-1].upper()
         if "messages" in body:
@@ -163,10 +176,10 @@ class FakeSGLang:
     def _scored(self, ids: list[int], start: int) -> dict[str, Any]:
         logprobs = [[-ids.count(i) / 10, i, None] for i in ids[start:]]
         logprobs[0][0] = None
-        return {
-            "text": "",
-            "meta_info": self._meta(len(ids), 0) | {"input_token_logprobs": logprobs},
-        }
+        # The likeliest token is the one that is there, unless it is there more than once.
+        top = [[[0.0, i if ids.count(i) == 1 else -1, None]] for i in ids[start:]]
+        found = {"input_token_logprobs": logprobs, "input_top_logprobs": [None, *top[1:]]}
+        return {"text": "", "meta_info": self._meta(len(ids), 0) | found}
 
     def tokens(self, text: str) -> list[int]:
         pieces = []

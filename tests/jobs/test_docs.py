@@ -19,6 +19,8 @@ STRUCTS = [
     schema.Sampling,
     schema.ExactMatch,
     schema.LoglikelihoodChoice,
+    schema.LmEval,
+    schema.ModelArgs,
     Record,
     Failure,
 ]
@@ -39,7 +41,7 @@ def default_of(row: str) -> str:
     return row.split("|")[2].strip()
 
 
-@pytest.mark.parametrize("struct", STRUCTS[:7], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("struct", STRUCTS[:9], ids=lambda s: s.__name__)
 def test_the_defaults_are_those_of_the_code(page, struct):
     section = page.split(f"<!-- {struct.__name__} -->")[1].split("\n\n")[0]
     rows = {row.split("`")[1]: default_of(row) for row in section.splitlines() if "| `" in row}
@@ -51,9 +53,10 @@ def test_the_defaults_are_those_of_the_code(page, struct):
             assert rows[field.name] == "required", field.name
 
 
-def test_the_example_is_a_good_job(page, tmp_path):
-    example = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
-    assert example is not None
+def test_the_examples_are_good_jobs(page, tmp_path):
+    example, harness = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     (tmp_path / "capitals.jsonl").write_text('{"country": "Portugal", "capital": "Lisbon"}\n')
-    (tmp_path / "job.yaml").write_text(example[1])
+    (tmp_path / "job.yaml").write_text(example)
     assert make_plan(tmp_path / "job.yaml").total == 1
+    (tmp_path / "job.yaml").write_text(harness)
+    assert len(make_plan(tmp_path / "job.yaml").job.lm_eval.tasks) == 3

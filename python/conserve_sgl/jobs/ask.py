@@ -82,6 +82,7 @@ class MetaInfo(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int
     cached_tokens: int | None = None
     input_token_logprobs: list[list[Any]] = []
+    input_top_logprobs: list[Any] = []
 
 
 class TextReply(msgspec.Struct, frozen=True, kw_only=True):

@@ -212,6 +212,30 @@ class Client:
             finally:
                 endpoint.in_flight -= 1
 
+    async def get(self, path: str) -> Any | None:
+        """What an endpoint answers to GET `path`: JSON or text, None if it has no such path.
+
+        Tried again like `post`, over all endpoints.
+
+        Raises:
+            Stopped: the run is being stopped.
+            JobError: no endpoint answers, or it does not let us in.
+        """
+        attempts = Attempts()
+        while True:
+            endpoint = await self._pick(None)
+            try:
+                status, raw = await self._exchange(endpoint, "GET", path, None)
+            except _Fault as fault:
+                try:
+                    await self._recover(endpoint, attempts, fault)
+                except LineFailed as e:
+                    raise JobError(f"{endpoint.url}{path}: {e}") from e
+                continue
+            if status in (401, 403):
+                raise _hopeless(endpoint, path, status, raw)
+            return _decoded(raw) if status == 200 else None
+
     async def _pick(self, near: Endpoint | None) -> Endpoint:
         while True:
             if self._stopping.is_set():

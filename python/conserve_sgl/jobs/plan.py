@@ -19,7 +19,7 @@ from conserve_sgl.jobs.schema import ExactMatch, Job, JsonlTask, LoglikelihoodCh
 from conserve_sgl.jobs.template import TemplateFault, compile_expression, compile_template
 from conserve_sgl.strict_yaml import load_yaml
 
-__all__ = ["Line", "Plan", "PlannedTask", "lines", "make_plan"]
+__all__ = ["Line", "Plan", "PlannedTask", "expand", "lines", "make_plan"]
 
 MAX_FAULTS = 10
 _VARIABLE = re.compile(r"\$\{(\w*)\}?")
@@ -78,11 +78,11 @@ def make_plan(path: Path, **overrides: object) -> Plan:
         InputError: the first fault, its text followed by up to nine more.
     """
     job = _override(path, load_yaml(path, Job), overrides)
-    output = Path(_expand(path, "output", job.output))
+    output = Path(expand(path, "output", job.output))
     faults: list[InputError] = []
     tasks = []
     for i, task in enumerate(job.tasks):
-        data = path.parent / _expand(path, f"tasks[{i}].data", task.data)
+        data = path.parent / expand(path, f"tasks[{i}].data", task.data)
         if not data.is_file():
             raise InputError(path, f"no such file: {data}", key=f"tasks[{i}].data")
         tasks.append(_plan_task(job, task, data, faults))
@@ -110,13 +110,21 @@ def _override(path: Path, job: Job, overrides: dict[str, object]) -> Job:
     changed = msgspec.to_builtins(job) | given
     if limit is not None:
         changed["tasks"] = [task | {"limit": limit} for task in changed["tasks"]]
+        if changed["lm_eval"] is not None:
+            changed["lm_eval"] |= {"limit": limit, "samples": None}
     try:
         return msgspec.convert(changed, Job)
     except msgspec.ValidationError as e:
         raise InputError(path, f"with the options given: {e}") from e
 
 
-def _expand(path: Path, key: str, text: str) -> str:
+def expand(path: Path, key: str, text: str) -> str:
+    """`text`, a path, with ${VARIABLES} and ~ filled in.
+
+    Raises:
+        InputError: a variable is not set; `path` and `key` say where it stands.
+    """
+
     def value(match: re.Match[str]) -> str:
         name = match[1]
         if match[0] != f"${{{name}}}" or not name:

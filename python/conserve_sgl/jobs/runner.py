@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import signal
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -16,10 +14,18 @@ from rich.console import Console
 from conserve_sgl.errors import InputError, JobError
 from conserve_sgl.jobs.ask import ask
 from conserve_sgl.jobs.client import Attempts, Client, Clock, LineFailed, Stopped
+from conserve_sgl.jobs.interrupt import Interrupt
+from conserve_sgl.jobs.lm_eval.evaluate import Evaluation, load_tasks
 from conserve_sgl.jobs.plan import Line, Plan, PlannedTask, lines, make_plan
 from conserve_sgl.jobs.progress import Meter, ProgressView
 from conserve_sgl.jobs.store import Failure, Record, Store
-from conserve_sgl.jobs.summary import Summary, Tally, print_summary
+from conserve_sgl.jobs.summary import (
+    LmEvalSummary,
+    Summary,
+    Tally,
+    print_lm_eval,
+    print_summary,
+)
 
 __all__ = ["DONE", "INTERRUPTED", "SOME_FAILED", "Runner", "run_job"]
 
@@ -39,10 +45,12 @@ def run_job(
 ) -> int:
     """Run the job at `path` to its end, or go on with it, and return the exit code.
 
+    Its JSONL tasks first, then its lm-eval tasks.
+
     Args:
         console: where progress and the summary go.
         endpoints, output, max_in_flight: replace what the file says.
-        limit: replaces the limit of every task.
+        limit: replaces the limit of every task, lm-eval's too.
         fresh: throw away earlier results in the output folder first.
 
     Returns:
@@ -61,8 +69,21 @@ def run_job(
             limit=limit,
         )
         api_key = _api_key(path, plan.job.api_key_env)
+        config = plan.job.lm_eval
+        loaded = None if config is None else load_tasks(path, config)
         with Store(plan, fresh=fresh) as store:
-            return asyncio.run(Runner(plan, store, console, api_key=api_key).run())
+            runner = Runner(plan, store, console, api_key=api_key)
+            code = asyncio.run(runner.run()) if plan.tasks else DONE
+            if loaded is None or code == INTERRUPTED:
+                return code
+            evaluation = Evaluation(path, plan, store, loaded, console, api_key=api_key)
+            try:
+                evaluation.run(fresh=fresh)
+            finally:
+                result = evaluation.summary()
+                print_lm_eval(console, plan, result)
+                store.write_summary(runner.summary(result))
+            return INTERRUPTED if result.partial else code
     except KeyboardInterrupt:  # while nothing was being sent yet
         return INTERRUPTED
 
@@ -102,24 +123,23 @@ class Runner:
         self._meter = Meter(plan.total, self._started_s)
         self._meter.resumed = sum(len(done) for done in self._done.values())
         self._failures_in_a_row = 0
-        self._workers: list[asyncio.Task[None]] = []
+        self._run_s = 0.0
 
     async def run(self) -> int:
         """Send what is not finished; return the exit code. Raises JobError."""
-        self._stopping = asyncio.Event()
         try:
             with ProgressView(self._console, self._plan.name, self._meter) as view:
+                self._interrupt = Interrupt(self._job.drain_s, view.say)
                 if self._meter.resumed:
                     view.say(f"{self._meter.resumed} of {self._meter.total} lines are done already")
-                with self._signals(view):
-                    await self._send_all(view)
+                await self._send_all(view)
             self._store.sync()
         except BaseException:
             with suppress(JobError):  # the first error is the one to show
                 self._finish()
             raise
         self._finish()
-        if self._stopping.is_set() and self._meter.left:
+        if self._interrupt.stopping.is_set() and self._meter.left:
             return INTERRUPTED
         return SOME_FAILED if self._meter.failed else DONE
 
@@ -129,15 +149,8 @@ class Runner:
         if count == 0:
             return
         async with self._client() as client:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    ticker = group.create_task(self._tick(view))
-                    work = (self._work(client, pending) for _ in range(count))
-                    self._workers = [group.create_task(w) for w in work]
-                    await asyncio.wait(self._workers)
-                    ticker.cancel()
-            except ExceptionGroup as e:
-                raise e.exceptions[0] from e
+            workers = (self._work(client, pending) for _ in range(count))
+            await self._interrupt.run(workers, self._tick(view))
 
     def _client(self) -> Client:
         return Client(
@@ -145,7 +158,7 @@ class Runner:
             api_key=self._api_key,
             identify=self._store.set_model,
             note=self._note,
-            stopping=self._stopping,
+            stopping=self._interrupt.stopping,
             clock=self._clock,
             rng=self._rng,
         )
@@ -162,7 +175,7 @@ class Runner:
                 await self._answer(client, planned, line)
             except Stopped:
                 return
-            if self._stopping.is_set():
+            if self._interrupt.stopping.is_set():
                 return
 
     async def _answer(self, client: Client, planned: PlannedTask, line: Line) -> None:
@@ -214,44 +227,24 @@ class Runner:
             await self._clock.sleep(TICK_S)
             await asyncio.to_thread(self._store.sync)
 
-    @contextmanager
-    def _signals(self, view: ProgressView) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        loop = asyncio.get_running_loop()
-        for sig in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(sig, self._interrupt, loop, view)
-        try:
-            yield
-        finally:
-            for sig in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(sig)
-
-    def _interrupt(self, loop: asyncio.AbstractEventLoop, view: ProgressView) -> None:
-        if self._stopping.is_set():
-            self._abandon()
-            return
-        self._stopping.set()
-        view.say(f"stopping: {self._job.drain_s:g} s for what is in flight (again to stop at once)")
-        loop.call_later(self._job.drain_s, self._abandon)
-
-    def _abandon(self) -> None:
-        for worker in self._workers:
-            worker.cancel()
-
-    def _finish(self) -> None:
+    def summary(self, lm_eval: LmEvalSummary | None = None) -> Summary:
+        """What this run has come to so far; `lm_eval` is what came after it."""
         meter = self._meter
-        summary = Summary(
+        return Summary(
             job=self._plan.name,
             model=self._store.job_file.model,
-            partial=meter.left > 0,
-            run_s=round(self._clock.monotonic_s() - self._started_s, 3),
+            partial=meter.left > 0 or (lm_eval is not None and lm_eval.partial),
+            run_s=self._run_s,
             run_lines=meter.done,
             run_retries=meter.retries,
             run_prompt_tokens=meter.prompt_tokens,
             run_completion_tokens=meter.completion_tokens,
             tasks={name: tally.summary() for name, tally in self._tallies.items()},
+            lm_eval=lm_eval,
         )
+
+    def _finish(self) -> None:
+        self._run_s = round(self._clock.monotonic_s() - self._started_s, 3)
+        summary = self.summary()
         print_summary(self._console, self._plan, summary)
         self._store.write_summary(summary)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -13,8 +13,10 @@ __all__ = [
     "ExactMatch",
     "Job",
     "JsonlTask",
+    "LmEval",
     "LoglikelihoodChoice",
     "Message",
+    "ModelArgs",
     "Retry",
     "Sampling",
 ]
@@ -157,6 +159,57 @@ class JsonlTask(
             raise ValueError("sampling: loglikelihood_choice samples nothing; leave it out")
 
 
+class ModelArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`model_args` of lm-eval, for its model `conserve`; what is None is asked from the server."""
+
+    tokenizer: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    use_fast_tokenizer: bool = True
+    max_length: Count | None = None
+    max_gen_toks: Count = 256
+    add_bos_token: bool | None = None
+    custom_prefix_token_id: int | None = None
+    chat_template_kwargs: dict[str, str | int | float | bool] = {}
+
+
+class LmEval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Tasks of lm-evaluation-harness, under the keys of its own configuration file."""
+
+    tasks: Annotated[list[str | dict[str, Any]], msgspec.Meta(min_length=1)]
+    model: Literal["conserve"] = "conserve"
+    model_args: ModelArgs = ModelArgs()
+    num_fewshot: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    limit: Positive | None = None
+    samples: dict[str, list[int]] | None = None
+    gen_kwargs: dict[str, Any] = {}
+    apply_chat_template: bool | str = False
+    fewshot_as_multiturn: bool | None = None
+    system_instruction: str | None = None
+    use_cache: str | None = None
+    output_path: str | None = None
+    log_samples: bool = True
+    predict_only: bool = False
+    include_path: str | None = None
+    seed: int | list[int | None] | None = None
+    bootstrap_iters: Annotated[int, msgspec.Meta(ge=0)] = 100000
+    confirm_run_unsafe_code: bool = False
+    metadata: dict[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.samples is not None:
+            raise ValueError("samples: cannot be given together with limit")
+        if self.limit is not None and self.limit > 1 and self.limit % 1:
+            raise ValueError("limit: a number of questions, or a share of them below 1")
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise ValueError("fewshot_as_multiturn: needs apply_chat_template")
+        if isinstance(self.seed, list) and len(self.seed) != 4:
+            raise ValueError("seed: one number, or four (random, numpy, torch, fewshot)")
+        for i, task in enumerate(self.tasks):
+            if isinstance(task, dict) and not task.keys() & {"task", "group"}:
+                raise ValueError(f"tasks[{i}]: an entry needs the key task (or group)")
+
+
 class Retry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What to do when a request fails; how long to keep at it."""
 
@@ -168,11 +221,15 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An offline job: where to send, how much at once, where the results go, and its tasks."""
+    """An offline job: where to send, how much at once, where the results go, and its tasks.
+
+    `tasks` run first, then `lm_eval`.
+    """
 
     endpoints: Annotated[list[str], msgspec.Meta(min_length=1)]
     output: str
-    tasks: Annotated[list[JsonlTask], msgspec.Meta(min_length=1)]
+    tasks: list[JsonlTask] = []
+    lm_eval: LmEval | None = None
     name: str | None = None
     model: str | None = None
     priority: int | None = None
@@ -185,6 +242,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     vars: dict[str, str | int | float | bool] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.tasks and self.lm_eval is None:
+            raise ValueError("tasks: there are none, and no lm_eval either")
         for endpoint in self.endpoints:
             _check_endpoint(endpoint)
         _unique("endpoints", self.endpoints)

@@ -6,11 +6,20 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from conserve_sgl.jobs.lm_eval.online import OnlineLatency
 from conserve_sgl.jobs.plan import Plan
 from conserve_sgl.jobs.score import standard_error
 from conserve_sgl.jobs.store import Record
 
-__all__ = ["Summary", "Tally", "TaskSummary", "print_summary"]
+__all__ = [
+    "LmEvalSummary",
+    "Metric",
+    "Summary",
+    "Tally",
+    "TaskSummary",
+    "print_lm_eval",
+    "print_summary",
+]
 
 
 class TaskSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +39,30 @@ class TaskSummary(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int
 
 
+class Metric(msgspec.Struct, frozen=True, kw_only=True):
+    """A metric of lm-eval, None where it has no standard error."""
+
+    value: float
+    stderr: float | None
+
+
+class LmEvalSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """`lm_eval` in `summary.json`. `run_...` is of the latest run: cached answers are not in it.
+
+    `tasks` maps a task or group to its metrics, `acc` or `exact_match,strict-match`; it is empty
+    while `partial`. `online_latency` is None where the servers' metrics do not tell.
+    """
+
+    partial: bool
+    run_s: float
+    run_requests: int
+    run_retries: int
+    run_prompt_tokens: int
+    run_completion_tokens: int
+    online_latency: OnlineLatency | None
+    tasks: dict[str, dict[str, Metric]]
+
+
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """`summary.json`. `partial` is true while a line has neither finished nor failed for good.
 
@@ -46,6 +79,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     run_prompt_tokens: int
     run_completion_tokens: int
     tasks: dict[str, TaskSummary]
+    lm_eval: LmEvalSummary | None = None
 
 
 class Tally:
@@ -119,3 +153,52 @@ def print_summary(console: Console, plan: Plan, summary: Summary) -> None:
             console.print(f"failed lines: {plan.output / name}.errors.jsonl", **say)
     if summary.partial:
         console.print("not finished: run the same command again to go on", **say)
+
+
+def print_lm_eval(console: Console, plan: Plan, summary: LmEvalSummary) -> None:
+    """Print what lm-eval came to, its rates, and what online requests noticed of it."""
+    table = Table(title=f"{plan.name}: lm-eval{' (partial)' if summary.partial else ''}")
+    for head in ("task", "metric"):
+        table.add_column(head)
+    for head in ("value", "stderr"):
+        table.add_column(head, justify="right")
+    for task, metrics in summary.tasks.items():
+        for name, metric in metrics.items():
+            stderr = "" if metric.stderr is None else f"± {metric.stderr:.4f}"
+            table.add_row(task, name, f"{metric.value:.4f}", stderr)
+    console.print(table)
+    rate = max(summary.run_s, 1e-9)
+    say = {"markup": False, "highlight": False, "soft_wrap": True}
+    console.print(
+        f"this run: {summary.run_requests:,} requests in {summary.run_s:.1f} s, "
+        f"{summary.run_prompt_tokens / rate:.0f} tokens/s in, "
+        f"{summary.run_completion_tokens / rate:.0f} tokens/s out, "
+        f"{summary.run_retries:,} retries",
+        **say,
+    )
+    console.print(f"online requests: {_online(summary.online_latency)}", **say)
+    console.print(f"results: {plan.output}", **say)
+    if summary.partial:
+        console.print("not finished: run the same command again to go on", **say)
+
+
+def _online(latency: OnlineLatency | None) -> str:
+    if latency is None:
+        return "not known (SGLang tells with --enable-metrics --enable-priority-scheduling)"
+    before, during = latency.before, latency.during
+    if during.requests == 0:
+        return "none in this time"
+    parts = [
+        f"{name} {_ms(old)} -> {_ms(new)}"
+        for name, old, new in (
+            ("TTFT mean", before.ttft_mean_ms, during.ttft_mean_ms),
+            ("p99", before.ttft_p99_ms, during.ttft_p99_ms),
+            ("TPOT mean", before.tpot_mean_ms, during.tpot_mean_ms),
+            ("p99", before.tpot_p99_ms, during.tpot_p99_ms),
+        )
+    ]
+    return f"{during.requests:,} in this time (before: {before.requests:,}), {', '.join(parts)}"
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} ms"

@@ -1,0 +1,161 @@
+"""Sends the requests of an evaluation: bounded in flight, over all endpoints, as offline work."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from conserve_sgl.errors import JobError
+from conserve_sgl.jobs.ask import TextReply, read_text
+from conserve_sgl.jobs.client import Attempts, Client, Clock, LineFailed, Stopped
+from conserve_sgl.jobs.interrupt import Interrupt
+from conserve_sgl.jobs.progress import Meter, ProgressView
+from conserve_sgl.jobs.schema import Job
+
+__all__ = ["Sender"]
+
+K = TypeVar("K")
+TICK_S = 1.0
+
+
+class Sender:
+    """Posts to `/generate` for one evaluation, in as many event loops as its caller runs.
+
+    Attributes:
+        requests, retries, prompt_tokens, completion_tokens: of all answers so far.
+
+    Args:
+        job: endpoints, how much at once, retry policy.
+        identify: called with the model that an endpoint says it serves; may raise JobError.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        *,
+        console: Console,
+        api_key: str | None = None,
+        identify: Callable[[str], None],
+        clock: Clock | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self._job = job
+        self._console = console
+        self._api_key = api_key
+        self._identify = identify
+        self._clock = clock or Clock()
+        self._rng = random.Random(seed)
+        self.requests = self.retries = self.prompt_tokens = self.completion_tokens = 0
+
+    async def get(self, path: str) -> Any | None:
+        """JSON or text from GET `path` of an endpoint, None if it has no such path.
+
+        Raises:
+            JobError: no endpoint answers.
+        """
+        async with self._client(asyncio.Event(), Meter(0, 0.0)) as client:
+            return await client.get(path)
+
+    async def post_all(
+        self,
+        name: str,
+        total: int,
+        bodies: Iterator[tuple[K, dict[str, Any]]],
+        answered: Callable[[K, TextReply], None],
+    ) -> None:
+        """Post the `total` bodies in order; `answered` gets each one's key and reply as it comes.
+
+        An `answered` that raises BadReply has its request sent again, like one that was lost.
+
+        Raises:
+            Stopped: interrupted; what had been answered was handed over.
+            JobError: some requests failed, or none can be answered.
+        """
+        if total == 0:
+            return
+        meter = Meter(total, self._clock.monotonic_s())
+        failures: list[LineFailed] = []
+        with ProgressView(self._console, name, meter) as view:
+            interrupt = Interrupt(self._job.drain_s, view.say)
+            async with self._client(interrupt.stopping, meter) as client:
+                workers = (
+                    self._work(client, interrupt, bodies, answered, meter, failures)
+                    for _ in range(min(self._job.max_in_flight, total))
+                )
+                await interrupt.run(workers, self._tick(view))
+        self.retries += meter.retries
+        if meter.left:
+            raise Stopped
+        if failures:
+            raise JobError(
+                f"{len(failures)} of {total} requests of {name} failed, the first one with: "
+                f"{failures[0]}. Finished requests are kept; run the same command again to go on"
+            )
+
+    async def _work(
+        self,
+        client: Client,
+        interrupt: Interrupt,
+        bodies: Iterator[tuple[K, dict[str, Any]]],
+        answered: Callable[[K, TextReply], None],
+        meter: Meter,
+        failures: list[LineFailed],
+    ) -> None:
+        for key, body in bodies:
+            read = partial(_read, answered, key)
+            try:
+                reply, _ = await client.post("/generate", body, read, Attempts())
+            except Stopped:
+                return
+            except LineFailed as failed:
+                failures.append(failed)
+                meter.failed += 1
+                if len(failures) >= self._job.retry.max_failures_in_a_row:
+                    raise JobError(
+                        f"{len(failures)} requests failed, the last one with: {failed}. Finished "
+                        "requests are kept; run the same command again to go on"
+                    ) from failed
+            else:
+                self._count(reply, meter)
+            if interrupt.stopping.is_set():
+                return
+
+    def _count(self, reply: TextReply, meter: Meter) -> None:
+        prompt, completion = reply.meta_info.prompt_tokens, reply.meta_info.completion_tokens
+        meter.done += 1
+        meter.prompt_tokens += prompt
+        meter.completion_tokens += completion
+        self.requests += 1
+        self.prompt_tokens += prompt
+        self.completion_tokens += completion
+
+    async def _tick(self, view: ProgressView) -> None:
+        while True:
+            view.refresh(self._clock.monotonic_s())
+            await self._clock.sleep(TICK_S)
+
+    def _client(self, stopping: asyncio.Event, meter: Meter) -> Client:
+        def note(text: str | None) -> None:
+            meter.note = text
+            meter.retries += text is not None
+
+        return Client(
+            self._job,
+            api_key=self._api_key,
+            identify=self._identify,
+            note=note,
+            stopping=stopping,
+            clock=self._clock,
+            rng=self._rng,
+        )
+
+
+def _read(answered: Callable[[K, TextReply], None], key: K, raw: bytes) -> TextReply:
+    reply = read_text(raw)
+    answered(key, reply)
+    return reply

@@ -1,0 +1,386 @@
+"""lm-eval tasks against a stand-in for a server: what is sent, read, kept and written."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from conserve_sgl.errors import InputError, JobError
+from conserve_sgl.jobs import run_job
+from conserve_sgl.jobs.ask import read_text
+from conserve_sgl.jobs.client import BadReply
+from conserve_sgl.jobs.runner import DONE, INTERRUPTED
+
+# What lm-eval imports warns when it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:builtin type .* has no __module__")
+
+CHOICES = {
+    "task": "choices",
+    "output_type": "multiple_choice",
+    "doc_to_text": "Q: {{question}}\nA:",
+    "doc_to_choice": "{{options}}",
+    "doc_to_target": "{{answer}}",
+}
+ANSWERS = {
+    "task": "answers",
+    "output_type": "generate_until",
+    "doc_to_text": "Q: {{question}}\nA:",
+    "doc_to_target": "{{count}}",
+    "generation_kwargs": {"until": ["\n"], "max_gen_toks": 7},
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
+TEXTS = {
+    "task": "texts",
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{question}}",
+    "metric_list": [{"metric": "word_perplexity"}],
+}
+ROWS = [
+    {
+        "question": f"what is {word}?",
+        "options": ["xyz", "eee"],
+        "answer": 0,
+        "count": len(f"Q: what is {word}?\nA:"),
+    }
+    for word in ("up", "down", "sideways", "here", "there")
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> Path:
+    from support.tiny_models import make_tiny_model  # imports transformers
+
+    return make_tiny_model(tmp_path_factory.mktemp("model"), arch="llama")
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch, tmp_path_factory) -> None:
+    """Neither the hub nor lm-eval's own tasks, whose thousands of files take seconds to read."""
+    import datasets
+    import lm_eval.tasks
+
+    alone = partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", alone)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("hf")))
+
+
+@pytest.fixture
+def job(server, folder, tokenizer):
+    """Writes a job with the given lm-eval tasks over ROWS; keys of `lm_eval` as keywords."""
+    server.tokenizer, server.max_req_input_len = str(tokenizer), 500
+    data = folder.data(ROWS)
+
+    def write(*tasks: dict[str, Any] | str, job: dict[str, Any] | None = None, **keys: Any) -> Path:
+        own = {"dataset_path": "json", "test_split": "test"}
+        own["dataset_kwargs"] = {"data_files": {"test": str(data)}}
+        entries = [own | task if isinstance(task, dict) else task for task in tasks]
+        job = {"endpoints": [server.url], "tasks": None, "max_in_flight": 4} | (job or {})
+        return folder.job(**job, lm_eval={"tasks": entries, "bootstrap_iters": 10} | keys)
+
+    return write
+
+
+@pytest.fixture
+def prompt(tokenizer):
+    """The name under which the stand-in knows a text."""
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(tokenizer)
+    return lambda text: json.dumps(tokens.encode(text))
+
+
+def results(folder) -> dict[str, Any]:
+    (file,) = folder.output.glob("*/results_*.json")
+    return json.loads(file.read_text())
+
+
+def samples(folder, task: str) -> list[dict[str, Any]]:
+    (file,) = folder.output.glob(f"*/samples_{task}_*.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_all_kinds_of_request(server, folder, job, console):
+    path = job(CHOICES, ANSWERS, TEXTS, job={"priority": -1})
+
+    assert run_job(path, console=console) == DONE
+
+    bodies = [body for _, _, body in server.requests]
+    assert len(bodies) == 2 * 5 + 5 + 5
+    for _, headers, body in server.requests:
+        assert headers["x-sgl-conserve-class"] == "offline"
+        assert (body["service_tier"], body["priority"]) == ("flex", -1)
+    generating = [body for body in bodies if "return_logprob" not in body]
+    assert [body["sampling_params"] for body in generating] == 5 * [
+        {"max_new_tokens": 7, "temperature": 0.0, "stop": ["\n"]}
+    ]
+    found = folder.summary()["lm_eval"]
+    assert found["run_requests"] == 20
+    assert found["partial"] is False
+    assert found["online_latency"] is None
+    assert found["tasks"]["answers"] == {"exact_match": {"value": 1.0, "stderr": 0.0}}
+    assert found["tasks"]["choices"]["acc"]["value"] == 1.0
+    assert found["tasks"]["texts"]["word_perplexity"]["value"] > 1
+    assert results(folder)["results"]["choices"]["acc,none"] == 1.0
+    assert results(folder)["config"]["model"] == "conserve"
+    assert {len(samples(folder, task)) for task in ("choices", "answers", "texts")} == {5}
+    assert "choices" in console.file.getvalue()
+
+
+def reply(tokens: list[list[Any]], top: list[Any]) -> Any:
+    meta = {"finish_reason": {"type": "length"}, "prompt_tokens": 9, "completion_tokens": 0}
+    meta |= {"input_token_logprobs": tokens, "input_top_logprobs": top}
+    return read_text(json.dumps({"text": "", "meta_info": meta}).encode())
+
+
+FIRST = [None, 1, None]  # the last token of the context, which SGLang gives no logprob
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top", "expected"),
+    [
+        ([[-0.5, 7, None], [-0.25, 8, None]], [7, 8], (-0.75, True)),
+        ([[-0.5, 7, None], [-0.25, 8, None]], [7, 9], (-0.75, False)),
+        ([[-0.5, 7, None], [-0.25, 8, None]], [9, 8], (-0.75, False)),
+        ([[None, 7, None]], [9], (float("-inf"), False)),
+        ([], [], (0.0, True)),
+    ],
+)
+def test_loglikelihood_is_the_sum_and_greedy_is_not_inverted(tokens, top, expected):
+    from conserve_sgl.jobs.lm_eval.model import score
+
+    likeliest = [None, *([[-0.1, token, None]] for token in top)]
+    assert score(reply([FIRST, *tokens], likeliest), len(tokens)) == expected
+
+
+@pytest.mark.parametrize("max_length", [500, 9])
+def test_rolling_scores_every_token_once(server, folder, job, console, prompt, max_length):
+    """In one window, or in several: the stand-in's logprob depends on the window alone."""
+    run_job(job(TEXTS, limit=2, model_args={"max_length": max_length}), console=console)
+    texts = [json.loads(prompt(row["question"])) for row in ROWS[:2]]
+    bodies = [body for _, _, body in server.requests]
+    scored = [body["input_ids"][body["logprob_start_len"] + 1 :] for body in bodies]
+    assert all(len(body["input_ids"]) < max_length for body in bodies)
+    assert sorted(chain(*scored)) == sorted(chain(*texts))
+    logprobs = [
+        -body["input_ids"].count(token) / 10
+        for body, tokens in zip(bodies, scored, strict=True)
+        for token in tokens
+    ]
+    found = [float(sample["resps"][0][0]) for sample in samples(folder, "texts")]
+    assert sum(found) == pytest.approx(sum(logprobs))
+
+
+def test_a_long_context_loses_its_beginning(server, job, console):
+    run_job(job(CHOICES, limit=1, model_args={"max_length": 8}), console=console)
+    for _, _, body in server.requests:
+        assert len(body["input_ids"]) == 7
+        assert body["logprob_start_len"] == 7 - len(" xyz") - 1
+
+
+def test_a_text_that_is_too_long_to_score_ends_the_run(server, job, console):
+    with pytest.raises(JobError, match="longer than the model's context"):
+        run_job(job(CHOICES, limit=1, model_args={"max_length": 4}), console=console)
+    assert server.requests == []
+
+
+def test_a_reply_with_too_few_logprobs_is_asked_for_again():
+    from conserve_sgl.jobs.lm_eval.model import score
+
+    with pytest.raises(BadReply, match="0 logprobs and not 2"):
+        score(reply([FIRST], [None]), 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ({}, {"temperature": 0.0, "max_new_tokens": 256, "stop": []}),
+        ({"until": "\n"}, {"stop": ["\n"]}),
+        ({"until": ["a", ""]}, {"stop": ["a"]}),
+        ({"do_sample": False, "temperature": 0.7}, {"temperature": 0.0}),
+        ({"do_sample": True, "temperature": 0.7, "top_p": 0.9}, {"temperature": 0.7, "top_p": 0.9}),
+        ({"max_tokens": 3}, {"max_new_tokens": 3}),
+        ({"seed": 5}, {"sampling_seed": 5}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_generation_parameters_are_translated(given, sent):
+    from conserve_sgl.jobs.lm_eval.model import generate_body
+
+    body = generate_body([1, 2], given, 256)
+    assert body["input_ids"] == [1, 2]
+    assert body["sampling_params"].items() >= sent.items()
+    assert "do_sample" not in body["sampling_params"]
+
+
+def test_an_unknown_generation_parameter_is_refused(server, job, console):
+    with pytest.raises(JobError, match="gen_kwargs: SGLang has no sampling parameter 'num_beams'"):
+        run_job(job(ANSWERS, gen_kwargs={"num_beams": 2}), console=console)
+    assert server.requests == []
+
+
+def test_busy_servers_are_waited_for(server, folder, job, console, prompt):
+    server.script[prompt("Q: what is up?\nA:")] = [(429, {"Retry-After": "0"}), (503, {})] * 20
+    assert run_job(job(ANSWERS), console=console) == DONE
+    assert folder.summary()["lm_eval"]["run_retries"] == 40
+    assert results(folder)["results"]["answers"]["exact_match,none"] == 1.0
+
+
+def test_what_was_answered_is_not_asked_again(server, folder, job, console, prompt):
+    """One request is refused for good: the others are kept, and it alone is asked again."""
+    refused = prompt("Q: what is up?\nA:")
+    server.script[refused] = [(400, {})]
+    path = job(CHOICES, TEXTS, ANSWERS)
+    with pytest.raises(JobError, match=r"1 of 5 requests of generate_until failed.*scripted"):
+        run_job(path, console=console)
+    summary = folder.summary()
+    assert (summary["partial"], summary["lm_eval"]["run_requests"]) == (True, 19)
+    server.prompts.clear()
+
+    assert run_job(path, console=console) == DONE
+
+    assert server.prompts == {refused: 1}
+    assert folder.summary()["lm_eval"]["run_requests"] == 1
+    assert folder.summary()["partial"] is False
+    assert results(folder)["results"]["answers"]["exact_match,none"] == 1.0
+
+
+class Screen(io.StringIO):
+    """A console's file that knows when a text was printed."""
+
+    def __init__(self, awaited: str) -> None:
+        super().__init__()
+        self._awaited = awaited
+        self.seen = threading.Event()
+
+    def write(self, text: str) -> int:
+        if self._awaited in text:
+            self.seen.set()
+        return super().write(text)
+
+
+def test_an_interrupt_keeps_what_is_in_flight(server, folder, job, console):
+    screen = Screen("stopping: 60 s for what is in flight")
+    path = job(ANSWERS, job={"drain_s": 60, "max_in_flight": 2})
+    server.hold.clear()
+
+    def interrupt() -> None:
+        server.wait_until(lambda s: len(s.requests) == 2)
+        os.kill(os.getpid(), signal.SIGINT)
+        screen.seen.wait(60)
+        server.hold.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        interrupted = pool.submit(interrupt)
+        assert run_job(path, console=Console(file=screen, width=120)) == INTERRUPTED
+        interrupted.result()
+    assert folder.summary()["partial"] is True
+    assert list(folder.output.glob("*/results_*")) == []
+
+    assert run_job(path, console=console) == DONE
+    assert set(server.prompts.values()) == {1}
+    assert folder.summary()["lm_eval"]["run_requests"] == 3
+
+
+def test_fresh_asks_again(server, job, console):
+    path = job(ANSWERS)
+    run_job(path, console=console)
+    server.requests.clear()
+    assert run_job(path, console=console, fresh=True) == DONE
+    assert len(server.requests) == 5
+
+
+def test_another_model_never_sees_the_answers_of_this_one(server, folder, job, console):
+    cache = str(folder.path / "cache")
+    run_job(job(ANSWERS, use_cache=cache), console=console)
+    server.requests.clear()
+    server.model = "other"
+    other = {"output": str(folder.path / "other")}
+    run_job(job(ANSWERS, use_cache=cache, job=other), console=console)
+    assert len(server.requests) == 5
+
+
+def test_jsonl_tasks_and_several_endpoints(server, second_server, folder, job, console):
+    task = {"name": "lines", "data": "data.jsonl", "prompt": "{{ question }}"}
+    urls = [server.url, second_server.url]
+    path = job(CHOICES, job={"tasks": [task], "endpoints": urls, "max_in_flight": 8})
+    assert run_job(path, console=console) == DONE
+    assert len(folder.records("lines")) == 5
+    summary = folder.summary()
+    assert (summary["run_lines"], summary["lm_eval"]["run_requests"]) == (5, 10)
+    assert second_server.requests
+    assert len(server.requests) + len(second_server.requests) == 15
+
+
+def test_a_chat_template_is_applied(folder, job, console):
+    path = job(ANSWERS, limit=1, apply_chat_template=True, system_instruction="Be brief.")
+    run_job(path, console=console)
+    text = samples(folder, "answers")[0]["arguments"]["gen_args_0"]["arg_0"]
+    assert text.startswith("<|im_start|>system\nBe brief.")
+    assert text.endswith("<|im_start|>assistant\n")
+
+
+def test_the_limit_of_the_command_line_counts(server, job, console):
+    run_job(job(ANSWERS), console=console, limit=2)
+    assert len(server.requests) == 2
+
+
+def test_a_known_task_with_other_values(folder, job, console):
+    """What lm-eval itself does by an include: here the file of the data, and the question."""
+    (folder.path / "own").mkdir()
+    (folder.path / "own" / "answers.yaml").write_text(yaml.safe_dump(ANSWERS))
+    changed = {"task": "answers", "doc_to_text": "{{question}}", "doc_to_target": "14"}
+    run_job(job(changed, limit=1, include_path="own"), console=console)
+    assert results(folder)["results"]["answers"]["exact_match,none"] == 0.0
+    assert samples(folder, "answers")[0]["arguments"]["gen_args_0"]["arg_0"] == "what is up?"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "keys", "fault"),
+    [
+        (["no_such_task"], {}, r"lm_eval.tasks\[0\]: lm-eval has no task 'no_such_task'"),
+        (["no.yaml"], {}, r"lm_eval.tasks\[0\]: no such file: "),
+        ([CHOICES], {"include_path": "nowhere"}, "lm_eval.include_path: no such folder: "),
+        ([CHOICES | {"test_split": "no"}], {}, "lm_eval.tasks: cannot be loaded: "),
+        ([CHOICES], {"device": "cpu"}, r"lm_eval.device: unknown key"),
+        ([CHOICES], {"model": "hf"}, "lm_eval.model: "),
+        ([CHOICES], {"model_args": {"dtype": "auto"}}, "lm_eval.model_args.dtype: unknown key"),
+        ([CHOICES], {"limit": 2, "samples": {"choices": [1]}}, "samples: cannot be given together"),
+        ([CHOICES], {"seed": [1, 2]}, "seed: one number, or four"),
+        ([CHOICES], {"fewshot_as_multiturn": True}, "needs apply_chat_template"),
+        ([{"task": None}], {}, "cannot be loaded: "),
+        ([], {}, "lm_eval.tasks: "),
+    ],
+)
+def test_bad_input_is_found_before_anything_is_sent(server, job, console, tasks, keys, fault):
+    with pytest.raises(InputError, match=fault):
+        run_job(job(*tasks, **keys), console=console)
+    assert server.requests == []
+
+
+def test_the_server_has_to_say_what_the_job_does_not(server, job, console):
+    path = job(CHOICES)
+    server.max_req_input_len = None
+    with pytest.raises(InputError, match=r"lm_eval\.model_args\.max_length: is needed"):
+        run_job(path, console=console)
+    assert server.requests == []
+
+
+def test_without_the_extra_the_error_says_what_to_install(server, job, console, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(InputError, match=r"pip install conserve-sgl\[eval\]"):
+        run_job(job(CHOICES), console=console)
+    assert server.requests == []
