@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 from msgspec.structs import asdict
 
+from conserve_sgl.checkpoint.checkpointer import Checkpointer
+from conserve_sgl.checkpoint.fault import RandomPreemption
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.engine.adder import OfflinePurse, make_adder_class
 from conserve_sgl.engine.host import (
@@ -40,7 +42,6 @@ from conserve_sgl.engine.host import (
     broadcast_pyobj,
     get_parallel,
     get_schedule,
-    release_req,
 )
 from conserve_sgl.engine.inbox import ArrivalInbox
 from conserve_sgl.engine.invariants import with_parked_rows
@@ -163,6 +164,12 @@ class ConserveScheduler(Scheduler):
             self.schedule_low_priority_values_first,
         )
         self.policy.is_offline = self.is_offline
+        self._checkpoints = Checkpointer(
+            self.tree_cache,
+            (ConserveConfig.from_environment() or ConserveConfig()).checkpoint,
+            max_total_tokens=self.max_total_num_tokens,
+        )
+        self._random_preemption = RandomPreemption.from_environment()
 
     def init_invariant_checker(self) -> None:
         super().init_invariant_checker()
@@ -276,6 +283,12 @@ class ConserveScheduler(Scheduler):
         (plan,) = broadcast_pyobj([plan], group.rank, group.cpu_group, src=group.ranks[0])
         return plan
 
+    def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
+        super().process_batch_result(batch, result)
+        decoded = batch.reqs if batch.forward_mode.is_decode() else batch.decoding_reqs or ()
+        offline = (req for req in decoded if self.is_offline(req) and not req.is_retracted)
+        self._checkpoints.after_result(offline, online_tight=bool(self.waiting_queue))
+
     def _account(self, batch: ScheduleBatch | None) -> None:
         mode = None if batch is None else batch.forward_mode
         self._rows_decoded = mode is None or mode.is_mixed() or not mode.is_extend()
@@ -311,7 +324,10 @@ class ConserveScheduler(Scheduler):
         candidates = self._offline_queue.take(plan.offline_admissions)
         self.waiting_queue.extend(candidates)
         try:
-            return super().get_new_batch_prefill(running_batch)
+            prefill = super().get_new_batch_prefill(running_batch)
+            if prefill.batch_to_run is not None:
+                self._checkpoints.admitted(prefill.batch_to_run.reqs)
+            return prefill
         finally:
             waiting, self.waiting_queue = self.waiting_queue, []
             for req in waiting:
@@ -339,6 +355,8 @@ class ConserveScheduler(Scheduler):
 
     def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
         self._sit_out_surplus(batch)
+        if self._random_preemption is not None:
+            self._preempt_at_random(batch, self._random_preemption)
         if batch.is_empty():
             return batch
         # The last row stays: SGLang itself decides about one that does not fit alone.
@@ -380,21 +398,17 @@ class ConserveScheduler(Scheduler):
             self._preempt([offline[-1]])
         return True
 
+    def _preempt_at_random(self, batch: ScheduleBatch, chance: RandomPreemption) -> None:
+        running = chance.victims(filter(self.is_offline, batch.reqs))
+        batch.filter_batch(reqs_to_exclude=running)
+        aside = {id(req) for req in chance.victims(self._parked_reqs())}
+        self._preempt(running + self._take_aside(lambda req: id(req) in aside))
+
     def _preempt(self, reqs: list[Req]) -> None:
         """Release the rows and KV of `reqs`, which nobody else holds, and queue them again."""
         for req in reqs:
-            self._release(req)
+            self._checkpoints.release(req, keep=True)
             self._add_request_to_queue(req, is_retracted=True)
-
-    def _release(self, req: Req) -> None:
-        release_req(
-            req=req,
-            remaing_req_count=0,
-            req_to_token_pool=self.req_to_token_pool,
-            token_to_kv_pool_allocator=self.token_to_kv_pool_allocator,
-            tree_cache=self.tree_cache,
-            hisparse_coordinator=None,
-        )
 
     # ------------------------------------- everything else that looks at requests
 
@@ -408,7 +422,7 @@ class ConserveScheduler(Scheduler):
 
         aside = self._take_aside(matches)
         for req in aside:
-            self._release(req)
+            self._checkpoints.release(req, keep=False)
         # Now they are queued requests like any other, and SGLang's own code aborts those.
         self.waiting_queue += aside + self._offline_queue.remove(matches)
         super().abort_request(recv_req)
@@ -448,6 +462,7 @@ class ConserveScheduler(Scheduler):
         return {
             "offline_waiting": len(self._offline_queue),
             "offline_parked": len(self._parked),
+            "checkpoint": self._checkpoints.state(),
             "arrivals_received": 0 if self._inbox is None else self._inbox.received,
             "arrival_ms": {"p50": p50, "p99": p99},
             "latency": self._latency_state(),
