@@ -26,14 +26,22 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from conserve_sgl.checkpoint.host import Req, UnifiedRadixCache, get_serving, release_req
+from conserve_sgl.checkpoint.host import (
+    Req,
+    ScheduleBatch,
+    UnifiedRadixCache,
+    get_serving,
+    release_req,
+)
+from conserve_sgl.checkpoint.ownership import check_ownership, is_asked_for
+from conserve_sgl.checkpoint.penalties import restore_penalties
 from conserve_sgl.config import CheckpointConfig
 from conserve_sgl.policy.checkpointing import CheckpointPlan, CheckpointView, plan_checkpoints
-from conserve_sgl.policy.victims import Candidate
+from conserve_sgl.policy.victims import Candidate, choose_victims
 
 __all__ = ["Checkpointer"]
 
@@ -56,12 +64,19 @@ class Checkpointer:
         tree_cache: the scheduler's; a cache that shares no prefixes turns checkpoints off.
         config: of the operator.
         max_total_tokens: KV tokens of the device pool.
+        is_offline: tells an offline request; no other is touched.
     """
 
     def __init__(
-        self, tree_cache: UnifiedRadixCache, config: CheckpointConfig, *, max_total_tokens: int
+        self,
+        tree_cache: UnifiedRadixCache,
+        config: CheckpointConfig,
+        *,
+        max_total_tokens: int,
+        is_offline: Callable[[Req], bool],
     ) -> None:
         self._tree = tree_cache
+        self._is_offline = is_offline
         self._allocator = tree_cache.token_to_kv_pool_allocator
         self._page = tree_cache.page_size
         self._stride_tokens = config.stride_tokens
@@ -74,6 +89,7 @@ class Checkpointer:
             and not get_serving().strip_thinking_cache
         )
         self._host = tree_cache.cache_controller
+        self._check = is_asked_for() and tree_cache.supports_prefix_sharing()
         self._suspended: WeakKeyDictionary[Req, int] = WeakKeyDictionary()
         self._in_host: WeakKeyDictionary[Req, int] = WeakKeyDictionary()
         self._counts = Counter(dict.fromkeys(_COUNTS, 0))
@@ -87,16 +103,21 @@ class Checkpointer:
 
     # ------------------------------------------------------- while requests run
 
-    def after_result(self, offline: Iterable[Req], *, online_tight: bool) -> None:
-        """Checkpoint those of `offline`, whose step has just been processed, that are due."""
-        if not self.enabled:
+    def after_result(self, batch: ScheduleBatch, *, online_tight: bool) -> None:
+        """Checkpoint the offline rows of `batch`, whose results are in, that are due."""
+        if self._check:
+            check_ownership(filter(self._is_offline, batch.reqs), self._tree)
+        # The prompts of a prefill batch may be between two chunks; SGLang inserts those.
+        decoded = batch.reqs if batch.forward_mode.is_decode() else batch.decoding_reqs or ()
+        offline = [req for req in decoded if self._is_offline(req) and self._may_checkpoint(req)]
+        if not offline:
             return
         plan = self._plan(online_tight)
         budget = plan.budget_tokens
         for req in offline:
             if budget <= 0:
                 return
-            if self._is_due(req, plan):
+            if req.seqlen - 1 - req.kv.cache_protected_len >= plan.stride_tokens:
                 budget -= self._checkpoint(req, req.seqlen - 1)
 
     def _plan(self, online_tight: bool) -> CheckpointPlan:
@@ -118,14 +139,10 @@ class Checkpointer:
         queued = sum(len(op.device_indices) for op in self._host.write_queue)
         return queued + sum(ack.num_tokens for ack in self._host.ack_write_queue)
 
-    def _is_due(self, req: Req, plan: CheckpointPlan) -> bool:
-        new_tokens = req.seqlen - 1 - req.kv.cache_protected_len
-        return new_tokens >= plan.stride_tokens and self._may_checkpoint(req)
-
     def _may_checkpoint(self, req: Req) -> bool:
         return (
             self.enabled
-            and req.kv.holds_kv
+            and req.kv.holds_kv  # not released since, as a step in flight may still report
             and not req.finished()
             and not req.skip_radix_cache_insert
             and req.beam_group is None
@@ -155,8 +172,19 @@ class Checkpointer:
 
     # ----------------------------------------------------------- giving way
 
-    def candidate(self, req: Req, index: int, *, is_running: bool) -> Candidate:
-        """What releasing `req` would free and lose, for `choose_victims`."""
+    def cheapest(self, running: list[Req], aside: list[Req]) -> Req | None:
+        """The request that loses least by giving way, of those that hold KV; None if there is
+        none."""
+        reqs = running + aside
+        candidates = [
+            self._candidate(req, index, is_running=index < len(running))
+            for index, req in enumerate(reqs)
+            if req.kv.holds_kv and req.beam_group is None
+        ]
+        victims = choose_victims(candidates, needed_tokens=1)
+        return reqs[victims[0].index] if victims else None
+
+    def _candidate(self, req: Req, index: int, *, is_running: bool) -> Candidate:
         total = req.kv.kv_committed_len
         return Candidate(
             index=index,
@@ -170,16 +198,30 @@ class Checkpointer:
             return 0
         return req.kv.cache_protected_len if self._host is None else self._in_host.get(req, 0)
 
-    def release(self, req: Req, *, keep: bool) -> None:
-        """Release the row and KV of `req`, which nobody else holds.
+    def give_way(self, req: Req, *, urgent: bool) -> None:
+        """Release a request that runs again later; nobody else holds its row.
 
         Args:
-            keep: whether it runs again, so that the tree should have what it computed.
+            urgent: its memory is needed in this step. What came after the last checkpoint is then
+                given to the tree only if most of the request is in the host already: a page is
+                pinned to the device while it is copied.
         """
-        if keep:
-            self._suspended[req] = req.kv.kv_committed_len
-            if self._may_checkpoint(req):
-                self._checkpoint(req, min(req.owned_kv_len(), req.seqlen))
+        new_tokens = req.kv.kv_committed_len - req.kv.cache_protected_len
+        pins = self._host is not None and urgent and self._in_host.get(req, 0) < new_tokens
+        self.gave_way(req)
+        if self._may_checkpoint(req) and not pins:
+            self._checkpoint(req, min(req.owned_kv_len(), req.seqlen))
+        self.release(req)
+
+    def gave_way(self, req: Req) -> None:
+        """Remember what `req` had computed, to count what its resume finds of it.
+
+        Also for requests that SGLang itself took out of the engine. Idempotent until the resume.
+        """
+        self._suspended.setdefault(req, req.kv.kv_committed_len or req.seqlen - 1)
+
+    def release(self, req: Req) -> None:
+        """Release the row and KV of `req`, which nobody else holds."""
         release_req(
             req=req,
             remaing_req_count=0,
@@ -188,12 +230,18 @@ class Checkpointer:
             tree_cache=self._tree,
             hisparse_coordinator=None,
         )
+        self._in_host.pop(req, None)
 
     # ----------------------------------------------------------- coming back
 
-    def admitted(self, reqs: Iterable[Req]) -> None:
-        """Count, for those of `reqs` that had given way, what was found and what was not."""
-        for req in reqs:
+    def admitted(self, batch: ScheduleBatch, *, lagging: bool) -> None:
+        """Take note of the requests of a new prefill batch that had given way.
+
+        Counts what was found of them in the tree, and what has to be computed again; restores
+        what SGLang forgets of their sampling state (see `restore_penalties` for `lagging`).
+        """
+        restore_penalties(batch, self._is_offline, lagging=lagging)
+        for req in batch.reqs:
             computed = self._suspended.pop(req, 0)
             restored = min(req.prefix_len, computed)
             self._counts["restored_tokens"] += restored

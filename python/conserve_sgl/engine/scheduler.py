@@ -168,6 +168,7 @@ class ConserveScheduler(Scheduler):
             self.tree_cache,
             (ConserveConfig.from_environment() or ConserveConfig()).checkpoint,
             max_total_tokens=self.max_total_num_tokens,
+            is_offline=self.is_offline,
         )
         self._random_preemption = RandomPreemption.from_environment()
 
@@ -191,6 +192,7 @@ class ConserveScheduler(Scheduler):
             self._start_clock(req)
             super()._add_request_to_queue(req, is_retracted)
         elif is_retracted or req.retracted_stain:
+            self._checkpoints.gave_way(req)
             self._counts["offline_preempted"] += 1
             self._offline_queue.give_back([req])
         elif self._offline_queue.push(req):
@@ -233,6 +235,8 @@ class ConserveScheduler(Scheduler):
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
         super().process_batch_result(batch, result)
         self._learn(self._meter.finished())
+        tight = bool(self.waiting_queue or self._view.online_prompts or self._view.online_arriving)
+        self._checkpoints.after_result(batch, online_tight=tight)
 
     def _learn(self, steps: list[StepSample]) -> None:
         # Ranks that predict differently plan differently, and hang: there the profile stays.
@@ -283,12 +287,6 @@ class ConserveScheduler(Scheduler):
         (plan,) = broadcast_pyobj([plan], group.rank, group.cpu_group, src=group.ranks[0])
         return plan
 
-    def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
-        super().process_batch_result(batch, result)
-        decoded = batch.reqs if batch.forward_mode.is_decode() else batch.decoding_reqs or ()
-        offline = (req for req in decoded if self.is_offline(req) and not req.is_retracted)
-        self._checkpoints.after_result(offline, online_tight=bool(self.waiting_queue))
-
     def _account(self, batch: ScheduleBatch | None) -> None:
         mode = None if batch is None else batch.forward_mode
         self._rows_decoded = mode is None or mode.is_mixed() or not mode.is_extend()
@@ -326,7 +324,7 @@ class ConserveScheduler(Scheduler):
         try:
             prefill = super().get_new_batch_prefill(running_batch)
             if prefill.batch_to_run is not None:
-                self._checkpoints.admitted(prefill.batch_to_run.reqs)
+                self._checkpoints.admitted(prefill.batch_to_run, lagging=self.enable_overlap)
             return prefill
         finally:
             waiting, self.waiting_queue = self.waiting_queue, []
@@ -376,26 +374,28 @@ class ConserveScheduler(Scheduler):
         if not self._view.online_prompts:
             return 0
         offline = (req for req in self.running_batch.reqs if self.is_offline(req))
-        return sum(r.seqlen - r.kv.cache_protected_len for r in [*offline, *self._parked_reqs()])
+        return sum(map(self._checkpoints.reclaimable_tokens, [*offline, *self._parked_reqs()]))
 
     def _kv_is_free(self, tokens: int) -> bool:
         free = self.token_to_kv_pool_allocator.available_size()
         return free + self.tree_cache.evictable_size() >= tokens
 
     def _give_way(self, batch: ScheduleBatch, enough: Callable[[], bool]) -> bool:
-        """Preempt offline requests, put aside ones first, until there is enough KV.
+        """Preempt offline requests, those that lose least first, until there is enough KV.
 
         Returns:
             Whether there is; if not, no offline request is left in `batch` or aside.
         """
-        while not enough() and (aside := self._parked_reqs()):
-            self._preempt(self._take_aside(lambda req, newest=aside[-1]: req is newest))
         while not enough():
-            offline = [req for req in batch.reqs if self.is_offline(req)]
-            if not offline:
+            running = list(filter(self.is_offline, batch.reqs))
+            victim = self._checkpoints.cheapest(running, self._parked_reqs())
+            if victim is None:
                 return False
-            batch.filter_batch(reqs_to_exclude=[offline[-1]])
-            self._preempt([offline[-1]])
+            if victim in running:
+                batch.filter_batch(reqs_to_exclude=[victim])
+            else:
+                self._take_aside(lambda req, victim=victim: req is victim)
+            self._preempt([victim], urgent=True)
         return True
 
     def _preempt_at_random(self, batch: ScheduleBatch, chance: RandomPreemption) -> None:
@@ -404,10 +404,10 @@ class ConserveScheduler(Scheduler):
         aside = {id(req) for req in chance.victims(self._parked_reqs())}
         self._preempt(running + self._take_aside(lambda req: id(req) in aside))
 
-    def _preempt(self, reqs: list[Req]) -> None:
+    def _preempt(self, reqs: list[Req], *, urgent: bool = False) -> None:
         """Release the rows and KV of `reqs`, which nobody else holds, and queue them again."""
         for req in reqs:
-            self._checkpoints.release(req, keep=True)
+            self._checkpoints.give_way(req, urgent=urgent)
             self._add_request_to_queue(req, is_retracted=True)
 
     # ------------------------------------- everything else that looks at requests
@@ -422,7 +422,7 @@ class ConserveScheduler(Scheduler):
 
         aside = self._take_aside(matches)
         for req in aside:
-            self._checkpoints.release(req, keep=False)
+            self._checkpoints.release(req)
         # Now they are queued requests like any other, and SGLang's own code aborts those.
         self.waiting_queue += aside + self._offline_queue.remove(matches)
         super().abort_request(recv_req)
