@@ -31,6 +31,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from conserve_sgl.checkpoint.host import (
+    HiCacheController,
     Req,
     ScheduleBatch,
     UnifiedRadixCache,
@@ -55,6 +56,21 @@ _COUNTS = (
     "recomputed_tokens",
     "host_full",
 )
+
+
+def _host_cache(tree: UnifiedRadixCache) -> HiCacheController | None:
+    """HiCache's controller, when it copies to the host whatever enters the tree.
+
+    Without HiCache, and with its other policies, a checkpoint lives on the device alone until
+    SGLang evicts it.
+    """
+    writes_through = (
+        tree.cache_controller is not None
+        and tree.buffer_pipeline is None
+        and not tree.is_write_back
+        and tree.write_through_threshold == 1
+    )
+    return tree.cache_controller if writes_through else None
 
 
 class Checkpointer:
@@ -88,7 +104,7 @@ class Checkpointer:
             and tree_cache.supports_prefix_sharing()
             and not get_serving().strip_thinking_cache
         )
-        self._host = tree_cache.cache_controller
+        self._host = _host_cache(tree_cache)
         self._check = is_asked_for() and tree_cache.supports_prefix_sharing()
         self._suspended: WeakKeyDictionary[Req, int] = WeakKeyDictionary()
         self._in_host: WeakKeyDictionary[Req, int] = WeakKeyDictionary()
@@ -249,4 +265,9 @@ class Checkpointer:
 
     def state(self) -> dict[str, Any]:
         """What `/server_info` shows under `internal_states[i].conserve.checkpoint`."""
-        return {"enabled": self.enabled, "backlog_tokens": self._backlog_tokens(), **self._counts}
+        return {
+            "enabled": self.enabled,
+            "host_cache": self._host is not None,
+            "backlog_tokens": self._backlog_tokens(),
+            **self._counts,
+        }

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable
 from typing import TypeVar
 
-from conserve_sgl.errors import InputError
+from conserve_sgl.errors import IncompatibleError
 
 __all__ = ["PREEMPT_ENV", "RandomPreemption"]
 
@@ -30,7 +30,7 @@ class RandomPreemption:
         """What `CONSERVE_TEST_PREEMPT` asks for; None when it is not set.
 
         Raises:
-            InputError: it is not `SEED:SHARE` with a share from 0 to 1.
+            IncompatibleError: it is not `SEED:SHARE` with a share from 0 to 1.
         """
         text = os.environ.get(PREEMPT_ENV, "")
         if not text:
@@ -39,9 +39,9 @@ class RandomPreemption:
             seed, share = text.split(":")
             chosen = cls(seed=int(seed), share=float(share))
         except ValueError as error:
-            raise InputError(f"{PREEMPT_ENV} is SEED:SHARE, not {text!r}") from error
+            raise IncompatibleError(f"{PREEMPT_ENV} is SEED:SHARE, not {text!r}") from error
         if not 0 <= chosen._share <= 1:
-            raise InputError(f"{PREEMPT_ENV} has a share from 0 to 1, not {chosen._share}")
+            raise IncompatibleError(f"{PREEMPT_ENV} has a share from 0 to 1, not {chosen._share}")
         return chosen
 
     def victims(self, items: Iterable[T]) -> list[T]:

@@ -1,5 +1,6 @@
 """Every private SGLang name that checkpoints use, in one place; `tests/contract` pins them."""
 
+from sglang.srt.managers.cache_controller import HiCacheController
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch, release_req
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_serving
@@ -7,6 +8,7 @@ from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestr
 
 __all__ = [
     "BatchedPenalizerOrchestrator",
+    "HiCacheController",
     "Req",
     "ScheduleBatch",
     "UnifiedRadixCache",
