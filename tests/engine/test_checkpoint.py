@@ -16,8 +16,7 @@ import pytest
 pytestmark = pytest.mark.engine
 
 CONFIG = """
-offline: {queue_requests: 64}
-budget: {step_tokens: 128, resident_rows: 12, rows_beside_online: 4}
+slo: {ttft: 2x, tpot: 2x, yield_ms: 20}
 memory: {online_reserve: 0.0}
 checkpoint: {stride_tokens: 16}
 """

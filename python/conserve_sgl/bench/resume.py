@@ -72,7 +72,7 @@ def measure_resume(
         contexts: tokens, rising.
         seed: of the token ids.
     """
-    chance = random.Random(seed)  # noqa: S311  reproducible, not secret
+    chance = random.Random(seed)
     prompts = [
         [_FIRST_TOKEN_ID + chance.randrange(_TOKEN_IDS) for _ in range(tokens)]
         for tokens in contexts

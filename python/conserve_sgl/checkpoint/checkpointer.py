@@ -24,7 +24,7 @@ else: the tokens of the request ride on `Req`, and SGLang prefills whatever pref
 
 from __future__ import annotations
 
-import logging
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -46,12 +46,11 @@ from conserve_sgl.policy.victims import Candidate, choose_victims
 
 __all__ = ["Checkpointer"]
 
-logger = logging.getLogger(__name__)
-
 _COUNTS = (
     "checkpoints",
     "checkpointed_tokens",
     "checkpointed_bytes",
+    "checkpoint_ns",
     "restored_tokens",
     "recomputed_tokens",
     "host_full",
@@ -108,6 +107,7 @@ class Checkpointer:
         self._check = is_asked_for() and tree_cache.supports_prefix_sharing()
         self._suspended: WeakKeyDictionary[Req, int] = WeakKeyDictionary()
         self._in_host: WeakKeyDictionary[Req, int] = WeakKeyDictionary()
+        self._shared: WeakKeyDictionary[Req, int] = WeakKeyDictionary()
         self._counts = Counter(dict.fromkeys(_COUNTS, 0))
         self._bytes_per_token = self._measure_bytes_per_token()
 
@@ -169,8 +169,10 @@ class Checkpointer:
         before = req.kv.cache_protected_len
         if up_to // self._page * self._page <= before:
             return 0
+        start_ns = time.perf_counter_ns()
         req.refresh_fill_ids()
         self._tree.checkpoint(req, up_to=up_to)
+        self._counts["checkpoint_ns"] += time.perf_counter_ns() - start_ns
         new_tokens = req.kv.cache_protected_len - before
         self._counts["checkpoints"] += 1
         self._counts["checkpointed_tokens"] += new_tokens
@@ -199,6 +201,12 @@ class Checkpointer:
         ]
         victims = choose_victims(candidates, needed_tokens=1)
         return reqs[victims[0].index] if victims else None
+
+    def reclaimable_tokens(self, req: Req) -> int:
+        """KV tokens that releasing `req` lets others have, but for what it found in the tree when
+        it came first: requests that run beside it may have found the same."""
+        total = req.kv.kv_committed_len
+        return total - min(self._shared.get(req, 0), total)
 
     def _candidate(self, req: Req, index: int, *, is_running: bool) -> Candidate:
         total = req.kv.kv_committed_len
@@ -257,7 +265,8 @@ class Checkpointer:
         what SGLang forgets of their sampling state (see `restore_penalties` for `lagging`).
         """
         restore_penalties(batch, self._is_offline, lagging=lagging)
-        for req in batch.reqs:
+        for req in filter(self._is_offline, batch.reqs):
+            self._shared.setdefault(req, req.prefix_len)
             computed = self._suspended.pop(req, 0)
             restored = min(req.prefix_len, computed)
             self._counts["restored_tokens"] += restored
