@@ -15,7 +15,14 @@ import msgspec
 from conserve_sgl.policy.slo import Factor, Seconds, Slo
 from conserve_sgl.strict_yaml import load_yaml
 
-__all__ = ["CONFIG_ENV", "ConserveConfig", "MemoryConfig", "OfflineConfig", "SloConfig"]
+__all__ = [
+    "CONFIG_ENV",
+    "CheckpointConfig",
+    "ConserveConfig",
+    "MemoryConfig",
+    "OfflineConfig",
+    "SloConfig",
+]
 
 CONFIG_ENV = "CONSERVE_CONFIG"
 """Environment variable with the path of the YAML file; without it the plugin does nothing."""
@@ -88,12 +95,26 @@ class MemoryConfig(_Section):
     online_reserve: Share = 0.25
 
 
+class CheckpointConfig(_Section):
+    """How running offline requests are checkpointed, so that giving way costs little.
+
+    Args:
+        enabled: False computes a request that gave way again, as SGLang does.
+        stride_tokens: a running request enters the radix tree this often when nothing presses;
+            what came after its last checkpoint is the most that giving way can lose.
+    """
+
+    enabled: bool = True
+    stride_tokens: Count = 128
+
+
 class ConserveConfig(_Section):
     """The whole of it."""
 
     slo: SloConfig = SloConfig()
     offline: OfflineConfig = OfflineConfig()
     memory: MemoryConfig = MemoryConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     @classmethod
     def load(cls, path: Path | str) -> ConserveConfig:

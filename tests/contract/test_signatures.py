@@ -65,6 +65,8 @@ SIGNATURES_BY_MODULE = {
         "ScheduleBatch.mix_with_running": "(self, running_batch)",
         "Req.finished": "(self)",
         "Req.init_next_round_input": "(self, tree_cache=None, cow_mamba=None)",
+        "Req.refresh_fill_ids": "(self)",
+        "Req.owned_kv_len": "(self)",
     },
     "sglang.srt.managers.overlap_utils": {
         "FutureMap.stash_bonus_tokens": "(self, indices, bonus_tokens)",
@@ -79,6 +81,13 @@ SIGNATURES_BY_MODULE = {
         "broadcast_pyobj": "(data, rank, dist_group=None, src=0, force_cpu_device=True)",
         "get_device_name": "(device_id=0)",
         "DynamicGradMode": "(mode_or_orig_func=None)",
+    },
+    "sglang.srt.mem_cache.unified_radix_cache": {
+        "UnifiedRadixCache.checkpoint": "(self, req, *, up_to, **kwargs)",
+        "UnifiedRadixCache.supports_prefix_sharing": "(self)",
+        "UnifiedRadixCache.evictable_size": "(self)",
+        "UnifiedRadixCache.is_backuped": "(self, node_id)",
+        "UnifiedRadixCache.path_device_indices": "(self, node)",
     },
     "sglang.srt.managers.schedule_policy": {
         "SchedulePolicy": (
@@ -114,10 +123,13 @@ SIGNATURES_BY_MODULE = {
     },
     "sglang.srt.sampling.penaltylib.orchestrator": {
         "BatchedPenalizerOrchestrator": "(vocab_size, batch, penalizers)",
+        "BatchedPenalizerOrchestrator.cumulate_output_tokens": "(self, output_ids)",
+        "_BatchedPenalizer.is_prepared": "(self)",
     },
     "sglang.srt.runtime_context": {
         "get_exec": "()",
         "get_schedule": "()",
+        "get_serving": "()",
     },
     "sglang.srt.managers.tokenizer_manager": {
         "TokenizerManager.init_ipc_channels": "(self, port_args)",
@@ -242,9 +254,9 @@ def test_every_hooked_function_is_in_the_table():
     assert set(HOOK_TARGETS) <= functions | classes
 
 
-def test_every_name_that_the_engine_takes_from_sglang_is_there():
-    from conserve_sgl.engine import host
-
+@pytest.mark.parametrize("part", ["engine", "checkpoint"])
+def test_every_name_that_is_taken_from_sglang_is_there(part):
+    host = resolve(f"conserve_sgl.{part}.host")
     assert all(getattr(host, name) is not None for name in host.__all__)
 
 
@@ -328,6 +340,8 @@ REQUEST_ATTRIBUTES = (
     "kv",
     "last_node",
     "lock",
+    "origin_input_ids",
+    "output_ids",
     "prefix_len",
     "priority",
     "retracted_stain",
@@ -346,7 +360,30 @@ def test_a_request_has_what_is_read_of_it():
 @pytest.mark.parametrize(
     ("owner", "attributes"),
     [
-        ("sglang.srt.managers.schedule_batch:ReqKvInfo", {"holds_kv"}),
+        (
+            "sglang.srt.managers.schedule_batch:ReqKvInfo",
+            {"holds_kv", "req_pool_idx", "cache_protected_len", "kv_committed_len"},
+        ),
+        ("sglang.srt.managers.schedule_batch:ReqKvInfo", {"kv_allocated_len"}),
+        ("sglang.srt.managers.schedule_batch:ScheduleBatch", {"decoding_reqs"}),
+        (
+            "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache",
+            {"buffer_pipeline", "cache_controller", "is_write_back", "page_size"},
+        ),
+        (
+            "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache",
+            {"req_to_token_pool", "token_to_kv_pool_allocator", "write_through_threshold"},
+        ),
+        (
+            "sglang.srt.managers.cache_controller:HiCacheController",
+            {"write_queue", "ack_write_queue"},
+        ),
+        ("sglang.srt.managers.cache_controller:HiCacheAck", {"num_tokens"}),
+        ("sglang.srt.managers.cache_controller:CacheOperation", {"device_indices"}),
+        (
+            "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool",
+            {"get_kv_size_bytes", "page_size", "size"},
+        ),
         ("sglang.srt.managers.schedule_batch:ScheduleBatch", {"batch_is_full", "reqs"}),
         ("sglang.srt.managers.schedule_batch:ScheduleBatch", {"forward_mode", "sampling_info"}),
         (

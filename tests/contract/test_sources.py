@@ -19,6 +19,7 @@ _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler."
 _ADDER = "sglang.srt.managers.schedule_policy:PrefillAdder."
 _BATCH = "sglang.srt.managers.schedule_batch:ScheduleBatch."
 _CHECKER = "sglang.srt.managers.scheduler_components.invariant_checker:SchedulerInvariantChecker."
+_TREE = "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache."
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager:TokenizerManager."
 
 
@@ -138,7 +139,33 @@ RELIED = [
     Relied(
         "sglang.srt.managers.schedule_batch:release_req",
         "e9a690b5c7084bb5",
-        "ConserveScheduler._release: what of a preempted request is kept and reset",
+        "Checkpointer.release: what of a preempted request is kept and reset",
+    ),
+    Relied(
+        _TREE + "checkpoint_into_tree",
+        "3a20fa5c0617352c",
+        "Checkpointer._checkpoint: what moves to the tree, where the lock and cache_protected_len "
+        "end up, and that an unfinished request may be inserted again and again",
+    ),
+    Relied(
+        _TREE + "_execute_and_commit_kv_backup",
+        "bbd39a400b845801",
+        "Checkpointer._note_host_copy: a node whose copy finds no room is not backed up",
+    ),
+    Relied(
+        "sglang.srt.mem_cache.common:release_kv_cache",
+        "90e19434d1fa8c22",
+        "Checkpointer.release: it frees what lies past cache_protected_len",
+    ),
+    Relied(
+        _SCHEDULER + "process_batch_result",
+        "726305f46a979a47",
+        "ConserveScheduler.process_batch_result: backups queued after it wait for the next step",
+    ),
+    Relied(
+        _BATCH + "cumulate_penalty_output_tokens",
+        "dce2467c859a7049",
+        "checkpoint/penalties.py: which token a row counts when it decodes",
     ),
     Relied(
         _BATCH + "prepare_for_extend",

@@ -4,7 +4,7 @@
 """
 
 from sglang.srt.managers.io_struct import AbortReq
-from sglang.srt.managers.schedule_batch import NextBatchPlan, Req, ScheduleBatch, release_req
+from sglang.srt.managers.schedule_batch import NextBatchPlan, Req, ScheduleBatch
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder, SchedulePolicy
 from sglang.srt.managers.scheduler import Scheduler, _make_abort_req
 from sglang.srt.managers.scheduler_components.invariant_checker import SchedulerInvariantChecker
@@ -35,6 +35,5 @@ __all__ = [
     "get_parallel",
     "get_schedule",
     "release_kv_cache",
-    "release_req",
     "sglang_version",
 ]

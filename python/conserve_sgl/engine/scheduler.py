@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 from msgspec.structs import asdict
 
+from conserve_sgl.checkpoint.checkpointer import Checkpointer
+from conserve_sgl.checkpoint.fault import RandomPreemption
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.engine.adder import OfflinePurse, make_adder_class
 from conserve_sgl.engine.host import (
@@ -40,7 +42,6 @@ from conserve_sgl.engine.host import (
     broadcast_pyobj,
     get_parallel,
     get_schedule,
-    release_req,
 )
 from conserve_sgl.engine.inbox import ArrivalInbox
 from conserve_sgl.engine.invariants import with_parked_rows
@@ -165,6 +166,13 @@ class ConserveScheduler(Scheduler):
             self.schedule_low_priority_values_first,
         )
         self.policy.is_offline = self.is_offline
+        self._checkpoints = Checkpointer(
+            self.tree_cache,
+            (ConserveConfig.from_environment() or ConserveConfig()).checkpoint,
+            max_total_tokens=self.max_total_num_tokens,
+            is_offline=self.is_offline,
+        )
+        self._random_preemption = RandomPreemption.from_environment()
 
     def init_invariant_checker(self) -> None:
         super().init_invariant_checker()
@@ -186,6 +194,7 @@ class ConserveScheduler(Scheduler):
             self._start_clock(req)
             super()._add_request_to_queue(req, is_retracted)
         elif is_retracted or req.retracted_stain:
+            self._checkpoints.gave_way(req)
             self._counts["offline_preempted"] += 1
             self._offline_queue.give_back([req])
         elif self._offline_queue.push(req):
@@ -228,6 +237,8 @@ class ConserveScheduler(Scheduler):
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
         super().process_batch_result(batch, result)
         self._learn(self._meter.finished())
+        tight = bool(self.waiting_queue or self._view.online_prompts or self._view.online_arriving)
+        self._checkpoints.after_result(batch, online_tight=tight)
 
     def _learn(self, steps: list[StepSample]) -> None:
         for step in steps:
@@ -312,7 +323,10 @@ class ConserveScheduler(Scheduler):
         candidates = self._offline_queue.take(plan.offline_admissions)
         self.waiting_queue.extend(candidates)
         try:
-            return super().get_new_batch_prefill(running_batch)
+            prefill = super().get_new_batch_prefill(running_batch)
+            if prefill.batch_to_run is not None:
+                self._checkpoints.admitted(prefill.batch_to_run, lagging=self.enable_overlap)
+            return prefill
         finally:
             waiting, self.waiting_queue = self.waiting_queue, []
             for req in waiting:
@@ -340,6 +354,8 @@ class ConserveScheduler(Scheduler):
 
     def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
         self._sit_out_surplus(batch)
+        if self._random_preemption is not None:
+            self._preempt_at_random(batch, self._random_preemption)
         if batch.is_empty():
             return batch
         # The last row stays: SGLang itself decides about one that does not fit alone.
@@ -359,43 +375,41 @@ class ConserveScheduler(Scheduler):
         if not self._view.online_prompts:
             return 0
         offline = (req for req in self.running_batch.reqs if self.is_offline(req))
-        return sum(r.seqlen - r.kv.cache_protected_len for r in [*offline, *self._parked_reqs()])
+        return sum(map(self._checkpoints.reclaimable_tokens, [*offline, *self._parked_reqs()]))
 
     def _kv_is_free(self, tokens: int) -> bool:
         free = self.token_to_kv_pool_allocator.available_size()
         return free + self.tree_cache.evictable_size() >= tokens
 
     def _give_way(self, batch: ScheduleBatch, enough: Callable[[], bool]) -> bool:
-        """Preempt offline requests, put aside ones first, until there is enough KV.
+        """Preempt offline requests, those that lose least first, until there is enough KV.
 
         Returns:
             Whether there is; if not, no offline request is left in `batch` or aside.
         """
-        while not enough() and (aside := self._parked_reqs()):
-            self._preempt(self._take_aside(lambda req, newest=aside[-1]: req is newest))
         while not enough():
-            offline = [req for req in batch.reqs if self.is_offline(req)]
-            if not offline:
+            running = list(filter(self.is_offline, batch.reqs))
+            victim = self._checkpoints.cheapest(running, self._parked_reqs())
+            if victim is None:
                 return False
-            batch.filter_batch(reqs_to_exclude=[offline[-1]])
-            self._preempt([offline[-1]])
+            if victim in running:
+                batch.filter_batch(reqs_to_exclude=[victim])
+            else:
+                self._take_aside(lambda req, victim=victim: req is victim)
+            self._preempt([victim], urgent=True)
         return True
 
-    def _preempt(self, reqs: list[Req]) -> None:
+    def _preempt_at_random(self, batch: ScheduleBatch, chance: RandomPreemption) -> None:
+        running = chance.victims(filter(self.is_offline, batch.reqs))
+        batch.filter_batch(reqs_to_exclude=running)
+        aside = {id(req) for req in chance.victims(self._parked_reqs())}
+        self._preempt(running + self._take_aside(lambda req: id(req) in aside))
+
+    def _preempt(self, reqs: list[Req], *, urgent: bool = False) -> None:
         """Release the rows and KV of `reqs`, which nobody else holds, and queue them again."""
         for req in reqs:
-            self._release(req)
+            self._checkpoints.give_way(req, urgent=urgent)
             self._add_request_to_queue(req, is_retracted=True)
-
-    def _release(self, req: Req) -> None:
-        release_req(
-            req=req,
-            remaing_req_count=0,
-            req_to_token_pool=self.req_to_token_pool,
-            token_to_kv_pool_allocator=self.token_to_kv_pool_allocator,
-            tree_cache=self.tree_cache,
-            hisparse_coordinator=None,
-        )
 
     # ------------------------------------- everything else that looks at requests
 
@@ -409,7 +423,7 @@ class ConserveScheduler(Scheduler):
 
         aside = self._take_aside(matches)
         for req in aside:
-            self._release(req)
+            self._checkpoints.release(req)
         # Now they are queued requests like any other, and SGLang's own code aborts those.
         self.waiting_queue += aside + self._offline_queue.remove(matches)
         super().abort_request(recv_req)
@@ -449,6 +463,7 @@ class ConserveScheduler(Scheduler):
         return {
             "offline_waiting": len(self._offline_queue),
             "offline_parked": len(self._parked),
+            "checkpoint": self._checkpoints.state(),
             "arrivals_received": 0 if self._inbox is None else self._inbox.received,
             "arrival_ms": {"p50": p50, "p99": p99},
             "latency": self._latency_state(),

@@ -1,0 +1,17 @@
+"""Every private SGLang name that checkpoints use, in one place; `tests/contract` pins them."""
+
+from sglang.srt.managers.cache_controller import HiCacheController
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch, release_req
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.runtime_context import get_serving
+from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
+
+__all__ = [
+    "BatchedPenalizerOrchestrator",
+    "HiCacheController",
+    "Req",
+    "ScheduleBatch",
+    "UnifiedRadixCache",
+    "get_serving",
+    "release_req",
+]

@@ -1,0 +1,183 @@
+"""Offline requests that give way again and again, and keep every token: SGLang, tiny model.
+
+The KV pool holds a fraction of the work, and every offline request is preempted at random besides,
+so that each test sees releases and resumes at all points of a request's life.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import httpx
+import pytest
+
+pytestmark = pytest.mark.engine
+
+CONFIG = """
+slo: {ttft: 2x, tpot: 2x, yield_ms: 20}
+memory: {online_reserve: 0.0}
+checkpoint: {stride_tokens: 16}
+"""
+HICACHE = (
+    "--enable-hierarchical-cache",
+    "--hicache-write-policy=write_through",
+    "--hicache-io-backend=direct",
+    "--hicache-mem-layout=layer_first",
+    "--hicache-ratio=4",
+)
+OFFLINE = {"x-sgl-conserve-class": "offline"}
+PROMPTS = [f"{i}: " + "the quick brown fox jumps over the dog. " * (1 + i % 4) for i in range(16)]
+SERVERS = {
+    "tree": ("--disable-overlap-schedule",),
+    "host": HICACHE,
+}
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request, start_server, tiny_llama) -> Iterator:
+    env = {
+        "CONSERVE_TEST_PREEMPT": "7:0.03",
+        "CONSERVE_TEST_OWNERSHIP": "1",
+        "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16",
+    }
+    flags = (*SERVERS[request.param], "--max-total-tokens=2048")
+    with start_server(tiny_llama, *flags, config=CONFIG, env=env) as server:
+        server.lags = request.param == "host"  # overlap scheduling, see penalties
+        yield server
+
+
+def _in_turn(server, bodies: list[dict]) -> list[dict]:
+    """Online, four at a time, so that nothing is preempted."""
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(lambda body: server.generate(**body), bodies))
+
+
+def _preempted(server, bodies: list[dict]) -> list[dict]:
+    """Offline, all at a time."""
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        return list(pool.map(lambda body: server.generate(**body, headers=OFFLINE), bodies))
+
+
+def _texts(answers: list[dict]) -> list[str]:
+    return [answer["text"] for answer in answers]
+
+
+def test_every_token_survives_hundreds_of_preemptions(server):
+    bodies = [{"text": p, "sampling_params": {"max_new_tokens": 160}} for p in PROMPTS]
+    alone = _texts(_in_turn(server, bodies))
+    before = server.state()
+    for _ in range(2):
+        assert _texts(_preempted(server, bodies)) == alone
+    after = server.state()
+    assert after["offline_preempted"] >= before["offline_preempted"] + 100
+    was, now = before["checkpoint"], after["checkpoint"]
+    assert now["checkpoints"] > was["checkpoints"]
+    assert now["checkpointed_bytes"] > was["checkpointed_bytes"]
+    restored = now["restored_tokens"] - was["restored_tokens"]
+    recomputed = now["recomputed_tokens"] - was["recomputed_tokens"]
+    assert restored > 10 * recomputed
+    server.assert_idle_and_balanced()
+
+
+def test_a_stream_has_no_gap_and_no_repeat(server):
+    def stream(prompt: str) -> list[str]:
+        body = {
+            "text": prompt,
+            "sampling_params": {"temperature": 0, "max_new_tokens": 120},
+            "stream": True,
+        }
+        with server.http.stream("POST", "/offline/generate", json=body) as response:
+            events = [line for line in response.iter_lines() if line.startswith("data: {")]
+        return [httpx.Response(200, text=event[6:]).json()["text"] for event in events]
+
+    bodies = [{"text": p, "sampling_params": {"max_new_tokens": 120}} for p in PROMPTS[:8]]
+    alone = _texts(_in_turn(server, bodies))
+    with ThreadPoolExecutor(8) as pool:
+        for texts, whole in zip(pool.map(stream, PROMPTS[:8]), alone, strict=True):
+            assert texts[-1] == whole
+            assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
+    server.assert_idle_and_balanced()
+
+
+@pytest.mark.parametrize("from_token", [-1, 0], ids=["output", "prompt and output"])
+def test_logprobs_are_those_of_a_run_alone(server, from_token):
+    bodies = [
+        {
+            "text": prompt,
+            "sampling_params": {"max_new_tokens": 64},
+            "return_logprob": True,
+            "logprob_start_len": from_token,
+            "top_logprobs_num": 2,
+        }
+        for prompt in PROMPTS[:8]
+    ]
+
+    def logprobs(answer: dict, key: str) -> list:
+        return [(token, pytest.approx(p, abs=1e-3)) for p, token, _ in answer["meta_info"][key]]
+
+    for alone, preempted in zip(_in_turn(server, bodies), _preempted(server, bodies), strict=True):
+        assert preempted["text"] == alone["text"]
+        for key in ("output_token_logprobs", "input_token_logprobs"):
+            assert len(preempted["meta_info"][key]) == len(alone["meta_info"][key]), key
+            assert logprobs(preempted, key) == [
+                (token, p) for p, token, _ in alone["meta_info"][key]
+            ]
+    server.assert_idle_and_balanced()
+
+
+def test_grammar_and_stop_strings_go_on_where_they_were(server):
+    rules = [{"regex": "[a-z]{90,120}"}, {"stop": ["qz"]}, {"stop_regex": "[0-9]{3}"}]
+    bodies = [
+        {"text": prompt, "sampling_params": {"max_new_tokens": 120, **rule}}
+        for prompt in PROMPTS[:4]
+        for rule in rules
+    ]
+    alone = _in_turn(server, bodies)
+    assert any(len(answer["text"]) < 100 for answer in alone)
+    assert _texts(_preempted(server, bodies)) == _texts(alone)
+    server.assert_idle_and_balanced()
+
+
+PENALTIES = [
+    {"frequency_penalty": 0.6},
+    {"presence_penalty": 0.8},
+    {"repetition_penalty": 1.4},
+    {"min_new_tokens": 60, "stop_token_ids": list(range(60, 140))},
+]
+
+
+@pytest.mark.parametrize("penalty", PENALTIES, ids=lambda penalty: next(iter(penalty)))
+def test_penalties_count_on(server, penalty):
+    if server.lags:
+        pytest.skip("with overlap scheduling SGLang's penalties lag behind or not, run by run")
+    bodies = [
+        {"text": prompt, "sampling_params": {"max_new_tokens": 80, **penalty}}
+        for prompt in PROMPTS[:8]
+    ]
+    alone = _texts(_in_turn(server, bodies))
+    before = server.state()["offline_preempted"]
+    assert _texts(_preempted(server, bodies)) == alone
+    assert server.state()["offline_preempted"] > before
+    server.assert_idle_and_balanced()
+
+
+def test_a_request_as_large_as_the_pool_ends(server):
+    """SGLang cuts `max_new_tokens` to what the pool can hold; such a request runs alone."""
+    big = {"text": PROMPTS[0], "sampling_params": {"max_new_tokens": 100_000}}
+    small = [{"text": p, "sampling_params": {"max_new_tokens": 40}} for p in PROMPTS[1:6]]
+    answers = _preempted(server, [big, *small])
+    assert answers[0]["meta_info"]["finish_reason"]["type"] == "length"
+    assert answers[0]["meta_info"]["completion_tokens"] > 1900
+    server.assert_idle_and_balanced()
+
+
+def test_a_prompt_larger_than_the_pool_is_refused(server):
+    answer = server.http.post(
+        "/offline/generate",
+        json={"text": "x" * 3000, "sampling_params": {"max_new_tokens": 4}},
+    )
+    assert answer.status_code == 400
+    assert "3000" in answer.text
+    server.assert_idle_and_balanced()
