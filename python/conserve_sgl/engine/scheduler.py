@@ -41,6 +41,7 @@ from conserve_sgl.engine.host import (
 )
 from conserve_sgl.engine.inbox import ArrivalInbox
 from conserve_sgl.engine.invariants import with_parked_rows
+from conserve_sgl.engine.offline_item import offline_item, served_tokens
 from conserve_sgl.engine.parking import ParkedRows
 from conserve_sgl.errors import IncompatibleError
 from conserve_sgl.ingress.arrival import arrival_endpoint
@@ -65,6 +66,7 @@ _COUNTS = (
     "offline_rows_parked",
     "offline_chunks_parked",
 )
+_SETTLE_STEPS = 32
 _NO_PLAN = StepPlan(
     offline_prefill_tokens=0, offline_admissions=0, offline_decode_rows=0, kv_reserve_tokens=0
 )
@@ -106,6 +108,7 @@ class ConserveScheduler(Scheduler):
         self._parked_chunk: Req | None = None
         self._plan = _NO_PLAN
         self._rows_decoded = True
+        self._steps = 0
         self._counts = Counter(dict.fromkeys(_COUNTS, 0))
         self._step_policy = self._make_policy(config)
 
@@ -158,7 +161,7 @@ class ConserveScheduler(Scheduler):
         elif is_retracted or req.retracted_stain:
             self._counts["offline_preempted"] += 1
             self._offline_queue.give_back([req])
-        elif self._offline_queue.push(req):
+        elif self._offline_queue.push(req, offline_item(req)):
             self._counts["offline_accepted"] += 1
             req.time_stats.set_wait_queue_entry_time()
         else:
@@ -221,8 +224,17 @@ class ConserveScheduler(Scheduler):
         return len(self._inbox) if self._inbox is not None and self.tp_size == 1 else 0
 
     def _account(self, batch: ScheduleBatch | None) -> None:
+        self._settle_finished()
         mode = None if batch is None else batch.forward_mode
         self._rows_decoded = mode is None or mode.is_mixed() or not mode.is_extend()
+
+    def _settle_finished(self) -> None:
+        # Counted in steps, not in seconds: every rank must keep the same order.
+        self._steps += 1
+        if self._steps % _SETTLE_STEPS == 0:
+            for req in self._offline_queue.taken:
+                if req.finished():
+                    self._offline_queue.settle(req, served_tokens(req))
 
     # ----------------------------------------------------- the plan, for prefill
 
@@ -316,14 +328,13 @@ class ConserveScheduler(Scheduler):
         return [*self._parked.reqs, *chunk]
 
     def abort_request(self, recv_req: AbortReq) -> None:
-        def matches(req: Req) -> bool:
-            return recv_req.abort_all or req.rid.startswith(recv_req.rid)
-
-        aside = self._take_aside(matches)
+        prefix = "" if recv_req.abort_all else recv_req.rid
+        aside = self._take_aside(lambda req: req.rid.startswith(prefix))
         for req in aside:
             self._release(req)
+            self._offline_queue.settle(req, served_tokens(req))
         # Now they are queued requests like any other, and SGLang's own code aborts those.
-        self.waiting_queue += aside + self._offline_queue.remove(matches)
+        self.waiting_queue += aside + self._offline_queue.remove_rid(prefix)
         super().abort_request(recv_req)
 
     def _take_aside(self, matches: Callable[[Req], bool]) -> list[Req]:
