@@ -45,7 +45,9 @@ class FakeClock(Clock):
 class Bench:
     """A client on a fake clock, what it noted, and the models it met."""
 
-    def __init__(self, *urls: str, **retry: object) -> None:
+    def __init__(
+        self, *urls: str, name: str = "job", deadline_s: float | None = None, **retry: object
+    ) -> None:
         self.clock = FakeClock()
         self.notes: list[str | None] = []
         self.models: list[str] = []
@@ -54,6 +56,7 @@ class Bench:
             {
                 "endpoints": list(urls),
                 "output": "out",
+                "deadline_s": deadline_s,
                 "retry": {"first_delay_s": 1, "max_delay_s": 8} | retry,
                 "tasks": [{"name": "t", "data": "d", "prompt": "p"}],
             },
@@ -61,6 +64,7 @@ class Bench:
         )
         self.client = Client(
             job,
+            name=name,
             api_key=None,
             identify=self.models.append,
             note=self.notes.append,
@@ -82,8 +86,8 @@ def read(raw: bytes) -> str:
 
 
 @asynccontextmanager
-async def bench(*urls: str, **retry: object):
-    made = Bench(*urls, **retry)
+async def bench(*urls: str, **options: object):
+    made = Bench(*urls, **options)
     async with made.client:
         yield made
 

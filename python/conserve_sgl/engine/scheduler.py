@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -41,7 +40,9 @@ from conserve_sgl.engine.host import (
 )
 from conserve_sgl.engine.inbox import ArrivalInbox
 from conserve_sgl.engine.invariants import with_parked_rows
-from conserve_sgl.engine.offline_item import offline_item, served_tokens
+from conserve_sgl.engine.ledger import OfflineLedger
+from conserve_sgl.engine.metrics import Exporter
+from conserve_sgl.engine.offline_item import offline_item
 from conserve_sgl.engine.parking import ParkedRows
 from conserve_sgl.errors import IncompatibleError
 from conserve_sgl.ingress.arrival import arrival_endpoint
@@ -59,14 +60,6 @@ __all__ = ["ConserveScheduler"]
 
 logger = logging.getLogger(__name__)
 
-_COUNTS = (
-    "offline_accepted",
-    "offline_refused",
-    "offline_preempted",
-    "offline_rows_parked",
-    "offline_chunks_parked",
-)
-_SETTLE_STEPS = 32
 _NO_PLAN = StepPlan(
     offline_prefill_tokens=0, offline_admissions=0, offline_decode_rows=0, kv_reserve_tokens=0
 )
@@ -103,13 +96,15 @@ class ConserveScheduler(Scheduler):
             )
         config = ConserveConfig.from_environment() or ConserveConfig()
         self._rule = PriorityRule.of(get_schedule())
-        self._offline_queue: OfflineQueue[Req] = OfflineQueue(config.offline.queue_requests)
+        self._offline_queue: OfflineQueue[Req] = OfflineQueue(
+            config.offline.queue_requests, no_deadline_share=config.offline.no_deadline_share
+        )
+        self._ledger = OfflineLedger(self._offline_queue, self.is_offline)
         self._parked = ParkedRows()
         self._parked_chunk: Req | None = None
         self._plan = _NO_PLAN
         self._rows_decoded = True
-        self._steps = 0
-        self._counts = Counter(dict.fromkeys(_COUNTS, 0))
+        self._counts = self._ledger.counts
         self._step_policy = self._make_policy(config)
 
     def _make_policy(self, config: ConserveConfig) -> Policy:
@@ -137,6 +132,11 @@ class ConserveScheduler(Scheduler):
             self.schedule_low_priority_values_first,
         )
         self.policy.is_offline = self.is_offline
+
+    def init_metrics_reporter(self) -> None:
+        super().init_metrics_reporter()
+        here = self.metrics_collector_context.current_scheduler_metrics_enabled
+        self._exporter = Exporter(self.metrics_collector.labels) if here else None
 
     def init_invariant_checker(self) -> None:
         super().init_invariant_checker()
@@ -224,17 +224,15 @@ class ConserveScheduler(Scheduler):
         return len(self._inbox) if self._inbox is not None and self.tp_size == 1 else 0
 
     def _account(self, batch: ScheduleBatch | None) -> None:
-        self._settle_finished()
+        now_s = time.monotonic()
+        self._ledger.step(now_s, batch)
+        if self._exporter is not None and self._exporter.is_due(now_s):
+            self._exporter.write(now_s, self._state(), self._new_latencies_ms())
         mode = None if batch is None else batch.forward_mode
         self._rows_decoded = mode is None or mode.is_mixed() or not mode.is_extend()
 
-    def _settle_finished(self) -> None:
-        # Counted in steps, not in seconds: every rank must keep the same order.
-        self._steps += 1
-        if self._steps % _SETTLE_STEPS == 0:
-            for req in self._offline_queue.taken:
-                if req.finished():
-                    self._offline_queue.settle(req, served_tokens(req))
+    def _new_latencies_ms(self) -> list[float]:
+        return [] if self._inbox is None else self._inbox.new_latencies_ms()
 
     # ----------------------------------------------------- the plan, for prefill
 
@@ -332,9 +330,11 @@ class ConserveScheduler(Scheduler):
         aside = self._take_aside(lambda req: req.rid.startswith(prefix))
         for req in aside:
             self._release(req)
-            self._offline_queue.settle(req, served_tokens(req))
+            self._ledger.close(time.monotonic(), req)
+        queued = self._offline_queue.remove_rid(prefix)
+        self._ledger.removed(queued)
         # Now they are queued requests like any other, and SGLang's own code aborts those.
-        self.waiting_queue += aside + self._offline_queue.remove_rid(prefix)
+        self.waiting_queue += aside + queued
         super().abort_request(recv_req)
 
     def _take_aside(self, matches: Callable[[Req], bool]) -> list[Req]:
@@ -369,9 +369,7 @@ class ConserveScheduler(Scheduler):
         latencies_ms = [] if self._inbox is None else self._inbox.latencies_ms()
         p50, p99 = np.percentile(latencies_ms or [0.0], (50, 99)).tolist()
         return {
-            "offline_waiting": len(self._offline_queue),
-            "offline_parked": len(self._parked),
+            **self._ledger.state(time.monotonic(), parked=len(self._parked_reqs())),
             "arrivals_received": 0 if self._inbox is None else self._inbox.received,
             "arrival_ms": {"p50": p50, "p99": p99},
-            **self._counts,
         }
