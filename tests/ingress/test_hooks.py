@@ -87,7 +87,9 @@ def started(*, default: int | None = None, low_values_first: bool = False) -> In
     """The hooks of a tokenizer process whose sockets are up."""
     ingress = Ingress(ConserveConfig(), is_health_check)
     args = SimpleNamespace(
-        default_priority_value=default, schedule_low_priority_values_first=low_values_first
+        default_priority_value=default,
+        schedule_low_priority_values_first=low_values_first,
+        enable_metrics=False,
     )
     manager = SimpleNamespace(server_args=args)
     ingress.after_init_ipc_channels(None, manager, SimpleNamespace(instance_id="engine-1"))

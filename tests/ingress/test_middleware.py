@@ -421,10 +421,13 @@ async def test_a_stream_holds_its_place_to_its_end():
     app = Starlette(routes=[Route("/generate", route, methods=["POST"])])
     middleware = layer(app, max_offline=1)
     stay = asyncio.Event()
+    body = chunks(b"{}")
 
     async def receive() -> dict[str, Any]:
-        await stay.wait()
-        return {"type": "http.disconnect"}
+        message = await body()
+        if message["type"] == "http.disconnect":
+            await stay.wait()
+        return message
 
     streaming = asyncio.create_task(middleware(http_scope("/offline/generate"), receive, send))
     while len(sent) < 2:
@@ -452,6 +455,27 @@ async def test_no_other_status_says_so(status):
         await JSONResponse({}, status_code=status)(scope, receive, send)
 
     assert "retry-after" not in (await post(layer(app), "/offline/generate")).headers
+
+
+async def test_a_refusal_does_not_wait_for_the_body_and_is_counted():
+    refusals: list[int] = []
+
+    async def receive() -> dict[str, Any]:
+        raise AssertionError("the body was asked for")
+
+    full = ServiceClassMiddleware(
+        Recorder(), max_offline=0, retry_after_s=7, on_refusal=lambda: refusals.append(1)
+    )
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    await full(http_scope("/offline/generate"), receive, send)
+    assert sent[0]["status"] == 429
+    assert (await post(full, "/generate", json={"service_tier": "flex"})).status_code == 429
+    assert (await post(full, "/generate")).status_code == 200
+    assert len(refusals) == 2
 
 
 async def test_an_answer_that_is_an_error_gives_the_place_back():

@@ -13,7 +13,7 @@ from conserve_sgl.ingress.middleware import ServiceClassMiddleware, asked_class,
 from conserve_sgl.policy.job_tag import JobTag
 from conserve_sgl.policy.service_class import PriorityRule, ServiceClass
 
-__all__ = ["Ingress"]
+__all__ = ["Ingress", "refusal_counter"]
 
 
 class Ingress:
@@ -29,11 +29,14 @@ class Ingress:
         self._is_health_check = is_health_check
         self._rule = PriorityRule()
         self._sender: ArrivalSender | None = None
+        self._count_refusal: Callable[[], None] = lambda: None
 
     def after_init_ipc_channels(self, _result: None, manager: Any, port_args: Any) -> None:
         """AFTER `TokenizerManager.init_ipc_channels`: bind the arrival channel."""
         self._rule = PriorityRule.of(manager.server_args)
         self._sender = ArrivalSender(arrival_endpoint(port_args.instance_id))
+        if manager.server_args.enable_metrics:
+            self._count_refusal = refusal_counter(manager.server_args.served_model_name)
 
     def before_run_http_server(self, app: Any) -> None:
         """BEFORE `_setup_and_run_http_server`: put our layer around the whole application."""
@@ -45,6 +48,7 @@ class Ingress:
                 build_stack(),
                 max_offline=offline.queue_requests,
                 retry_after_s=offline.retry_after_s,
+                on_refusal=self._count_refusal,
             )
 
         app.build_middleware_stack = build_with_ours
@@ -65,6 +69,22 @@ class Ingress:
             _stamp_job(obj, manager.preferred_sampling_params or {})
         elif self._sender is not None:
             self._sender.send(_rids_to_come(obj))
+
+
+def refusal_counter(model_name: str) -> Callable[[], None]:
+    """Counts up `conserve:offline_http_refused_total`, which starts at zero, at every call.
+
+    SGLang's own HTTP metrics lie behind our layer and do not see what it refuses.
+    """
+    # Not at the module's top: it must come after SGLang has set PROMETHEUS_MULTIPROC_DIR.
+    from prometheus_client import Counter
+
+    counter = Counter(
+        "conserve:offline_http_refused_total",
+        "Offline requests that the HTTP layer refused because enough were in hand.",
+        ["model_name"],
+    )
+    return counter.labels(model_name=model_name).inc
 
 
 def _stamp_job(obj: Any, preferred: Mapping[str, Any]) -> None:

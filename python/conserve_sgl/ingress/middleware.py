@@ -56,12 +56,21 @@ class ServiceClassMiddleware:
         max_offline: offline requests in hand at a time; one more is answered 429.
         retry_after_s: what that answer's Retry-After says at least, in seconds; more when places
             become free more slowly.
+        on_refusal: called at every 429 of this layer.
     """
 
-    def __init__(self, app: App, *, max_offline: int, retry_after_s: int) -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        max_offline: int,
+        retry_after_s: int,
+        on_refusal: Callable[[], None] = lambda: None,
+    ) -> None:
         self._app = app
         self._max_offline = max_offline
         self._drain = Drain(retry_after_s)
+        self._on_refusal = on_refusal
         self.offline_in_hand = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -75,6 +84,8 @@ class ServiceClassMiddleware:
         try:
             asked = ServiceClass.OFFLINE if prefixed else class_from_headers(scope["headers"])
             job = job_from_headers(scope["headers"])
+            if await self._refused(asked, path, send):
+                return  # without reading what it sends
             has_body = path in _GENERATING and scope["method"] in ("POST", "PUT")
             if has_body and asked is not ServiceClass.ONLINE:
                 body, receive = await _read_body(receive)
@@ -83,7 +94,7 @@ class ServiceClassMiddleware:
         except ValueError as e:
             await _answer(send, 400, str(e))
             return
-        await self._run(scope, receive, send, asked, job, bounded=path in _GENERATING)
+        await self._run(scope, receive, send, asked, job)
 
     async def _run(
         self,
@@ -92,14 +103,10 @@ class ServiceClassMiddleware:
         send: Send,
         asked: ServiceClass | None,
         job: AskedJob,
-        *,
-        bounded: bool,
     ) -> None:
-        counted = bounded and asked is ServiceClass.OFFLINE
-        if counted and self.offline_in_hand >= self._max_offline:
-            full = f"{self._max_offline} offline requests are in hand already; try again later"
-            await _answer(send, 429, full, retry_after_s=self._drain.wait_s(time.monotonic()))
+        if await self._refused(asked, scope["path"], send):
             return
+        counted = _is_bounded(asked, scope["path"])
         self.offline_in_hand += counted
         tokens = asked_class.set(asked), asked_job.set(job)
         try:
@@ -110,6 +117,14 @@ class ServiceClassMiddleware:
             if counted:
                 self.offline_in_hand -= 1
                 self._drain.freed(time.monotonic())
+
+    async def _refused(self, asked: ServiceClass | None, path: str, send: Send) -> bool:
+        if not _is_bounded(asked, path) or self.offline_in_hand < self._max_offline:
+            return False
+        self._on_refusal()
+        full = f"{self._max_offline} offline requests are in hand already; try again later"
+        await _answer(send, 429, full, retry_after_s=self._drain.wait_s(time.monotonic()))
+        return True
 
     def _with_retry_after(self, send: Send) -> Send:
         """A `send` that completes a 429 from further in: the scheduler's queue was full."""
@@ -122,6 +137,10 @@ class ServiceClassMiddleware:
             await send(message)
 
         return send_on
+
+
+def _is_bounded(asked: ServiceClass | None, path: str) -> bool:
+    return asked is ServiceClass.OFFLINE and path in _GENERATING
 
 
 def _class_of(path: str, body: bytes) -> ServiceClass | None:
