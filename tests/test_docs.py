@@ -11,7 +11,14 @@ import pytest
 
 from conserve_sgl import compat
 from conserve_sgl.config import CONFIG_ENV, ConserveConfig
-from conserve_sgl.ingress.classify import OFFLINE_PREFIX, class_from_body, class_from_headers
+from conserve_sgl.ingress.classify import (
+    OFFLINE_PREFIX,
+    AskedJob,
+    class_from_body,
+    class_from_headers,
+    job_from_body,
+    job_from_headers,
+)
 from conserve_sgl.policy import ServiceClass
 from conserve_sgl.profile import DIR_ENV
 from conserve_sgl.profile.steps import STEP_LOG_ENV
@@ -105,19 +112,37 @@ def test_the_page_lists_our_environment_variables(variable):
 # ------------------------------------------------------- docs/service-class.md
 
 
+TAGS = SERVICE_CLASS.split("## Tags")[1].split("## ")[0]
+JOBS = SERVICE_CLASS.split("## Job and deadline")[1].split("## ")[0]
+
+
 def test_the_tags_of_the_page_do_what_it_says():
-    assert f"`{OFFLINE_PREFIX}/" in SERVICE_CLASS
-    for header in re.findall(r"^\| header \| `([^`]+)` \|", SERVICE_CLASS, re.MULTILINE):
+    assert f"`{OFFLINE_PREFIX}/" in TAGS
+    for header in re.findall(r"^\| header \| `([^`]+)` \|", TAGS, re.MULTILINE):
         name, value = header.split(": ")
         found = class_from_headers([(name.lower().encode(), value.encode())])
         assert found is ServiceClass.OFFLINE
-    bodies = re.findall(r'^\| body \| `("service_tier": [^`]+)` \|', SERVICE_CLASS, re.MULTILINE)
+    bodies = re.findall(r'^\| body \| `("service_tier": [^`]+)` \|', TAGS, re.MULTILINE)
     assert [class_from_body(f"{{{body}}}".encode()) for body in bodies] == [ServiceClass.OFFLINE]
 
 
 def test_the_page_names_both_headers():
-    named = re.findall(r"^\| header \| `([^`:]+): ", SERVICE_CLASS, re.MULTILINE)
+    named = re.findall(r"^\| header \| `([^`:]+): ", TAGS, re.MULTILINE)
     assert named == ["x-sgl-conserve-class", "x-smg-priority"]
+
+
+def test_the_job_tags_of_the_page_do_what_it_says():
+    headers = re.findall(r"`(x-[\w-]+): (\w+)`", JOBS)
+    assert len(headers) == 4
+    for name, stands_for in headers:
+        value = "nightly" if stands_for == "NAME" else "60000"
+        job = job_from_headers([(name.encode(), value.encode())])
+        seconds = {"NAME": None, "SECONDS": 60000.0, "MILLISECONDS": 60.0}[stands_for]
+        assert job == AskedJob("nightly" if stands_for == "NAME" else None, seconds)
+    bodies = re.findall(r'`("metadata": [^`]+)`', JOBS)
+    filled = [body.replace("NAME", "a").replace("SECONDS", "60") for body in bodies]
+    asked = [job_from_body(f"{{{body}}}".encode()) for body in filled]
+    assert asked == [AskedJob(job="a"), AskedJob(left_s=60.0)]
 
 
 def test_the_python_examples_of_the_page_are_python():

@@ -43,11 +43,14 @@ class OfflineConfig(_Section):
     Args:
         queue_requests: offline requests held by the server, running ones included; more are
             answered 429.
-        retry_after_s: seconds that a 429 asks the client to wait.
+        retry_after_s: seconds that a 429 asks the client to wait at least.
+        no_deadline_share: share of offline service that jobs without a deadline get while jobs
+            with one wait.
     """
 
     queue_requests: Count = 4096
     retry_after_s: Count = 5
+    no_deadline_share: Share = 0.1
 
 
 class SloConfig(_Section):

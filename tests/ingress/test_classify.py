@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conserve_sgl.ingress.classify import class_from_body, class_from_headers, split_prefix
+from conserve_sgl.ingress.classify import (
+    AskedJob,
+    class_from_body,
+    class_from_headers,
+    job_from_body,
+    job_from_headers,
+    split_prefix,
+)
 from conserve_sgl.policy import ServiceClass
 
 ONLINE, OFFLINE = ServiceClass.ONLINE, ServiceClass.OFFLINE
@@ -115,3 +122,88 @@ def test_the_rest_of_a_body_is_skipped():
 @given(body=st.binary(max_size=200))
 def test_no_bytes_raise(body):
     assert class_from_body(b'{"service_tier":' + body) in (None, ONLINE, OFFLINE)
+
+
+# ------------------------------------------------------------------------ the job
+
+JOB, DEADLINE = b"x-sgl-conserve-job", b"x-sgl-conserve-deadline-s"
+FAIRNESS, SLO = b"x-gateway-inference-fairness-id", b"x-slo-ttft-ms"
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        pytest.param([], AskedJob(), id="nothing"),
+        pytest.param([(JOB, b" nightly ")], AskedJob(job="nightly"), id="a name, with blanks"),
+        pytest.param([(JOB, "né".encode())], AskedJob(job="né"), id="a name in UTF-8"),
+        pytest.param([(JOB, b"n\xe9")], AskedJob(job="né"), id="a name in Latin-1"),
+        pytest.param([(JOB, b"x" * 128)], AskedJob(job="x" * 128), id="the longest name"),
+        pytest.param([(DEADLINE, b"3600")], AskedJob(left_s=3600.0), id="a deadline"),
+        pytest.param([(DEADLINE, b" 0.5 ")], AskedJob(left_s=0.5), id="half a second"),
+        pytest.param([(DEADLINE, b"-2")], AskedJob(left_s=-2.0), id="a deadline that has passed"),
+        pytest.param([(FAIRNESS, b"team")], AskedJob(job="team"), id="llm-d's name"),
+        pytest.param([(SLO, b"1500")], AskedJob(left_s=1.5), id="llm-d's milliseconds"),
+        pytest.param([(FAIRNESS, b"team"), (JOB, b"ours")], AskedJob("ours"), id="ours wins"),
+        pytest.param([(DEADLINE, b"1"), (SLO, b"9")], AskedJob(left_s=1.0), id="ours wins, before"),
+        pytest.param([(SLO, b"soon")], AskedJob(), id="a gateway's header that says nothing"),
+        pytest.param([(SLO, b"nan")], AskedJob(), id="or is no number"),
+        pytest.param([(FAIRNESS, b"  ")], AskedJob(), id="or is empty"),
+        pytest.param([(FAIRNESS, b"y" * 300)], AskedJob(job="y" * 128), id="or is too long"),
+    ],
+)
+def test_the_job_of_the_headers(headers, expected):
+    assert job_from_headers(headers) == expected
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "reason"),
+    [
+        (JOB, b"", "x-sgl-conserve-job: must be a name"),
+        (JOB, b"x" * 129, "1 to 128 printable characters"),
+        (JOB, b"a\x07b", "printable"),
+        (DEADLINE, b"", "x-sgl-conserve-deadline-s: must be a number of seconds"),
+        (DEADLINE, b"1h", "not '1h'"),
+        (DEADLINE, b"nan", "number"),
+        (DEADLINE, b"inf", "number"),
+        (DEADLINE, b"1e999", "number"),
+    ],
+)
+def test_a_job_that_cannot_be_used_is_an_error(header, value, reason):
+    with pytest.raises(ValueError, match=reason):
+        job_from_headers([(header, value)])
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"conserve_job": "a", "conserve_deadline_s": "60"}, AskedJob("a", 60.0)),
+        ({"conserve_job": "a", "other": 1}, AskedJob("a")),
+        ({"conserve_deadline_s": 60}, AskedJob(left_s=60.0)),
+        ({"conserve_deadline_s": None}, AskedJob()),
+        ({"other": "conserve_job"}, AskedJob()),
+        ("conserve_job", AskedJob()),
+        (None, AskedJob()),
+    ],
+)
+def test_the_job_of_the_body(metadata, expected):
+    assert job_from_body(json.dumps({"metadata": metadata}).encode()) == expected
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        ({"conserve_job": ""}, "metadata.conserve_job: must be a name"),
+        ({"conserve_job": 7}, "metadata.conserve_job"),
+        ({"conserve_deadline_s": "soon"}, "metadata.conserve_deadline_s: must be a number"),
+        ({"conserve_deadline_s": [1]}, "metadata.conserve_deadline_s"),
+        ({"conserve_deadline_s": 10**400}, "metadata.conserve_deadline_s"),
+    ],
+)
+def test_a_job_in_the_body_that_cannot_be_used_is_an_error(metadata, reason):
+    with pytest.raises(ValueError, match=reason):
+        job_from_body(json.dumps({"metadata": metadata}).encode())
+
+
+@given(st.binary())
+def test_a_body_that_is_no_json_names_no_job(body):
+    assert job_from_body(b'"conserve_' + body) == AskedJob()

@@ -17,9 +17,10 @@ from starlette.routing import Route
 
 from conserve_sgl.config import ConserveConfig, OfflineConfig
 from conserve_sgl.ingress.arrival import arrival_endpoint
+from conserve_sgl.ingress.classify import AskedJob
 from conserve_sgl.ingress.hooks import Ingress
-from conserve_sgl.ingress.middleware import asked_class
-from conserve_sgl.policy import ServiceClass
+from conserve_sgl.ingress.middleware import asked_class, asked_job
+from conserve_sgl.policy import JobTag, ServiceClass
 
 ONLINE, OFFLINE = ServiceClass.ONLINE, ServiceClass.OFFLINE
 
@@ -31,6 +32,7 @@ class Generate:
     rid: str | list[str]
     priority: int | None = None
     parallel_sample_num: int = 1
+    sampling_params: Any = field(default_factory=dict)
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Embedding:
 
     rid: str | list[str]
     priority: int | None = None
+    sampling_params: Any = field(default_factory=dict)
 
 
 @dataclass
@@ -84,7 +87,9 @@ def started(*, default: int | None = None, low_values_first: bool = False) -> In
     """The hooks of a tokenizer process whose sockets are up."""
     ingress = Ingress(ConserveConfig(), is_health_check)
     args = SimpleNamespace(
-        default_priority_value=default, schedule_low_priority_values_first=low_values_first
+        default_priority_value=default,
+        schedule_low_priority_values_first=low_values_first,
+        enable_metrics=False,
     )
     manager = SimpleNamespace(server_args=args)
     ingress.after_init_ipc_channels(None, manager, SimpleNamespace(instance_id="engine-1"))
@@ -93,7 +98,8 @@ def started(*, default: int | None = None, low_values_first: bool = False) -> In
 
 def through(ingress: Ingress, request: Any) -> Any:
     """`request` after the hook; SGLang calls it with the HTTP request, or without."""
-    assert ingress.before_init_req_state(None, request, None) is None
+    manager = SimpleNamespace(preferred_sampling_params=None)
+    assert ingress.before_init_req_state(manager, request, None) is None
     return request
 
 
@@ -163,6 +169,61 @@ def test_stamps_before_the_sockets_are_up():
     # An Engine in the caller's process may be asked from the first moment on.
     ingress = Ingress(ConserveConfig(), is_health_check)
     assert through(ingress, Generate("a", -5)).priority == -1
+
+
+# -------------------------------------------------------------------- the job
+
+
+def tag_of(params: Any) -> JobTag | None:
+    return JobTag.take_out(params.get("custom_params"))[0]
+
+
+@pytest.fixture
+def named_job():
+    token = asked_job.set(AskedJob("nightly", 60.0))
+    yield
+    asked_job.reset(token)
+
+
+@pytest.mark.usefixtures("senders", "named_job")
+def test_an_offline_request_carries_its_job_and_an_absolute_deadline():
+    tag = tag_of(through(started(), Generate("a", -1)).sampling_params)
+    assert tag == JobTag(received_s=tag.received_s, job="nightly", deadline_s=tag.received_s + 60.0)
+
+
+@pytest.mark.usefixtures("senders")
+@pytest.mark.parametrize("params", [{}, None, {"temperature": 0}])
+def test_one_without_a_job_says_when_it_was_received(params):
+    request = through(started(), Embedding("a", -1, params))
+    tag = tag_of(request.sampling_params)
+    assert tag == JobTag(received_s=tag.received_s)
+
+
+@pytest.mark.usefixtures("senders", "named_job")
+@pytest.mark.parametrize("params", [{}, {"custom_params": {"conserve": "mine"}}])
+def test_an_online_request_is_left_alone(params):
+    assert through(started(), Generate("a", 0, sampling_params=params)).sampling_params is params
+
+
+@pytest.mark.usefixtures("senders", "named_job")
+def test_every_prompt_of_a_request_carries_it_and_keeps_its_own_parameters():
+    shared = {"temperature": 0}
+    own = {"custom_params": {"thinking_budget": 3}}
+    request = through(
+        started(), Generate(["a", "b", "c"], -1, sampling_params=[shared, shared, own])
+    )
+    assert [tag_of(params).job for params in request.sampling_params] == ["nightly"] * 3
+    assert request.sampling_params[2]["custom_params"]["thinking_budget"] == 3
+    assert shared == {"temperature": 0}
+    assert own == {"custom_params": {"thinking_budget": 3}}
+
+
+@pytest.mark.usefixtures("senders")
+def test_the_server_s_own_custom_params_stay():
+    manager = SimpleNamespace(preferred_sampling_params={"custom_params": {"a": 1}})
+    request = Generate("a", -1)
+    started().before_init_req_state(manager, request, None)
+    assert request.sampling_params["custom_params"]["a"] == 1
 
 
 # ---------------------------------------------------------------- announcing

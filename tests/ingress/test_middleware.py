@@ -16,7 +16,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
-from conserve_sgl.ingress.middleware import ServiceClassMiddleware, asked_class
+from conserve_sgl.ingress.classify import AskedJob
+from conserve_sgl.ingress.middleware import ServiceClassMiddleware, asked_class, asked_job
 from conserve_sgl.policy import ServiceClass
 
 ONLINE, OFFLINE = ServiceClass.ONLINE, ServiceClass.OFFLINE
@@ -37,6 +38,7 @@ class Seen:
     """What the application behind the layer saw of one request."""
 
     asked: ServiceClass | None
+    job: AskedJob | None
     scope: dict[str, Any]
     body: bytes
 
@@ -49,7 +51,8 @@ class Recorder:
 
     async def __call__(self, scope, receive, send) -> None:
         request = Request(scope, receive)
-        self.seen.append(Seen(asked_class.get(), dict(scope), await request.body()))
+        body = await request.body()
+        self.seen.append(Seen(asked_class.get(), asked_job.get(), dict(scope), body))
         await PlainTextResponse("done")(scope, receive, send)
 
 
@@ -153,6 +156,62 @@ async def test_requests_at_the_same_time_keep_their_classes_apart():
     paths = ["/offline/generate", "/generate"] * 4
     answers = await asyncio.gather(*(post(app, path) for path in paths))
     assert [a.text for a in answers] == [str(OFFLINE), "None"] * 4
+
+
+# ------------------------------------------------------------------- the job
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "body", "job"),
+    [
+        pytest.param("/generate", {}, {}, AskedJob(), id="none"),
+        pytest.param(
+            "/offline/generate", {"X-SGL-Conserve-Job": "a"}, {}, AskedJob("a"), id="our header"
+        ),
+        pytest.param(
+            f"/offline{CHAT}",
+            {"x-sgl-conserve-deadline-s": "60"},
+            {"metadata": {"conserve_job": "a", "conserve_deadline_s": "9"}},
+            AskedJob("a", 60.0),
+            id="a header beats the body, each field for itself",
+        ),
+        pytest.param(
+            CHAT,
+            {},
+            {"service_tier": "flex", "metadata": {"conserve_job": "a"}},
+            AskedJob("a"),
+            id="the body of a request that its tier makes offline",
+        ),
+        pytest.param(
+            "/generate",
+            {},
+            {"priority": -1, "metadata": {"conserve_job": "a"}},
+            AskedJob("a"),
+            id="of one that may yet turn out to be offline",
+        ),
+    ],
+)
+async def test_the_job_named(path, headers, body, job):
+    assert (await seen_of(path, headers=headers, json=body)).job == job
+    assert asked_job.get() is None
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        ({"x-sgl-conserve-deadline-s": "tomorrow"}, {}),
+        ({"x-sgl-conserve-job": "x" * 129}, {}),
+        ({}, {"metadata": {"conserve_deadline_s": "tomorrow"}}),
+        ({}, {"metadata": {"conserve_job": ""}}),
+    ],
+)
+async def test_a_job_that_cannot_be_used_is_answered_400_and_says_where(headers, body):
+    recorder = Recorder()
+    response = await post(layer(recorder), "/offline/generate", headers=headers, json=body)
+    assert response.status_code == 400
+    where = next(iter(headers or body["metadata"]))
+    assert where in response.json()["error"]["message"]
+    assert recorder.seen == []
 
 
 # ------------------------------------------------------------- what goes down
@@ -362,10 +421,13 @@ async def test_a_stream_holds_its_place_to_its_end():
     app = Starlette(routes=[Route("/generate", route, methods=["POST"])])
     middleware = layer(app, max_offline=1)
     stay = asyncio.Event()
+    body = chunks(b"{}")
 
     async def receive() -> dict[str, Any]:
-        await stay.wait()
-        return {"type": "http.disconnect"}
+        message = await body()
+        if message["type"] == "http.disconnect":
+            await stay.wait()
+        return message
 
     streaming = asyncio.create_task(middleware(http_scope("/offline/generate"), receive, send))
     while len(sent) < 2:
@@ -393,6 +455,27 @@ async def test_no_other_status_says_so(status):
         await JSONResponse({}, status_code=status)(scope, receive, send)
 
     assert "retry-after" not in (await post(layer(app), "/offline/generate")).headers
+
+
+async def test_a_refusal_does_not_wait_for_the_body_and_is_counted():
+    refusals: list[int] = []
+
+    async def receive() -> dict[str, Any]:
+        raise AssertionError("the body was asked for")
+
+    full = ServiceClassMiddleware(
+        Recorder(), max_offline=0, retry_after_s=7, on_refusal=lambda: refusals.append(1)
+    )
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    await full(http_scope("/offline/generate"), receive, send)
+    assert sent[0]["status"] == 429
+    assert (await post(full, "/generate", json={"service_tier": "flex"})).status_code == 429
+    assert (await post(full, "/generate")).status_code == 200
+    assert len(refusals) == 2
 
 
 async def test_an_answer_that_is_an_error_gives_the_place_back():

@@ -45,7 +45,9 @@ class FakeClock(Clock):
 class Bench:
     """A client on a fake clock, what it noted, and the models it met."""
 
-    def __init__(self, *urls: str, **retry: object) -> None:
+    def __init__(
+        self, *urls: str, name: str = "job", deadline_s: float | None = None, **retry: object
+    ) -> None:
         self.clock = FakeClock()
         self.notes: list[str | None] = []
         self.models: list[str] = []
@@ -54,6 +56,7 @@ class Bench:
             {
                 "endpoints": list(urls),
                 "output": "out",
+                "deadline_s": deadline_s,
                 "retry": {"first_delay_s": 1, "max_delay_s": 8} | retry,
                 "tasks": [{"name": "t", "data": "d", "prompt": "p"}],
             },
@@ -61,6 +64,7 @@ class Bench:
         )
         self.client = Client(
             job,
+            name=name,
             api_key=None,
             identify=self.models.append,
             note=self.notes.append,
@@ -82,8 +86,8 @@ def read(raw: bytes) -> str:
 
 
 @asynccontextmanager
-async def bench(*urls: str, **retry: object):
-    made = Bench(*urls, **retry)
+async def bench(*urls: str, **options: object):
+    made = Bench(*urls, **options)
     async with made.client:
         yield made
 
@@ -257,3 +261,34 @@ def test_backoff_doubles_to_its_cap_with_half_of_it_at_random():
 )
 def test_retry_after(value, seconds):
     assert retry_after_s(value, WALL_S) == seconds
+
+
+# --------------------------------------------------------------- what the server is told
+
+
+async def test_every_request_names_its_job_and_the_time_left(server):
+    async with bench(server.url, name="nightly évals", deadline_s=60.0) as b:
+        b.clock.now_s += 10
+        await b.post("one")
+        b.clock.now_s += 100
+        await b.post("two")
+    told = [h for path, h, _ in server.requests if path == "/generate"]
+    assert [h["x-sgl-conserve-job"] for h in told] == ["nightly évals"] * 2
+    assert [float(h["x-sgl-conserve-deadline-s"]) for h in told] == [50.0, -50.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        pytest.param("x" * 200, "x" * 128, id="too long"),
+        pytest.param("a\r\nx-other: b", "ax-other: b", id="a line break"),
+        pytest.param("\n", None, id="nothing that can be sent"),
+    ],
+)
+async def test_a_name_that_a_header_cannot_hold_is_cut(server, name, told):
+    async with bench(server.url, name=name) as b:
+        await b.post("one")
+    (headers,) = [h for path, h, _ in server.requests if path == "/generate"]
+    assert headers.get("x-sgl-conserve-job") == told
+    assert "x-sgl-conserve-deadline-s" not in headers
+    assert "x-other" not in headers

@@ -37,6 +37,7 @@ class ArrivalInbox:
         self._early: dict[str, None] = {}
         self._latencies_ns: deque[int] = deque(maxlen=_KEPT_LATENCIES)
         self.received = 0
+        self._reported = 0
 
     def __len__(self) -> int:
         return len(self._announced)
@@ -79,6 +80,11 @@ class ArrivalInbox:
     def latencies_ms(self) -> list[float]:
         """Milliseconds from send to poll of the latest arrivals, oldest first."""
         return [ns / 1e6 for ns in self._latencies_ns]
+
+    def new_latencies_ms(self) -> list[float]:
+        """Those since the last call, at most the latest few thousand."""
+        new, self._reported = self.received - self._reported, self.received
+        return self.latencies_ms()[-new:] if new else []
 
     def close(self) -> None:
         """Release the socket."""

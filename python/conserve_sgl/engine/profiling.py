@@ -66,6 +66,7 @@ def load_or_measure(scheduler: Scheduler, counts: Counter[str] | None = None) ->
     written costs only the next start. `counts` gets `profiles_measured` and `profiles_rejected`.
     """
     counts = Counter() if counts is None else counts
+    counts.update(profiles_measured=0, profiles_rejected=0)
     identity, store = identity_of(scheduler), ProfileStore.of_environment()
     profile = _from_rank_zero(scheduler, lambda: _load(store, identity, counts))
     if profile is None:

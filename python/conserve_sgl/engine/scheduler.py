@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -45,7 +44,9 @@ from conserve_sgl.engine.host import (
 )
 from conserve_sgl.engine.inbox import ArrivalInbox
 from conserve_sgl.engine.invariants import with_parked_rows
+from conserve_sgl.engine.ledger import OfflineLedger
 from conserve_sgl.engine.metering import StepMeter
+from conserve_sgl.engine.metrics import Exporter
 from conserve_sgl.engine.observe import (
     OnlineClock,
     RowCount,
@@ -53,6 +54,7 @@ from conserve_sgl.engine.observe import (
     running_rows,
     waiting_prompts,
 )
+from conserve_sgl.engine.offline_item import offline_item
 from conserve_sgl.engine.parking import ParkedRows
 from conserve_sgl.engine.profiling import load_or_measure
 from conserve_sgl.errors import IncompatibleError
@@ -75,15 +77,6 @@ __all__ = ["ConserveScheduler"]
 
 logger = logging.getLogger(__name__)
 
-_COUNTS = (
-    "offline_accepted",
-    "offline_refused",
-    "offline_preempted",
-    "offline_rows_parked",
-    "offline_chunks_parked",
-    "profiles_measured",
-    "profiles_rejected",
-)
 _NO_PLAN = StepPlan(
     online_prefill_tokens=0,
     offline_prefill_tokens=0,
@@ -138,7 +131,10 @@ class ConserveScheduler(Scheduler):
             )
         config = ConserveConfig.from_environment() or ConserveConfig()
         self._rule = PriorityRule.of(get_schedule())
-        self._offline_queue: OfflineQueue[Req] = OfflineQueue(config.offline.queue_requests)
+        self._offline_queue: OfflineQueue[Req] = OfflineQueue(
+            config.offline.queue_requests, no_deadline_share=config.offline.no_deadline_share
+        )
+        self._ledger = OfflineLedger(self._offline_queue, self.is_offline)
         self._parked = ParkedRows()
         self._parked_chunk: Req | None = None
         self._slo = config.slo.objectives()
@@ -146,7 +142,7 @@ class ConserveScheduler(Scheduler):
         self._plan = _NO_PLAN
         self._prefill_beside = self.running_batch
         self._rows_decoded = True
-        self._counts = Counter(dict.fromkeys(_COUNTS, 0))
+        self._counts = self._ledger.counts
         self._always_mixes = False
         self._config = config
 
@@ -174,6 +170,11 @@ class ConserveScheduler(Scheduler):
         )
         self._random_preemption = RandomPreemption.from_environment()
 
+    def init_metrics_reporter(self) -> None:
+        super().init_metrics_reporter()
+        here = self.metrics_collector_context.current_scheduler_metrics_enabled
+        self._exporter = Exporter(self.metrics_collector.labels) if here else None
+
     def init_invariant_checker(self) -> None:
         super().init_invariant_checker()
         self.invariant_checker = with_parked_rows(self.invariant_checker, self._parked_reqs)
@@ -197,7 +198,7 @@ class ConserveScheduler(Scheduler):
             self._checkpoints.gave_way(req)
             self._counts["offline_preempted"] += 1
             self._offline_queue.give_back([req])
-        elif self._offline_queue.push(req):
+        elif self._offline_queue.push(req, offline_item(req)):
             self._counts["offline_accepted"] += 1
             req.time_stats.set_wait_queue_entry_time()
         else:
@@ -289,8 +290,15 @@ class ConserveScheduler(Scheduler):
         return plan
 
     def _account(self, batch: ScheduleBatch | None) -> None:
+        now_s = time.monotonic()
+        self._ledger.step(now_s, batch)
+        if self._exporter is not None and self._exporter.is_due(now_s):
+            self._exporter.write(now_s, self._state(), self._new_latencies_ms())
         mode = None if batch is None else batch.forward_mode
         self._rows_decoded = mode is None or mode.is_mixed() or not mode.is_extend()
+
+    def _new_latencies_ms(self) -> list[float]:
+        return [] if self._inbox is None else self._inbox.new_latencies_ms()
 
     # ----------------------------------------------------- the plan, for prefill
 
@@ -418,14 +426,15 @@ class ConserveScheduler(Scheduler):
         return [*self._parked.reqs, *chunk]
 
     def abort_request(self, recv_req: AbortReq) -> None:
-        def matches(req: Req) -> bool:
-            return recv_req.abort_all or req.rid.startswith(recv_req.rid)
-
-        aside = self._take_aside(matches)
+        prefix = "" if recv_req.abort_all else recv_req.rid
+        aside = self._take_aside(lambda req: req.rid.startswith(prefix))
         for req in aside:
             self._checkpoints.release(req)
+            self._ledger.close(time.monotonic(), req)
+        queued = self._offline_queue.remove_rid(prefix)
+        self._ledger.removed(queued)
         # Now they are queued requests like any other, and SGLang's own code aborts those.
-        self.waiting_queue += aside + self._offline_queue.remove(matches)
+        self.waiting_queue += aside + queued
         super().abort_request(recv_req)
 
     def _take_aside(self, matches: Callable[[Req], bool]) -> list[Req]:
@@ -461,13 +470,11 @@ class ConserveScheduler(Scheduler):
         latencies_ms = [] if self._inbox is None else self._inbox.latencies_ms()
         p50, p99 = np.percentile(latencies_ms or [0.0], (50, 99)).tolist()
         return {
-            "offline_waiting": len(self._offline_queue),
-            "offline_parked": len(self._parked),
+            **self._ledger.state(time.monotonic(), parked=len(self._parked_reqs())),
             "checkpoint": self._checkpoints.state(),
+            "latency": self._latency_state(),
             "arrivals_received": 0 if self._inbox is None else self._inbox.received,
             "arrival_ms": {"p50": p50, "p99": p99},
-            "latency": self._latency_state(),
-            **self._counts,
         }
 
     def _latency_state(self) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.ingress.arrival import ArrivalSender, arrival_endpoint
-from conserve_sgl.ingress.middleware import ServiceClassMiddleware, asked_class
+from conserve_sgl.ingress.classify import AskedJob
+from conserve_sgl.ingress.middleware import ServiceClassMiddleware, asked_class, asked_job
+from conserve_sgl.policy.job_tag import JobTag
 from conserve_sgl.policy.service_class import PriorityRule, ServiceClass
 
-__all__ = ["Ingress"]
+__all__ = ["Ingress", "refusal_counter"]
 
 
 class Ingress:
@@ -26,11 +29,14 @@ class Ingress:
         self._is_health_check = is_health_check
         self._rule = PriorityRule()
         self._sender: ArrivalSender | None = None
+        self._count_refusal: Callable[[], None] = lambda: None
 
     def after_init_ipc_channels(self, _result: None, manager: Any, port_args: Any) -> None:
         """AFTER `TokenizerManager.init_ipc_channels`: bind the arrival channel."""
         self._rule = PriorityRule.of(manager.server_args)
         self._sender = ArrivalSender(arrival_endpoint(port_args.instance_id))
+        if manager.server_args.enable_metrics:
+            self._count_refusal = refusal_counter(manager.server_args.served_model_name)
 
     def before_run_http_server(self, app: Any) -> None:
         """BEFORE `_setup_and_run_http_server`: put our layer around the whole application."""
@@ -42,12 +48,13 @@ class Ingress:
                 build_stack(),
                 max_offline=offline.queue_requests,
                 retry_after_s=offline.retry_after_s,
+                on_refusal=self._count_refusal,
             )
 
         app.build_middleware_stack = build_with_ours
 
-    def before_init_req_state(self, _manager: Any, obj: Any, *_args: Any, **_kwargs: Any) -> None:
-        """BEFORE `TokenizerManager._init_req_state`: stamp the class, announce online arrivals.
+    def before_init_req_state(self, manager: Any, obj: Any, *_args: Any, **_kwargs: Any) -> None:
+        """BEFORE `TokenizerManager._init_req_state`: stamp class and job, announce arrivals.
 
         The earliest point at which a request has its ids, and still before tokenization. Every
         route comes through here, `Engine.generate` too.
@@ -58,8 +65,51 @@ class Ingress:
             return
         service_class = asked_class.get() or self._rule.class_of(obj.priority)
         obj.priority = self._rule.stamp(obj.priority, service_class)
-        if service_class is ServiceClass.ONLINE and self._sender is not None:
+        if service_class is ServiceClass.OFFLINE:
+            _stamp_job(obj, manager.preferred_sampling_params or {})
+        elif self._sender is not None:
             self._sender.send(_rids_to_come(obj))
+
+
+def refusal_counter(model_name: str) -> Callable[[], None]:
+    """Counts up `conserve:offline_http_refused_total`, which starts at zero, at every call.
+
+    SGLang's own HTTP metrics lie behind our layer and do not see what it refuses.
+    """
+    # Not at the module's top: it must come after SGLang has set PROMETHEUS_MULTIPROC_DIR.
+    from prometheus_client import Counter
+
+    counter = Counter(
+        "conserve:offline_http_refused_total",
+        "Offline requests that the HTTP layer refused because enough were in hand.",
+        ["model_name"],
+    )
+    return counter.labels(model_name=model_name).inc
+
+
+def _stamp_job(obj: Any, preferred: Mapping[str, Any]) -> None:
+    """Put the job's tag into the sampling parameters of `obj`, a list of them for several prompts.
+
+    Args:
+        obj: SGLang's request object; its parameters are replaced, never changed.
+        preferred: the server's own sampling parameters, which SGLang merges by key.
+    """
+    asked, now_s = asked_job.get() or AskedJob(), time.monotonic()
+    tag = JobTag(
+        received_s=now_s,
+        job=asked.job or "",
+        deadline_s=None if asked.left_s is None else now_s + asked.left_s,
+    )
+
+    def tagged(params: Mapping[str, Any] | None) -> dict[str, Any]:
+        params = params or {}
+        custom = params.get("custom_params") or preferred.get("custom_params")
+        return {**params, "custom_params": tag.put_into(custom)}
+
+    params = obj.sampling_params
+    obj.sampling_params = (
+        [tagged(one) for one in params] if isinstance(params, list) else tagged(params)
+    )
 
 
 def _rids_to_come(obj: Any) -> tuple[str, ...]:

@@ -7,14 +7,23 @@ path that the request really reaches, `/offline` gone.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
 from typing import Any
 
-from conserve_sgl.ingress.classify import class_from_body, class_from_headers, split_prefix
+from conserve_sgl.ingress.classify import (
+    AskedJob,
+    class_from_body,
+    class_from_headers,
+    job_from_body,
+    job_from_headers,
+    split_prefix,
+)
+from conserve_sgl.ingress.drain import Drain
 from conserve_sgl.policy.service_class import ServiceClass
 
-__all__ = ["ServiceClassMiddleware", "asked_class"]
+__all__ = ["ServiceClassMiddleware", "asked_class", "asked_job"]
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -23,6 +32,9 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 asked_class: ContextVar[ServiceClass | None] = ContextVar("conserve_asked_class", default=None)
 """What the HTTP request in hand asked for; read where the request object is at hand."""
+
+asked_job: ContextVar[AskedJob | None] = ContextVar("conserve_asked_job", default=None)
+"""The job it named; it counts only when the request turns out to be offline."""
 
 _GENERATING = frozenset(
     {
@@ -37,18 +49,28 @@ _GENERATING = frozenset(
 
 
 class ServiceClassMiddleware:
-    """Sets `asked_class` around the wrapped application.
+    """Sets `asked_class` and `asked_job` around the wrapped application.
 
     Args:
         app: the application, with all its own middlewares.
         max_offline: offline requests in hand at a time; one more is answered 429.
-        retry_after_s: what that answer's Retry-After says, in seconds.
+        retry_after_s: what that answer's Retry-After says at least, in seconds; more when places
+            become free more slowly.
+        on_refusal: called at every 429 of this layer.
     """
 
-    def __init__(self, app: App, *, max_offline: int, retry_after_s: int) -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        max_offline: int,
+        retry_after_s: int,
+        on_refusal: Callable[[], None] = lambda: None,
+    ) -> None:
         self._app = app
         self._max_offline = max_offline
-        self._retry_after_s = retry_after_s
+        self._drain = Drain(retry_after_s)
+        self._on_refusal = on_refusal
         self.offline_in_hand = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -56,21 +78,23 @@ class ServiceClassMiddleware:
             await self._app(scope, receive, send)
             return
         path, prefixed = split_prefix(scope["path"])
-        try:
-            asked = ServiceClass.OFFLINE if prefixed else class_from_headers(scope["headers"])
-        except ValueError as e:
-            await _answer(send, 400, f"x-sgl-conserve-class: {e}")
-            return
         if prefixed:
             raw_path, _ = split_prefix(scope.get("raw_path", b"").decode("latin-1"))
             scope = {**scope, "path": path, "raw_path": raw_path.encode("latin-1")}
-        if path in _GENERATING and asked is None and scope["method"] in ("POST", "PUT"):
-            body, receive = await _read_body(receive)
-            asked = class_from_body(body)
-            if path == "/v1/responses" and asked is None and b'"priority"' not in body:
-                # SGLang lowers the priority of each turn after a tool call: not a class.
-                asked = ServiceClass.ONLINE
-        await self._run(scope, receive, send, asked, bounded=path in _GENERATING)
+        try:
+            asked = ServiceClass.OFFLINE if prefixed else class_from_headers(scope["headers"])
+            job = job_from_headers(scope["headers"])
+            if await self._refused(asked, path, send):
+                return  # without reading what it sends
+            has_body = path in _GENERATING and scope["method"] in ("POST", "PUT")
+            if has_body and asked is not ServiceClass.ONLINE:
+                body, receive = await _read_body(receive)
+                asked = asked or _class_of(path, body)
+                job |= job_from_body(body)
+        except ValueError as e:
+            await _answer(send, 400, str(e))
+            return
+        await self._run(scope, receive, send, asked, job)
 
     async def _run(
         self,
@@ -78,32 +102,53 @@ class ServiceClassMiddleware:
         receive: Receive,
         send: Send,
         asked: ServiceClass | None,
-        *,
-        bounded: bool,
+        job: AskedJob,
     ) -> None:
-        counted = bounded and asked is ServiceClass.OFFLINE
-        if counted and self.offline_in_hand >= self._max_offline:
-            full = f"{self._max_offline} offline requests are in hand already; try again later"
-            await _answer(send, 429, full, retry_after_s=self._retry_after_s)
+        if await self._refused(asked, scope["path"], send):
             return
+        counted = _is_bounded(asked, scope["path"])
         self.offline_in_hand += counted
-        token = asked_class.set(asked)
+        tokens = asked_class.set(asked), asked_job.set(job)
         try:
             await self._app(scope, receive, self._with_retry_after(send))
         finally:
-            asked_class.reset(token)
-            self.offline_in_hand -= counted
+            asked_class.reset(tokens[0])
+            asked_job.reset(tokens[1])
+            if counted:
+                self.offline_in_hand -= 1
+                self._drain.freed(time.monotonic())
+
+    async def _refused(self, asked: ServiceClass | None, path: str, send: Send) -> bool:
+        if not _is_bounded(asked, path) or self.offline_in_hand < self._max_offline:
+            return False
+        self._on_refusal()
+        full = f"{self._max_offline} offline requests are in hand already; try again later"
+        await _answer(send, 429, full, retry_after_s=self._drain.wait_s(time.monotonic()))
+        return True
 
     def _with_retry_after(self, send: Send) -> Send:
         """A `send` that completes a 429 from further in: the scheduler's queue was full."""
 
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] == 429:
-                retry_after = (b"retry-after", b"%d" % self._retry_after_s)
+                wait_s = self._drain.wait_s(time.monotonic())
+                retry_after = (b"retry-after", b"%d" % wait_s)
                 message = {**message, "headers": [*message["headers"], retry_after]}
             await send(message)
 
         return send_on
+
+
+def _is_bounded(asked: ServiceClass | None, path: str) -> bool:
+    return asked is ServiceClass.OFFLINE and path in _GENERATING
+
+
+def _class_of(path: str, body: bytes) -> ServiceClass | None:
+    asked = class_from_body(body)
+    if path == "/v1/responses" and asked is None and b'"priority"' not in body:
+        # SGLang lowers the priority of each turn after a tool call: not a class.
+        return ServiceClass.ONLINE
+    return asked
 
 
 async def _read_body(receive: Receive) -> tuple[bytes, Receive]:

@@ -1,6 +1,7 @@
 """HTTP to one or several SGLang servers, as offline work, with retries.
 
-Every request carries the header `x-sgl-conserve-class: offline`. What fails is one of:
+Every request carries the header `x-sgl-conserve-class: offline` and the name of its job, and the
+time that is left when the job has a deadline. What fails is one of:
 
 | what happens                        | what is done                                               |
 |-------------------------------------|------------------------------------------------------------|
@@ -36,6 +37,9 @@ __all__ = ["Attempts", "BadReply", "Client", "Clock", "Endpoint", "LineFailed", 
 T = TypeVar("T")
 
 OFFLINE_HEADERS = {"x-sgl-conserve-class": "offline"}
+JOB_HEADER = "x-sgl-conserve-job"
+DEADLINE_HEADER = "x-sgl-conserve-deadline-s"
+JOB_NAME_CHARACTERS = 128
 CONNECT_TIMEOUT_S = 10.0
 _BUSY = {429, 503}
 _FLAKY = {408, 500, 502, 504}
@@ -137,7 +141,8 @@ class Client:
     """Posts JSON to the least loaded endpoint until it is answered; an async context manager.
 
     Args:
-        job: endpoints, retry policy, timeout.
+        job: endpoints, retry policy, timeout, deadline; the deadline counts from now.
+        name: the job's, as servers are told it.
         api_key: bearer token, or None.
         identify: called with the model that an endpoint says it serves, when it is first used
             and again after it was away; may raise JobError.
@@ -149,6 +154,7 @@ class Client:
         self,
         job: Job,
         *,
+        name: str,
         api_key: str | None,
         identify: Callable[[str], None],
         note: Callable[[str | None], None],
@@ -164,7 +170,10 @@ class Client:
         self._clock = clock
         self._rng = rng
         self._last_answer_s = clock.monotonic_s()
-        headers = OFFLINE_HEADERS | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+        self._deadline_s = None if job.deadline_s is None else self._now_s() + job.deadline_s
+        headers = OFFLINE_HEADERS | _job_header(name)
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, socket_factory=_kept_alive_socket),
             headers=headers,
@@ -292,7 +301,9 @@ class Client:
     ) -> tuple[int, bytes]:
         """Status and body of a reply whose status is not worth a retry."""
         try:
-            async with self._session.request(method, endpoint.url + path, json=body) as response:
+            async with self._session.request(
+                method, endpoint.url + path, json=body, headers=self._time_left()
+            ) as response:
                 status, raw = response.status, await response.read()
                 wait_s = retry_after_s(response.headers.get("Retry-After"), self._clock.wall_s())
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as e:
@@ -307,6 +318,11 @@ class Client:
             raise _Fault(_Kind.FLAKY, _message(raw), status)
         self._note(None)
         return status, raw
+
+    def _time_left(self) -> dict[str, str]:
+        if self._deadline_s is None:
+            return {}
+        return {DEADLINE_HEADER: f"{self._deadline_s - self._now_s():.3f}"}
 
     async def _recover(self, endpoint: Endpoint, attempts: Attempts, fault: _Fault) -> None:
         """Wait as the fault asks for, or raise what ends the line."""
@@ -355,6 +371,12 @@ async def _first_of(*awaitables: Awaitable[Any]) -> None:
     finally:
         for task in tasks:
             task.cancel()
+
+
+def _job_header(name: str) -> dict[str, str]:
+    # A file's name may hold anything but a slash; a header and the server take less.
+    sent = "".join(c for c in name if c.isprintable())[:JOB_NAME_CHARACTERS].strip()
+    return {JOB_HEADER: sent} if sent else {}
 
 
 def _kept_alive_socket(address: tuple) -> socket.socket:

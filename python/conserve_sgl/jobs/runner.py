@@ -155,6 +155,7 @@ class Runner:
     def _client(self) -> Client:
         return Client(
             self._job,
+            name=self._plan.name,
             api_key=self._api_key,
             identify=self._store.set_model,
             note=self._note,

@@ -233,6 +233,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     name: str | None = None
     model: str | None = None
     priority: int | None = None
+    deadline_s: Positive | None = None
     max_in_flight: Count = 32
     request_timeout_s: Positive | None = None
     drain_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0

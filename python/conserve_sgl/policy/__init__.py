@@ -1,16 +1,20 @@
 """Decides: which work runs in a step. No torch, no sglang, no clock of its own."""
 
 from conserve_sgl.policy.budget import SlackBudget
+from conserve_sgl.policy.job_tag import JobTag
 from conserve_sgl.policy.latency import Coefficients, LatencyModel, StepWork
 from conserve_sgl.policy.memory import OnlineReserve
-from conserve_sgl.policy.offline_queue import OfflineQueue
+from conserve_sgl.policy.offline_queue import Backlog, OfflineItem, OfflineQueue, prefix_key
 from conserve_sgl.policy.service_class import PriorityRule, ServiceClass
 from conserve_sgl.policy.slo import Slo
 from conserve_sgl.policy.step import Policy, Prompt, Rows, StepPlan, StepView
 
 __all__ = [
+    "Backlog",
     "Coefficients",
+    "JobTag",
     "LatencyModel",
+    "OfflineItem",
     "OfflineQueue",
     "OnlineReserve",
     "Policy",
@@ -23,4 +27,5 @@ __all__ = [
     "StepPlan",
     "StepView",
     "StepWork",
+    "prefix_key",
 ]

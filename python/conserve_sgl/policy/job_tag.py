@@ -1,0 +1,49 @@
+"""What an offline request says of the job it belongs to, on its way to the scheduler.
+
+It travels in SGLang's `sampling_params.custom_params`, a dictionary of plain values that every
+route, session and parallel sample carries along and that sampling itself does not read. The
+scheduler takes it out again, so a custom logit processor never sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+__all__ = ["TAG_KEY", "JobTag"]
+
+TAG_KEY = "conserve"
+"""The key of the tag among the `custom_params`."""
+
+
+class JobTag(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The job of an offline request.
+
+    Args:
+        received_s: CLOCK_MONOTONIC of the process that received it; one clock for a machine, and
+            one value for all ranks.
+        job: its name; requests without one are one job, "".
+        deadline_s: when it should be done, on the same clock, or None.
+    """
+
+    received_s: float
+    job: str = ""
+    deadline_s: float | None = None
+
+    def put_into(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
+        """A copy of some `custom_params`, which may be None, with this tag among them."""
+        return {**(params or {}), TAG_KEY: msgspec.to_builtins(self)}
+
+    @classmethod
+    def take_out(cls, params: Any) -> tuple[JobTag | None, dict[str, Any] | None]:
+        """The tag among some `custom_params`, and a copy without it, None where nothing is left.
+
+        Raises:
+            msgspec.ValidationError: there is something else under the tag's key.
+        """
+        if not isinstance(params, dict) or TAG_KEY not in params:
+            return None, params
+        rest = {key: value for key, value in params.items() if key != TAG_KEY}
+        return msgspec.convert(params[TAG_KEY], cls), rest or None

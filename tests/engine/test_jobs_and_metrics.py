@@ -1,0 +1,180 @@
+"""Jobs, deadlines and metrics on the real engine: one offline request at a time, so order shows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from conserve_sgl.engine.metrics import ARRIVAL_LATENCY, METRICS
+
+pytestmark = pytest.mark.engine
+
+CONFIG = "offline: {queue_requests: 24, no_deadline_share: 0}"
+FLAGS = ("--max-running-requests=2", "--enable-metrics", "--enable-custom-logit-processor")
+OFFLINE = {"x-sgl-conserve-class": "offline"}
+PROMPT = "the quick brown fox jumps over the lazy dog"
+
+
+@pytest.fixture(scope="module")
+def server(start_server, tiny_llama) -> Iterator:
+    with start_server(tiny_llama, *FLAGS, config=CONFIG) as server:
+        yield server
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(24) as pool:
+        yield pool
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Return when `condition` holds; the test's timeout is the bound."""
+    while not condition():
+        time.sleep(0.02)
+
+
+def samples(server) -> dict[str, dict[str, float]]:
+    """`conserve:` and `sglang:` samples of /metrics by name, then by the label `kind` or ""."""
+    text = server.http.get("/metrics").raise_for_status().text
+    found: dict[str, dict[str, float]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name.startswith("conserve:"):
+                assert sample.labels["model_name"]
+            found.setdefault(sample.name, {})[sample.labels.get("kind", "")] = sample.value
+    return found
+
+
+def in_queue(server, pool, *tags: dict[str, str], first_tokens: int = 400) -> list[Future]:
+    """One offline request for each of `tags`, waiting in this order behind one that runs."""
+    sampling = {"max_new_tokens": first_tokens, "ignore_eos": True}
+    waiting = server.state()["offline_waiting"]
+    first = pool.submit(server.generate, "first", sampling_params=sampling, headers=OFFLINE)
+    until(lambda: server.state()["offline_running"] == 1)
+    futures = [first]
+    for i, tag in enumerate(tags):
+        futures.append(pool.submit(server.generate, PROMPT, headers=OFFLINE | tag))
+        until(lambda n=i: server.state()["offline_waiting"] == waiting + n + 1)
+    return futures
+
+
+def test_every_metric_is_scraped_and_says_what_the_state_says(server):
+    before = server.state()
+    server.generate(PROMPT)
+    answer = server.generate(PROMPT, headers=OFFLINE)["meta_info"]
+    until(lambda: server.state()["offline_finished"] == before["offline_finished"] + 1)
+    state = server.state()
+    assert state["offline_tokens"]["output"] - before["offline_tokens"]["output"] == 16
+    prompt_tokens = sum(
+        state["offline_tokens"][kind] - before["offline_tokens"][kind]
+        for kind in ("computed", "cached")
+    )
+    assert prompt_tokens == answer["prompt_tokens"]
+
+    until(lambda: samples(server)["conserve:offline_finished_total"][""] == 1)
+    found = samples(server)
+    for metric in METRICS:
+        value = state[metric.key]
+        expected = value if metric.label else {"": value}
+        assert found[metric.name] == expected, metric.name
+    assert found[f"{ARRIVAL_LATENCY.name}_count"][""] == state["arrivals_received"] >= 1
+    assert found["conserve:offline_http_refused_total"][""] == 0
+    assert "sglang:num_queue_reqs" in found
+
+
+def test_the_backlog_shows_in_the_metrics_and_not_in_those_of_online_load(server, pool):
+    tags = [{"x-sgl-conserve-job": "a"}, {"x-sgl-conserve-job": "b"}, {}]
+    futures = in_queue(server, pool, *tags)
+    until(lambda: samples(server)["conserve:offline_queue_reqs"][""] == 3)
+    found = samples(server)
+    assert found["conserve:offline_queue_jobs"][""] == 3
+    assert found["conserve:offline_running_reqs"][""] == 1
+    assert found["conserve:offline_oldest_wait_seconds"][""] > 0
+    assert found["sglang:num_queue_reqs"][""] == 0
+    for future in futures:
+        future.result()
+    server.assert_idle_and_balanced()
+
+
+def test_the_earliest_deadline_is_served_first(server, pool):
+    left_s = [None, "5000", "60", "600"]
+    tags = [{"x-sgl-conserve-deadline-s": s} if s else {} for s in left_s]
+    done: list[int] = []
+    futures = in_queue(server, pool, *tags)
+    for i, future in enumerate(futures[1:]):
+        future.add_done_callback(lambda _f, i=i: done.append(i))
+    for future in futures:
+        future.result()
+    until(lambda: len(done) == 4)
+    assert done == [2, 3, 1, 0]
+
+
+def test_a_deadline_that_is_missed_is_counted(server):
+    before = server.state()["offline_deadline_missed"]
+    server.generate(PROMPT, headers=OFFLINE | {"x-sgl-conserve-deadline-s": "-1"})
+    server.generate(PROMPT, headers=OFFLINE | {"x-sgl-conserve-deadline-s": "3600"})
+    until(lambda: server.state()["offline_deadline_missed"] > before)
+    assert server.state()["offline_deadline_missed"] == before + 1
+
+
+@pytest.mark.parametrize("with_processor", [False, True], ids=["plain", "custom processor"])
+def test_the_tag_changes_no_token_and_no_processor_sees_it(server, with_processor):
+    body: dict = {}
+    if with_processor:
+        from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
+
+        # It fails when two requests' parameters differ in its key, and reads no other.
+        body["custom_logit_processor"] = DisallowedTokensLogitsProcessor.to_str()
+        body["sampling_params"] = {"custom_params": {"token_ids": [40, 41, 42]}}
+    online = server.generate(PROMPT, **body)["text"]
+    tags = OFFLINE | {"x-sgl-conserve-job": "nightly", "x-sgl-conserve-deadline-s": "60"}
+    assert server.generate(PROMPT, headers=tags, **body)["text"] == online
+    both = {"n": 2, "temperature": 0.0, "max_new_tokens": 16}
+    sampling = {**both, **body.pop("sampling_params", {})}
+    many = server.http.post(
+        "/generate",
+        headers=tags,
+        json={"text": [PROMPT, PROMPT], "sampling_params": sampling, **body},
+    )
+    assert [one["text"] for one in many.raise_for_status().json()] == [online] * 4
+
+
+def test_a_tag_that_cannot_be_used_is_answered_400(server):
+    headers = OFFLINE | {"x-sgl-conserve-deadline-s": "tomorrow"}
+    answer = server.http.post("/generate", headers=headers, json={"text": PROMPT})
+    assert answer.status_code == 400
+    assert "x-sgl-conserve-deadline-s" in answer.json()["error"]["message"]
+
+
+def test_a_full_queue_says_when_to_come_back_and_counts_it(server):
+    body = {"text": "x", "sampling_params": {"max_new_tokens": 32}}
+
+    def post():
+        return server.http.post("/generate", headers=OFFLINE, json=body)
+
+    with ThreadPoolExecutor(40) as many:
+        answers = [f.result() for f in [many.submit(post) for _ in range(40)]]
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert len(refused) == 40 - sum(answer.status_code == 200 for answer in answers) > 0
+    assert all(5 <= int(answer.headers["retry-after"]) <= 300 for answer in refused)
+    assert samples(server)["conserve:offline_http_refused_total"][""] == len(refused)
+    server.assert_idle_and_balanced()
+
+
+def test_a_client_that_leaves_takes_its_request_out_of_the_queue_at_once(server, pool):
+    aborted = server.state()["offline_aborted"]
+    futures = in_queue(server, pool, {}, first_tokens=2000)
+    with pytest.raises(httpx.ReadTimeout):
+        server.http.post("/offline/generate", json={"text": PROMPT}, timeout=1)
+    until(lambda: server.state()["offline_aborted"] == aborted + 1)
+    assert server.state()["offline_waiting"] == 1
+    assert server.state()["offline_running"] == 1
+    server.http.post("/abort_request", json={"abort_all": True}).raise_for_status()
+    for future in futures:
+        assert future.exception() or future.result()
+    server.assert_idle_and_balanced()
