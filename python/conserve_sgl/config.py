@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -21,6 +21,7 @@ __all__ = [
     "ConserveConfig",
     "MemoryConfig",
     "OfflineConfig",
+    "SlicesConfig",
     "SloConfig",
 ]
 
@@ -61,7 +62,7 @@ class SloConfig(_Section):
         ttft: from a request's arrival to its first token.
         tpot: for every token after the first, on average over the request.
         yield_ms: how long an arrival may have to wait for offline work that cannot be
-            interrupted.
+            interrupted: a step, or a slice of layers.
     """
 
     ttft: str = "1.25x"
@@ -111,6 +112,19 @@ class CheckpointConfig(_Section):
     stride_tokens: Count = 128
 
 
+class SlicesConfig(_Section):
+    """How an offline prefill makes way for an online arrival.
+
+    Args:
+        enabled: False runs every offline prefill in one piece.
+        mode: `eager` makes way at the next layer boundary, `slack` when the arrival's first token
+            would else miss `slo.ttft`.
+    """
+
+    enabled: bool = True
+    mode: Literal["eager", "slack"] = "eager"
+
+
 class ConserveConfig(_Section):
     """The whole of it."""
 
@@ -118,6 +132,7 @@ class ConserveConfig(_Section):
     offline: OfflineConfig = OfflineConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    slices: SlicesConfig = SlicesConfig()
 
     @classmethod
     def load(cls, path: Path | str) -> ConserveConfig:

@@ -37,13 +37,16 @@ SIGNATURES_BY_MODULE = {
         "Scheduler.get_prefill_adder_class": "(self)",
         "Scheduler.get_new_batch_prefill": "(self, running_batch)",
         "Scheduler.update_running_batch": "(self, batch)",
+        "Scheduler.is_disable_overlap_for_batch": "(self, batch, last_batch)",
+        "Scheduler.run_batch": "(self, batch, pp_proxy_tensors=None)",
         "Scheduler.process_batch_result": "(self, batch, result)",
+        "Scheduler.maybe_send_health_check_signal": "(self)",
+        "Scheduler._collect_inflight_batches": "(self)",
         "Scheduler.abort_request": "(self, recv_req)",
         "Scheduler.pause_generation": "(self, recv_req)",
         "Scheduler.is_fully_idle": "(self, for_health_check=False, ignore_waiting=False)",
         "Scheduler.get_internal_state": "(self, recv_req)",
         "Scheduler": "(server_args, port_args)",
-        "Scheduler.run_batch": "(self, batch, pp_proxy_tensors=None)",
         "_make_abort_req": "(req, finished_reason=None)",
     },
     "sglang.srt.managers.schedule_batch": {
@@ -134,6 +137,15 @@ SIGNATURES_BY_MODULE = {
     "sglang.srt.managers.tokenizer_manager": {
         "TokenizerManager.init_ipc_channels": "(self, port_args)",
         "TokenizerManager._init_req_state": "(self, obj, request=None)",
+    },
+    "sglang.srt.model_executor.model_runner": {
+        "ModelRunner.forward": (
+            "(self, forward_batch, skip_attn_backend_init=None, pp_proxy_tensors=None, "
+            "reinit_attn_backend=False, split_forward_count=1)"
+        ),
+    },
+    "sglang.srt.managers.cache_controller": {
+        "LayerDoneCounter.wait_until": "(self, threshold)",
     },
     "sglang.srt.managers.utils": {
         "is_health_check_generate_req": "(recv_req)",
@@ -327,6 +339,7 @@ def test_no_attribute_of_ours_has_a_name_of_the_host_s_by_chance(ours, theirs):
     taken_on_purpose = {"policy", "invariant_checker", "waiting_queue", "chunked_req"}
     taken_on_purpose |= {"is_mixed_chunk"}
     taken_on_purpose |= {"rem_chunk_tokens"}
+    taken_on_purpose |= {"processed_tokens_counter", "_pending_chunked_abort_req"}
     assigned = uses_of_self(class_in(*ours), ast.Store)
     assert assigned & attributes_of(resolve(theirs)) <= taken_on_purpose
 
@@ -349,6 +362,7 @@ REQUEST_ATTRIBUTES = (
     "seqlen",
     "skip_radix_cache_insert",
     "time_stats",
+    "to_finish",
 )
 
 
@@ -418,6 +432,22 @@ def test_a_request_has_what_is_read_of_it():
             "sglang.srt.distributed.parallel_state:GroupCoordinator",
             {"cpu_group", "first_rank", "is_first_rank", "rank", "world_size"},
         ),
+        (
+            "sglang.srt.managers.schedule_batch:ScheduleBatch",
+            {"chunked_req", "extend_num_tokens", "hicache_consumer_index", "launch_ts"},
+        ),
+        (
+            "sglang.srt.managers.schedule_batch:ScheduleBatch",
+            {"input_embeds", "multimodal_inputs", "replace_embeds", "return_hidden_states"},
+        ),
+        (
+            "sglang.srt.model_executor.forward_batch_info:ForwardBatch",
+            {"forward_mode", "split_index"},
+        ),
+        ("sglang.srt.model_executor.forward_batch_info:ForwardMode", {"EXTEND", "SPLIT_PREFILL"}),
+        ("sglang.srt.model_executor.model_runner:ModelRunner", {"device", "model", "model_config"}),
+        ("sglang.srt.managers.tp_worker:TpModelWorker", {"hicache_layer_transfer_counter"}),
+        ("sglang.srt.managers.cache_controller:LayerDoneCounter", {"num_layers"}),
         (
             "sglang.srt.sampling.penaltylib.orchestrator:BatchedPenalizerOrchestrator",
             {"is_required", "penalizers", "vocab_size"},

@@ -87,6 +87,54 @@ RELIED = [
         "ConserveScheduler._move_offline_chunk: a chunk is put aside after it was stashed",
     ),
     Relied(
+        _SCHEDULER + "event_loop_normal",
+        "c328a45b821f18a0",
+        "engine/slices.py: what the loop does with a batch and its result after run_batch",
+    ),
+    Relied(
+        _SCHEDULER + "event_loop_overlap",
+        "c093eb14e50c1ac6",
+        "engine/slices.py and ConserveScheduler.is_disable_overlap_for_batch: a result is queued "
+        "for every batch, and taken from the queue while there is a last batch",
+    ),
+    Relied(
+        _SCHEDULER + "run_batch",
+        "4e9bb4d5e649e2f1",
+        "LayerSlices.run: it may be left in the model runner's forward and called again, with "
+        "nothing done twice; it samples, publishes and relays after the forward",
+    ),
+    Relied(
+        _SCHEDULER + "_forward_isolation",
+        "1b3afb2200527f72",
+        "LayerSlices.run: it restores the batch when the forward is left",
+    ),
+    Relied(
+        _SCHEDULER + "process_batch_result",
+        "726305f46a979a47",
+        "ConserveScheduler.process_batch_result: what a suspended batch goes without",
+    ),
+    Relied(
+        _SCHEDULER + "_collect_inflight_batches",
+        "2baf58f0697a250a",
+        "ConserveScheduler._collect_inflight_batches: who looks at these batches",
+    ),
+    Relied(
+        "sglang.srt.managers.tp_worker:TpModelWorker.forward_batch_generation",
+        "074f2a1c07948223",
+        "LayerSlices.run: it makes a forward batch, calls the runner's forward once, and samples",
+    ),
+    Relied(
+        "sglang.srt.model_executor.model_runner:ModelRunner.forward_split_prefill",
+        "36287ab27d2162b4",
+        "LayerSlices: split_index moves by split_forward_count layers, attention is planned at "
+        "layer 0 or when it is asked for",
+    ),
+    Relied(
+        "sglang.srt.managers.overlap_utils:resolve_forward_inputs",
+        "961cfa7af7ccd2a6",
+        "LayerSlices.run: called again for a batch that goes on, it changes nothing",
+    ),
+    Relied(
         _SCHEDULER + "pause_generation",
         "b5afa4cbaf6fbea9",
         "ConserveScheduler.pause_generation: what mode `retract` takes out of the engine",

@@ -116,6 +116,14 @@ class TestSerial:
         clock.at(1001.0)
         assert times(meter.started(None)) == [1.0]
 
+    def test_a_part_of_a_step_is_left_out_and_its_time_is_not_the_next_one_s(self, meter, clock):
+        meter.started(prefill((5, 0)))
+        meter.skip()
+        clock.at(4.0)
+        assert meter.started(decode(10)) == []
+        clock.at(7.0)
+        assert times(meter.started(None)) == [3.0]
+
 
 class TestOverlapped:
     @pytest.fixture
@@ -152,4 +160,14 @@ class TestOverlapped:
         meter.started(decode(2))
         meter.forget()
         clock.at(1000.0)
+        assert meter.finished() == []
+
+    def test_a_part_of_a_step_is_left_out(self, meter, clock):
+        meter.started(decode(1))
+        meter.started(prefill((5, 0)))
+        meter.skip()
+        assert meter.busy_until_s(lambda _work: 2.0) == 2.0
+        clock.at(10.0)
+        assert times(meter.finished()) == [10.0]
+        clock.at(13.0)
         assert meter.finished() == []

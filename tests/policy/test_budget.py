@@ -5,6 +5,7 @@ The latency model is linear: a step takes 30 ms, 1 ms a prompt token and 3 ms a 
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any, ClassVar
 
 import msgspec
@@ -208,3 +209,26 @@ class TestAdmission:
     def test_without_offline_work_nothing_is_granted(self):
         granted = plan(offline_waiting=0)
         assert (granted.offline_prefill_tokens, granted.offline_admissions) == (0, 0)
+
+
+class TestSlices:
+    def test_without_online_a_prefill_runs_until_something_arrives(self):
+        assert plan(interruptible=True).offline_slice_s == inf
+        assert plan(interruptible=True, offline_suspended=2).offline_slice_s == inf
+
+    def test_a_suspended_prefill_lets_no_other_start(self):
+        suspended = plan(interruptible=True, offline_suspended=2)
+        assert (suspended.offline_prefill_tokens, suspended.offline_admissions) == (0, 0)
+
+    @pytest.mark.parametrize("online", [{"online_arriving": 1}, {"online_prompts": (Prompt(10),)}])
+    def test_online_prompts_hold_it(self, online):
+        assert plan(offline_suspended=2, **online).offline_slice_s == 0
+
+    def test_between_two_decode_steps_it_gets_what_the_online_rows_can_spare(self):
+        rows = {"online_decoding": Rows(1, 100), "offline_suspended": 2, **due(0.1)}
+        assert plan(**rows).offline_slice_s == pytest.approx(0.1 - 0.033)
+        assert plan(rows_decoded=False, **rows).offline_slice_s == 0
+
+    def test_late_online_rows_spare_nothing(self):
+        late = plan(online_decoding=Rows(1, 100), offline_suspended=2, **due(0.01))
+        assert late.offline_slice_s == 0

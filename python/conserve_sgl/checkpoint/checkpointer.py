@@ -237,6 +237,14 @@ class Checkpointer:
             self._checkpoint(req, min(req.owned_kv_len(), req.seqlen))
         self.release(req)
 
+    def give_up(self, req: Req) -> None:
+        """Release a request in the midst of a prefill; nobody else holds its row.
+
+        Its KV beyond the prefix is written for some layers only and must not enter the tree.
+        """
+        self._suspended.setdefault(req, req.prefix_len)
+        self.release(req)
+
     def gave_way(self, req: Req) -> None:
         """Remember what `req` had computed, to count what its resume finds of it.
 

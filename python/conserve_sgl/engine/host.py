@@ -8,7 +8,9 @@ from sglang.srt.managers.schedule_batch import NextBatchPlan, Req, ScheduleBatch
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder, SchedulePolicy
 from sglang.srt.managers.scheduler import Scheduler, _make_abort_req
 from sglang.srt.managers.scheduler_components.invariant_checker import SchedulerInvariantChecker
+from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.mem_cache.common import release_kv_cache
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule
 from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -20,6 +22,9 @@ __all__ = [
     "AddReqResult",
     "BatchedPenalizerOrchestrator",
     "DynamicGradMode",
+    "ForwardBatch",
+    "ForwardMode",
+    "GenerationBatchResult",
     "NextBatchPlan",
     "PrefillAdder",
     "Req",

@@ -64,6 +64,17 @@ class ArrivalInbox:
                 break
             del self._announced[rid]
 
+    def oldest_sent_s(self) -> float | None:
+        """When the oldest request that is announced and not here yet was announced, or None.
+
+        In seconds of `time.monotonic`.
+        """
+        return next((sent_ns / 1e9 for sent_ns, _ in self._announced.values()), None)
+
+    def keep_for(self, seconds: float) -> None:
+        """Let announcements count for at least `seconds`."""
+        self._forget_after_ns = max(self._forget_after_ns, int(seconds * 1e9))
+
     def reached(self, rid: str) -> float | None:
         """The request itself is here: it no longer counts as arriving.
 

@@ -49,7 +49,7 @@ class StepMeter:
     def __init__(self, *, overlapped: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._overlapped = overlapped
         self._clock = clock
-        self._in_flight: deque[tuple[StepWork, float]] = deque()
+        self._in_flight: deque[tuple[StepWork | None, float]] = deque()
         self._last_end_s = 0.0
 
     def started(self, batch: ScheduleBatch | None) -> list[StepSample]:
@@ -60,6 +60,11 @@ class StepMeter:
             self._in_flight.append((work_of(batch), now_s))
         return samples
 
+    def skip(self) -> None:
+        """Do not learn from the step that was started last: only a part of it runs in it."""
+        _, started_s = self._in_flight.pop()
+        self._in_flight.append((None, started_s))
+
     def finished(self) -> list[StepSample]:
         """The oldest step's result has been handled."""
         return self._closed(self._clock()) if self._overlapped else []
@@ -69,7 +74,8 @@ class StepMeter:
         until_s = self._last_end_s
         if self._overlapped:
             for work, started_s in self._in_flight:
-                until_s = max(until_s, started_s) + predict_s(work)
+                seconds = 0.0 if work is None else predict_s(work)
+                until_s = max(until_s, started_s) + seconds
         return until_s
 
     def forget(self) -> None:
@@ -82,4 +88,4 @@ class StepMeter:
         work, started_s = self._in_flight.popleft()
         seconds = now_s - max(started_s, self._last_end_s)
         self._last_end_s = now_s
-        return [StepSample(work, seconds)]
+        return [] if work is None else [StepSample(work, seconds)]

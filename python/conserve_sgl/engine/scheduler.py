@@ -12,6 +12,7 @@ Where an offline request may be, and who holds its row and KV:
     _parked_chunk           the same, moved aside so that an online prompt can be chunked
     running_batch           row + KV; decodes
     _parked                 row + KV; sits out
+    _slices                 row + KV; in a prefill that is suspended between two layers
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
+from math import inf
 from typing import Any
 
 import numpy as np
+import torch
 from msgspec.structs import asdict
 
 from conserve_sgl.checkpoint.checkpointer import Checkpointer
@@ -45,7 +49,7 @@ from conserve_sgl.engine.host import (
 from conserve_sgl.engine.inbox import ArrivalInbox
 from conserve_sgl.engine.invariants import with_parked_rows
 from conserve_sgl.engine.ledger import OfflineLedger
-from conserve_sgl.engine.metering import StepMeter
+from conserve_sgl.engine.metering import StepMeter, work_of
 from conserve_sgl.engine.metrics import Exporter
 from conserve_sgl.engine.observe import (
     OnlineClock,
@@ -57,6 +61,7 @@ from conserve_sgl.engine.observe import (
 from conserve_sgl.engine.offline_item import offline_item
 from conserve_sgl.engine.parking import ParkedRows
 from conserve_sgl.engine.profiling import load_or_measure
+from conserve_sgl.engine.slices import SUSPENDED, LayerSlices
 from conserve_sgl.errors import IncompatibleError
 from conserve_sgl.ingress.arrival import arrival_endpoint
 from conserve_sgl.policy import (
@@ -145,6 +150,14 @@ class ConserveScheduler(Scheduler):
         self._counts = self._ledger.counts
         self._always_mixes = False
         self._config = config
+        self._slices = LayerSlices(
+            self.tp_worker.model_runner,
+            config,
+            layer_s=lambda batch: self.latency.layer_s(work_of(batch), 1),
+            inbox=self._inbox,
+            agree=self._of_rank_zero,
+            load_counter=self.tp_worker.hicache_layer_transfer_counter,
+        )
 
     def init_chunked_prefill(self) -> None:
         super().init_chunked_prefill()
@@ -177,7 +190,7 @@ class ConserveScheduler(Scheduler):
 
     def init_invariant_checker(self) -> None:
         super().init_invariant_checker()
-        self.invariant_checker = with_parked_rows(self.invariant_checker, self._parked_reqs)
+        self.invariant_checker = with_parked_rows(self.invariant_checker, self._reqs_aside)
 
     # ------------------------------------------------------- requests coming in
 
@@ -236,10 +249,19 @@ class ConserveScheduler(Scheduler):
         return next_plan
 
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
+        if result is SUSPENDED:
+            self.maybe_send_health_check_signal()
+            self._learn(self._meter.finished())
+            return
+        self._note_online_prefill(batch)
         super().process_batch_result(batch, result)
         self._learn(self._meter.finished())
         tight = bool(self.waiting_queue or self._view.online_prompts or self._view.online_arriving)
         self._checkpoints.after_result(batch, online_tight=tight)
+
+    def _note_online_prefill(self, batch: ScheduleBatch) -> None:
+        if batch.forward_mode.is_extend() and not all(map(self.is_offline, batch.reqs)):
+            self._slices.online_prefill_took(time.monotonic() - batch.launch_ts)
 
     def _learn(self, steps: list[StepSample]) -> None:
         for step in steps:
@@ -267,6 +289,7 @@ class ConserveScheduler(Scheduler):
             offline_chunk=None if offline_chunk is None else rest_of_prompt(offline_chunk),
             offline_decoding=count.offline,
             offline_parked=Rows(len(self._parked), sum(r.seqlen for r in self._parked.reqs)),
+            offline_suspended=len(self._slices.suspended_reqs),
             free_rows=self.req_to_token_pool.available_size(),
             # Rows are a hard limit in SGLang: an online request that finds none waits for one.
             max_rows=max(self.max_running_requests // 2, 1),
@@ -276,6 +299,7 @@ class ConserveScheduler(Scheduler):
             chunk_tokens=self.chunked_prefill_size,
             rows_decoded=self._rows_decoded,
             can_mix=not running_batch.return_logprob,
+            interruptible=self._slices.enabled,
         )
 
     def _arriving(self) -> int:
@@ -289,9 +313,18 @@ class ConserveScheduler(Scheduler):
         (plan,) = broadcast_pyobj([plan], group.rank, group.cpu_group, src=group.ranks[0])
         return plan
 
+    def _of_rank_zero(self, value: int) -> int:
+        """Rank 0's value, on every rank."""
+        if self.tp_size == 1:
+            return value
+        box = torch.tensor([value])
+        torch.distributed.broadcast(box, self.tp_group.ranks[0], group=self.tp_cpu_group)
+        return int(box)
+
     def _account(self, batch: ScheduleBatch | None) -> None:
         now_s = time.monotonic()
-        self._ledger.step(now_s, batch)
+        # A prefill that goes on was counted when it began.
+        self._ledger.step(now_s, None if batch is self._slices.suspended else batch)
         if self._exporter is not None and self._exporter.is_due(now_s):
             self._exporter.write(now_s, self._state(), self._new_latencies_ms())
         mode = None if batch is None else batch.forward_mode
@@ -328,19 +361,41 @@ class ConserveScheduler(Scheduler):
         if self.is_mixed_chunk:
             self._sit_out_surplus(running_batch)
         self._prefill_beside = running_batch
-        candidates = self._offline_queue.take(plan.offline_admissions)
+        suspended = self._slices.suspended is not None
+        candidates = self._offline_queue.take(0 if suspended else plan.offline_admissions)
         self.waiting_queue.extend(candidates)
         try:
             prefill = super().get_new_batch_prefill(running_batch)
             if prefill.batch_to_run is not None:
                 self._checkpoints.admitted(prefill.batch_to_run, lagging=self.enable_overlap)
-            return prefill
+            return self._or_go_on(prefill)
         finally:
             waiting, self.waiting_queue = self.waiting_queue, []
             for req in waiting:
                 if not self.is_offline(req):
                     self.waiting_queue.append(req)
             self._offline_queue.give_back(r for r in waiting if self.is_offline(r))
+
+    def _or_go_on(self, next_plan: NextBatchPlan) -> NextBatchPlan:
+        """The suspended prefill goes on where no online prefill can run and the plan lets it."""
+        suspended, running = self._slices.suspended, next_plan.running_batch
+        if suspended is None or next_plan.batch_to_run is not None:
+            return next_plan
+        if self.waiting_queue and self.req_to_token_pool.available_size() == 0:
+            self._preempt_suspended()  # an online request waits for a row
+            running.batch_is_full = False
+            return next_plan
+        if self.chunked_req is not None or not self._may_go_on(running):
+            return next_plan
+        self.chunked_req = suspended.chunked_req
+        return NextBatchPlan(batch_to_run=suspended, running_batch=running)
+
+    def _may_go_on(self, running: ScheduleBatch) -> bool:
+        # Several ranks decide at the first layer boundary: each knows other times and arrivals.
+        needed_s = self._slices.layer_s if self.tp_size == 1 else 0.0
+        arriving = self.tp_size == 1 and self._arriving() > 0
+        nothing_else = running.is_empty() and not self.waiting_queue and not arriving
+        return nothing_else or self._plan.offline_slice_s > needed_s
 
     def _move_offline_chunk(self) -> None:
         """Put an offline prompt aside between two chunks, or take it up again.
@@ -351,12 +406,54 @@ class ConserveScheduler(Scheduler):
         """
         tokens = self._plan.offline_prefill_tokens
         granted = tokens > 0 and not self.waiting_queue and self._kv_is_free(tokens)
+        granted = granted and self._slices.suspended is None
         if self.chunked_req is not None and self.is_offline(self.chunked_req) and not granted:
             assert self._parked_chunk is None  # the adder chunks one offline prompt at a time
             self._parked_chunk, self.chunked_req = self.chunked_req, None
             self._counts["offline_chunks_parked"] += 1
         elif self.chunked_req is None and self._parked_chunk is not None and granted:
             self.chunked_req, self._parked_chunk = self._parked_chunk, None
+
+    # ------------------------------------------------- offline prefills, in slices
+
+    def is_disable_overlap_for_batch(
+        self, batch: ScheduleBatch | None, last_batch: ScheduleBatch | None
+    ) -> bool:
+        # Slices keep the event loop for as long as they run: what the last batch gave leaves first.
+        if batch is not None and self.result_queue and self._runs_in_slices(batch):
+            return True
+        return super().is_disable_overlap_for_batch(batch, last_batch)
+
+    def _runs_in_slices(self, batch: ScheduleBatch) -> bool:
+        return self._slices.accepts(batch, self.is_offline)
+
+    def run_batch(self, batch: ScheduleBatch, pp_proxy_tensors: Any = None) -> Any:
+        if not self._runs_in_slices(batch):
+            return super().run_batch(batch, pp_proxy_tensors)
+        goes_on = batch is self._slices.suspended
+        run = partial(super().run_batch, batch, pp_proxy_tensors)
+        result = self._slices.run(batch, run, until_s=self._slices_end_s())
+        if goes_on or result is SUSPENDED:
+            self._meter.skip()
+        if result is SUSPENDED:
+            self._leave_suspended(batch)
+        elif (chunk := batch.chunked_req) is not None and chunk.to_finish is not None:
+            self._pending_chunked_abort_req = chunk
+        return result
+
+    def _slices_end_s(self) -> float:
+        # Where nothing else is there to run, an offline prefill may run without a grant of time.
+        granted_s = self._plan.offline_slice_s if not self.running_batch.is_empty() else inf
+        return time.monotonic() + granted_s
+
+    def _leave_suspended(self, batch: ScheduleBatch) -> None:
+        self.processed_tokens_counter -= batch.extend_num_tokens  # SGLang counts them every time
+        if batch.chunked_req is not None:
+            # SGLang would take the chunk's KV for computed, and could chunk no online prompt.
+            self.chunked_req = None
+
+    def _collect_inflight_batches(self) -> list[ScheduleBatch | None]:
+        return [*super()._collect_inflight_batches(), self._slices.suspended]
 
     # ------------------------------------------------------ the plan, for decode
 
@@ -383,7 +480,7 @@ class ConserveScheduler(Scheduler):
         if not self._view.online_prompts:
             return 0
         offline = (req for req in self.running_batch.reqs if self.is_offline(req))
-        return sum(map(self._checkpoints.reclaimable_tokens, [*offline, *self._parked_reqs()]))
+        return sum(map(self._checkpoints.reclaimable_tokens, [*offline, *self._reqs_aside()]))
 
     def _kv_is_free(self, tokens: int) -> bool:
         free = self.token_to_kv_pool_allocator.available_size()
@@ -397,9 +494,12 @@ class ConserveScheduler(Scheduler):
         """
         while not enough():
             running = list(filter(self.is_offline, batch.reqs))
-            victim = self._checkpoints.cheapest(running, self._parked_reqs())
+            victim = self._checkpoints.cheapest(running, self._reqs_aside())
             if victim is None:
                 return False
+            if victim in self._slices.suspended_reqs:
+                self._preempt_suspended()
+                continue
             if victim in running:
                 batch.filter_batch(reqs_to_exclude=[victim])
             else:
@@ -415,8 +515,14 @@ class ConserveScheduler(Scheduler):
 
     def _preempt(self, reqs: list[Req], *, urgent: bool = False) -> None:
         """Release the rows and KV of `reqs`, which nobody else holds, and queue them again."""
-        for req in reqs:
+        for req in reversed(reqs):  # each goes to the front
             self._checkpoints.give_way(req, urgent=urgent)
+            self._add_request_to_queue(req, is_retracted=True)
+
+    def _preempt_suspended(self) -> None:
+        """Preempt a suspended prefill: all of its requests, since it is computed as one."""
+        for req in reversed(self._slices.give_up()):  # each goes to the front
+            self._checkpoints.give_up(req)
             self._add_request_to_queue(req, is_retracted=True)
 
     # ------------------------------------- everything else that looks at requests
@@ -424,6 +530,10 @@ class ConserveScheduler(Scheduler):
     def _parked_reqs(self) -> list[Req]:
         chunk = [] if self._parked_chunk is None else [self._parked_chunk]
         return [*self._parked.reqs, *chunk]
+
+    def _reqs_aside(self) -> list[Req]:
+        """All that hold rows and KV that SGLang does not know of."""
+        return self._parked_reqs() + self._slices.suspended_reqs
 
     def abort_request(self, recv_req: AbortReq) -> None:
         prefix = "" if recv_req.abort_all else recv_req.rid
@@ -436,9 +546,26 @@ class ConserveScheduler(Scheduler):
         # Now they are queued requests like any other, and SGLang's own code aborts those.
         self.waiting_queue += aside + queued
         super().abort_request(recv_req)
+        self._drop_aborted_slices()
+
+    def _drop_aborted_slices(self) -> None:
+        """End a suspended prefill that nobody waits for any more.
+
+        SGLang has marked the requests to be aborted. While others of the batch go on, they are
+        computed along with them and end with the prefill, as in any batch that runs.
+        """
+        reqs = self._slices.suspended_reqs
+        if not reqs or any(req.to_finish is None for req in reqs):
+            return
+        for req in self._slices.give_up():
+            self._checkpoints.release(req)
+            self._ledger.close(time.monotonic(), req)
+            self._release_aborted_request(req)
+            reason = req.to_finish.to_json()
+            self.send_abort_output(_make_abort_req(req, finished_reason=reason), req)
 
     def _take_aside(self, matches: Callable[[Req], bool]) -> list[Req]:
-        """Take the requests that match out of what is put aside; they still hold their rows."""
+        """Take the requests that match out of what is parked; they still hold their rows."""
         taken = self._parked.remove(matches)
         if self._parked_chunk is not None and matches(self._parked_chunk):
             taken.append(self._parked_chunk)
@@ -450,6 +577,7 @@ class ConserveScheduler(Scheduler):
         self._meter.forget()
         if recv_req.mode == "retract":
             self._preempt(self._take_aside(lambda _req: True))
+            self._preempt_suspended()
 
     def is_fully_idle(self, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
         if not super().is_fully_idle(for_health_check, ignore_waiting):
@@ -457,8 +585,7 @@ class ConserveScheduler(Scheduler):
         if for_health_check:
             # Only a running batch answers a health check that was skipped.
             return True
-        holds_kv = len(self._parked) > 0 or self._parked_chunk is not None
-        return not holds_kv and (ignore_waiting or len(self._offline_queue) == 0)
+        return not self._reqs_aside() and (ignore_waiting or len(self._offline_queue) == 0)
 
     def get_internal_state(self, recv_req: Any) -> Any:
         output = super().get_internal_state(recv_req)
@@ -475,6 +602,7 @@ class ConserveScheduler(Scheduler):
             "latency": self._latency_state(),
             "arrivals_received": 0 if self._inbox is None else self._inbox.received,
             "arrival_ms": {"p50": p50, "p99": p99},
+            "slices": self._slices.state(),
         }
 
     def _latency_state(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from conserve_sgl.policy.latency import Coefficients, LatencyModel, StepWork
 from conserve_sgl.policy.memory import OnlineReserve
 from conserve_sgl.policy.offline_queue import Backlog, OfflineItem, OfflineQueue, prefix_key
 from conserve_sgl.policy.service_class import PriorityRule, ServiceClass
+from conserve_sgl.policy.slicing import SliceDecision, SliceView, Slicing, YieldMode
 from conserve_sgl.policy.slo import Slo
 from conserve_sgl.policy.step import Policy, Prompt, Rows, StepPlan, StepView
 
@@ -23,9 +24,13 @@ __all__ = [
     "Rows",
     "ServiceClass",
     "SlackBudget",
+    "SliceDecision",
+    "SliceView",
+    "Slicing",
     "Slo",
     "StepPlan",
     "StepView",
     "StepWork",
+    "YieldMode",
     "prefix_key",
 ]

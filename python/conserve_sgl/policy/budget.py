@@ -107,7 +107,8 @@ class SlackBudget:
         if view.online_arriving and not view.online_decoding.count:
             return self._plan(view, step, rows=0, prefill=0)
         rows = self._rows_that_fit(view, step)
-        return self._plan(view, step, rows=rows, prefill=self._prefill_that_fits(view, step, rows))
+        prefill = 0 if view.offline_suspended else self._prefill_that_fits(view, step, rows)
+        return self._plan(view, step, rows=rows, prefill=prefill)
 
     # ------------------------------------------------------------ the step's bound
 
@@ -214,6 +215,15 @@ class SlackBudget:
         tokens = self._times.prefill_tokens_within_s(step.bound_s, resident, StepWork())
         return min(max(tokens, self._smallest_chunk), view.chunk_tokens)
 
+    def _slice_s(self, view: StepView, step: _Step) -> float:
+        """Seconds for layer slices: between two decode steps of online rows, what their slack
+        leaves. An arrival ends them at a layer boundary, so the yield bound says nothing here."""
+        if view.online_prompts or view.online_arriving:
+            return 0.0
+        if not view.online_decoding.count:
+            return inf
+        return max(step.slack_s - step.online_s, 0.0) if view.rows_decoded else 0.0
+
     # ------------------------------------------------------------------- the plan
 
     def _plan(
@@ -235,6 +245,7 @@ class SlackBudget:
             offline_admissions=max(room, 0) if admits else 0,
             offline_decode_rows=rows,
             kv_reserve_tokens=self._reserve.tokens(view),
+            offline_slice_s=self._slice_s(view, step),
             mix=bool(prefill and view.can_mix and view.online_decoding.count)
             if mix is None
             else mix,

@@ -59,6 +59,8 @@ class StepView(msgspec.Struct, frozen=True, kw_only=True):
         offline_chunk: the offline prompt between two of its chunks, or None.
         offline_decoding: offline rows of the running batch.
         offline_parked: offline rows that sit out and keep their KV.
+        offline_suspended: requests of an offline prefill that is suspended between two layers;
+            while there are any, no other offline prefill may start.
         free_rows: request rows of the engine that nobody holds.
         max_rows: request rows that offline work may hold at most.
         free_kv_tokens: KV tokens that are free or can be evicted from the radix cache.
@@ -80,6 +82,7 @@ class StepView(msgspec.Struct, frozen=True, kw_only=True):
     offline_chunk: Prompt | None = None
     offline_decoding: Rows = NO_ROWS
     offline_parked: Rows = NO_ROWS
+    offline_suspended: int = 0
     free_rows: int = 0
     max_rows: int = 0
     free_kv_tokens: int = 0
@@ -98,7 +101,8 @@ class StepView(msgspec.Struct, frozen=True, kw_only=True):
     def offline_resident(self) -> int:
         """Offline requests that hold a row."""
         chunk = self.offline_chunk is not None
-        return chunk + self.offline_decoding.count + self.offline_parked.count
+        aside = self.offline_parked.count + self.offline_suspended
+        return chunk + self.offline_decoding.count + aside
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,6 +114,8 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
         offline_prefill_tokens: prompt tokens that offline requests may compute.
         offline_admissions: requests that may leave the OfflineQueue.
         offline_decode_rows: offline rows that may decode; the rest sit out.
+        offline_slice_s: seconds that layer slices of an offline prefill may run in a step of their
+            own before what decodes goes on; 0 keeps a suspended one where it is.
         mix: whether prompts and the rows that decode share the step.
         kv_reserve_tokens: KV tokens that an offline admission must leave free for online.
         bound_s: predicted seconds that the step was sized to stay within; infinite when no rule
@@ -121,6 +127,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     offline_admissions: int
     offline_decode_rows: int
     kv_reserve_tokens: int
+    offline_slice_s: float = inf
     mix: bool = False
     bound_s: float = inf
 
