@@ -65,6 +65,7 @@ class Bench:
         self.client = Client(
             job,
             name=name,
+            deadline_s=self.clock.deadline_s(job),
             api_key=None,
             identify=self.models.append,
             note=self.notes.append,

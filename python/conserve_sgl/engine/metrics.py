@@ -6,6 +6,8 @@ SGLang's labels. Written about once a second; docs/metrics.md is the page for pe
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -19,7 +21,8 @@ class Metric(msgspec.Struct, frozen=True):
 
     Args:
         name: in Prometheus; a counter's has `_total` at its end.
-        key: in the state; a number, or with a label a mapping from its values to numbers.
+        key: in the state, with dots between the keys of nested parts; a number, or with a label a
+            mapping from its values to numbers.
         help: one sentence.
         label: name of a label besides SGLang's, or None.
     """
@@ -28,6 +31,10 @@ class Metric(msgspec.Struct, frozen=True):
     key: str
     help: str
     label: str | None = None
+
+    def value_in(self, state: Mapping[str, Any]) -> Any:
+        """What `state` holds under the key."""
+        return functools.reduce(operator.getitem, self.key.split("."), state)
 
     @property
     def kind(self) -> Literal["counter", "gauge"]:
@@ -118,6 +125,36 @@ METRICS = (
         "Times that an offline prompt was put aside between two of its chunks.",
     ),
     Metric(
+        "conserve:checkpointed_tokens_total",
+        "checkpoint.checkpointed_tokens",
+        "Tokens of offline requests whose KV was checkpointed while they ran.",
+    ),
+    Metric(
+        "conserve:checkpoint_restored_tokens_total",
+        "checkpoint.restored_tokens",
+        "Tokens that a resumed offline request found in the cache.",
+    ),
+    Metric(
+        "conserve:checkpoint_recomputed_tokens_total",
+        "checkpoint.recomputed_tokens",
+        "Tokens that a resumed offline request computed again.",
+    ),
+    Metric(
+        "conserve:checkpoint_host_full_total",
+        "checkpoint.host_full",
+        "Checkpoints that found no room in the host cache.",
+    ),
+    Metric(
+        "conserve:step_model_bias",
+        "latency.bias",
+        "Median relative error of the latest predicted steps; above 0 they were slower.",
+    ),
+    Metric(
+        "conserve:step_model_is_biased",
+        "latency.is_biased",
+        "1 while predictions are off to one side by more than a tenth.",
+    ),
+    Metric(
         "conserve:online_arrivals_total",
         "arrivals_received",
         "Online requests that were announced before they were tokenized.",
@@ -171,7 +208,7 @@ class Exporter:
         """Write `state`, which has every key of METRICS, and the latencies that are new."""
         self._due_s = now_s + 1.0
         for metric in METRICS:
-            value = state[metric.key]
+            value = metric.value_in(state)
             for label, number in value.items() if metric.label else [(None, value)]:
                 self._write_one(metric, label, number)
         for latency_ms in latencies_ms:

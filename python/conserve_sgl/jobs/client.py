@@ -58,6 +58,10 @@ class Clock:
         """Seconds since 1970."""
         return time.time()
 
+    def deadline_s(self, job: Job) -> float | None:
+        """When a run of `job` that starts now should be done; None where it does not say."""
+        return None if job.deadline_s is None else self.monotonic_s() + job.deadline_s
+
     async def sleep(self, seconds: float) -> None:
         """Let `seconds` pass."""
         await asyncio.sleep(seconds)
@@ -141,8 +145,9 @@ class Client:
     """Posts JSON to the least loaded endpoint until it is answered; an async context manager.
 
     Args:
-        job: endpoints, retry policy, timeout, deadline; the deadline counts from now.
+        job: endpoints, retry policy, timeout.
         name: the job's, as servers are told it.
+        deadline_s: when the job should be done, on `clock`; `Clock.deadline_s` tells.
         api_key: bearer token, or None.
         identify: called with the model that an endpoint says it serves, when it is first used
             and again after it was away; may raise JobError.
@@ -155,6 +160,7 @@ class Client:
         job: Job,
         *,
         name: str,
+        deadline_s: float | None,
         api_key: str | None,
         identify: Callable[[str], None],
         note: Callable[[str | None], None],
@@ -170,7 +176,7 @@ class Client:
         self._clock = clock
         self._rng = rng
         self._last_answer_s = clock.monotonic_s()
-        self._deadline_s = None if job.deadline_s is None else self._now_s() + job.deadline_s
+        self._deadline_s = deadline_s
         headers = OFFLINE_HEADERS | _job_header(name)
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"

@@ -156,6 +156,7 @@ class Runner:
         return Client(
             self._job,
             name=self._plan.name,
+            deadline_s=self._clock.deadline_s(self._job),
             api_key=self._api_key,
             identify=self._store.set_model,
             note=self._note,

@@ -98,6 +98,7 @@ class Evaluation:
         self._results: dict[str, Any] | None = None
         self._sender = Sender(
             plan.job,
+            name=plan.name,
             console=console,
             api_key=api_key,
             identify=store.set_model,

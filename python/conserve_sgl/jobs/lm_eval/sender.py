@@ -31,6 +31,7 @@ class Sender:
 
     Args:
         job: endpoints, how much at once, retry policy.
+        name: the job's, as servers are told it.
         identify: called with the model that an endpoint says it serves; may raise JobError.
     """
 
@@ -38,6 +39,7 @@ class Sender:
         self,
         job: Job,
         *,
+        name: str,
         console: Console,
         api_key: str | None = None,
         identify: Callable[[str], None],
@@ -49,6 +51,8 @@ class Sender:
         self._api_key = api_key
         self._identify = identify
         self._clock = clock or Clock()
+        self._name = name
+        self._deadline_s = self._clock.deadline_s(job)
         self._rng = random.Random(seed)
         self.requests = self.retries = self.prompt_tokens = self.completion_tokens = 0
 
@@ -146,6 +150,8 @@ class Sender:
 
         return Client(
             self._job,
+            name=self._name,
+            deadline_s=self._deadline_s,
             api_key=self._api_key,
             identify=self._identify,
             note=note,
