@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InitLoadBackParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
@@ -26,6 +26,7 @@ from sglang.srt.server_args import ServerArgs, set_global_server_args_for_schedu
 from conserve_sgl.checkpoint.checkpointer import Checkpointer
 from conserve_sgl.checkpoint.ownership import check_ownership
 from conserve_sgl.config import CheckpointConfig
+from conserve_sgl.platform import hicache
 
 __all__ = ["Kernel", "make_request", "next_token"]
 
@@ -47,10 +48,27 @@ def make_request(rid: str, prompt: list[int], output_tokens: int) -> Req:
 
 
 class Kernel:
-    """Rows, a KV pool and a tree, and a Checkpointer over them."""
+    """Rows, a KV pool and a tree, and a Checkpointer over them.
 
-    def __init__(self, *, kv_tokens: int, rows: int, config: CheckpointConfig) -> None:
-        args = ServerArgs(model_path="dummy", page_size=1)
+    Args:
+        kv_tokens: size of the device pool.
+        rows: requests that may run at a time.
+        config: of the Checkpointer.
+        host_ratio: size of HiCache's host pool over the device pool; None is without HiCache.
+    """
+
+    def __init__(
+        self, *, kv_tokens: int, rows: int, config: CheckpointConfig, host_ratio: float | None
+    ) -> None:
+        args = ServerArgs(
+            model_path="dummy",
+            page_size=1,
+            enable_hierarchical_cache=host_ratio is not None,
+            hicache_ratio=host_ratio,
+            hicache_write_policy="write_through",
+            hicache_io_backend="direct",
+            hicache_mem_layout="layer_first",
+        )
         args._mamba_cache_chunk_size = 64  # a dummy model has no config to take it from
         set_global_server_args_for_scheduler(args)
         self.rows = ReqToTokenPool(
@@ -69,15 +87,17 @@ class Kernel:
         self.allocator = TokenToKVPoolAllocator(
             size=kv_tokens, dtype=torch.float32, device="cpu", kvcache=self.pool, need_sort=False
         )
-        self.tree = UnifiedRadixCache(
-            CacheInitParams(
-                disable=False,
-                req_to_token_pool=self.rows,
-                token_to_kv_pool_allocator=self.allocator,
-                page_size=1,
-                tree_components=(ComponentType.FULL,),
-            )
+        params = CacheInitParams(
+            disable=False,
+            req_to_token_pool=self.rows,
+            token_to_kv_pool_allocator=self.allocator,
+            page_size=1,
+            tree_components=(ComponentType.FULL,),
         )
+        self.tree = UnifiedRadixCache(params)
+        if host_ratio is not None:
+            hicache.install()
+            self.tree.init_hicache(args, params)
         self.kv_tokens = kv_tokens
         self.checkpoints = Checkpointer(
             self.tree, config, max_total_tokens=kv_tokens, is_offline=lambda _req: True
@@ -90,7 +110,10 @@ class Kernel:
 
     def prefill(self, req: Req) -> bool:
         """Admit `req` and compute what the tree has not; False when it does not fit."""
+        self.poll()
         req.init_next_round_input(self.tree)
+        if req.host_hit_length:
+            self._load_back(req)
         req.lock = self.tree.lock(req.last_node)
         found = req.prefix_len
         slots = self._take(req.seqlen - found)
@@ -117,8 +140,22 @@ class Kernel:
         self._sample(req)
         return True
 
+    def _load_back(self, req: Req) -> None:
+        loaded, req.last_node = self.tree.init_load_back(
+            InitLoadBackParams(req.best_match_node, req.host_hit_length, req=req)
+        )
+        req.prefix_len += loaded
+        req.kv.cache_protected_len = req.prefix_len
+        self.tree.ready_to_load_host_cache()
+
+    def poll(self) -> None:
+        """Start the copies that are queued, and take note of those that are done."""
+        if self.tree.cache_controller is not None:
+            self.tree.check_hicache_events()
+
     def decode(self, reqs: list[Req]) -> bool:
         """One token for each; False, and nothing changes, when the KV pool is full."""
+        self.poll()
         slots = self._take(len(reqs))
         if slots is None:
             return False
@@ -145,6 +182,8 @@ class Kernel:
 
     def assert_balanced(self) -> None:
         """No request is left, and every slot is free or can be evicted."""
+        self.poll()
+        self.poll()  # what the first one started is done by now
         assert self.tree.protected_size() == 0
         free = self.allocator.available_size() + self.tree.evictable_size()
         assert free == self.kv_tokens

@@ -18,8 +18,13 @@ CHECKPOINTED = CheckpointConfig(stride_tokens=STRIDE)
 SHARED = list(range(20))
 
 
-def kernel(config: CheckpointConfig = CHECKPOINTED, *, kv_tokens: int = 400) -> Kernel:
-    return Kernel(kv_tokens=kv_tokens, rows=8, config=config)
+def kernel(
+    config: CheckpointConfig = CHECKPOINTED,
+    *,
+    kv_tokens: int = 400,
+    host_ratio: float | None = None,
+) -> Kernel:
+    return Kernel(kv_tokens=kv_tokens, rows=8, config=config, host_ratio=host_ratio)
 
 
 def prompt(i: int) -> list[int]:
@@ -117,11 +122,87 @@ def test_what_others_may_share_is_not_counted_as_free():
     assert engine.checkpoints.reclaimable_tokens(second) == held - len(SHARED)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_random_lives_end_with_the_tokens_of_a_run_alone(seed):
+def test_what_was_evicted_from_the_device_comes_back_from_the_host():
+    engine = kernel(host_ratio=3)
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    decode(engine, req, 30)
+    computed = req.kv.kv_committed_len
+    engine.checkpoints.give_way(req, urgent=False)
+    engine.poll()
+    engine.poll()
+    engine.evict(10_000)
+    assert engine.allocator.available_size() == engine.kv_tokens
+    assert engine.prefill(req)
+    state = engine.checkpoints.state()
+    assert state["host_cache"]
+    assert (state["restored_tokens"], state["recomputed_tokens"]) == (computed, 0)
+    decode(engine, req, 10)
+    assert list(req.output_ids) == run_alone(0, len(req.output_ids))
+
+
+def test_a_load_back_that_fails_costs_recomputation(monkeypatch):
+    engine = kernel(host_ratio=3)
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    decode(engine, req, 30)
+    computed = req.kv.kv_committed_len
+    engine.checkpoints.give_way(req, urgent=False)
+    engine.poll()
+    engine.poll()
+    engine.evict(10_000)
+    monkeypatch.setattr(engine.tree, "load_back", lambda *_args, **_kwargs: False)
+    assert engine.prefill(req)
+    state = engine.checkpoints.state()
+    assert (state["restored_tokens"], state["recomputed_tokens"]) == (0, computed)
+    decode(engine, req, 10)
+    assert list(req.output_ids) == run_alone(0, len(req.output_ids))
+
+
+def test_a_host_without_room_is_counted_and_the_checkpoint_lives_on_the_device(monkeypatch):
+    engine = kernel(host_ratio=3)
+    host = engine.tree.cache_controller.mem_pool_host
+    monkeypatch.setattr(host, "available_size", lambda: 0)
+    monkeypatch.setattr(engine.tree, "evict_host", lambda *_args, **_kwargs: 0)
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    decode(engine, req, STRIDE)
+    state = engine.checkpoints.state()
+    assert (state["checkpoints"], state["host_full"]) == (1, 1)
+    assert engine.checkpoints.cheapest([req], []) is req
+    engine.checkpoints.give_way(req, urgent=False)
+    assert engine.prefill(req)
+    assert engine.checkpoints.state()["recomputed_tokens"] == 0
+
+
+def test_memory_that_is_needed_now_is_not_pinned_by_a_copy():
+    engine = kernel(host_ratio=3)
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    decode(engine, req, STRIDE - 1)  # nothing but the prompt is on the host
+    for _ in range(2):
+        engine.poll()
+    engine.checkpoints.give_way(req, urgent=True)
+    free = engine.allocator.available_size() + engine.tree.evictable_size()
+    assert free == engine.kv_tokens
+
+
+def test_the_backlog_of_the_copy_engine_is_seen():
+    engine = kernel(host_ratio=3)
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    assert engine.checkpoints.state()["backlog_tokens"] == len(prompt(0))
+    engine.poll()
+    engine.poll()
+    assert engine.checkpoints.state()["backlog_tokens"] == 0
+
+
+@pytest.mark.parametrize("host_ratio", [None, 3, 1.1], ids=["tree", "host", "small host"])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_lives_end_with_the_tokens_of_a_run_alone(seed, host_ratio):
     """A dozen requests in a pool for a few; each preempted when memory ends, and at random."""
     chance = random.Random(seed)
-    engine = kernel(kv_tokens=chance.choice([170, 260, 400]))
+    engine = kernel(kv_tokens=chance.choice([170, 260, 400]), host_ratio=host_ratio)
     tokens = 60
     waiting = [make_request(str(i), prompt(i), tokens) for i in range(12)]
     running: list = []
@@ -151,5 +232,5 @@ def test_random_lives_end_with_the_tokens_of_a_run_alone(seed):
             assert list(req.output_ids[:tokens]) == run_alone(int(req.rid), tokens)
     assert not waiting
     assert not running
-    assert preempted > 10
+    assert preempted > 3
     engine.assert_balanced()
