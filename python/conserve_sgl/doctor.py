@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -20,9 +21,14 @@ from conserve_sgl import __version__, compat
 from conserve_sgl.config import CONFIG_ENV, ConserveConfig
 from conserve_sgl.errors import ConserveError, HookError
 
-__all__ = ["Finding", "Level", "examine"]
+__all__ = ["Finding", "Level", "examine", "host_cache"]
 
 _LOW_HOST_GIB = 8
+# SGLang's: what HiCache leaves free beside its pool, its default size over the device pool, and
+# about what it makes of an unset --mem-fraction-static.
+_HICACHE_RESERVE_GIB = 10
+_DEFAULT_HICACHE_RATIO = 2.0
+_USUAL_MEM_FRACTION = 0.88
 
 
 class Level(Enum):
@@ -165,7 +171,8 @@ def _flags(flags: Sequence[str]) -> Iterator[Finding]:
     from sglang.srt.server_args import prepare_server_args
 
     try:
-        found = compat.conflicts(prepare_server_args(list(flags)))
+        args = prepare_server_args(list(flags))
+        found = compat.conflicts(args)
     except (SystemExit, Exception) as e:
         yield Finding("flags", Level.BAD, f"SGLang does not accept them: {e}")
         return
@@ -173,6 +180,59 @@ def _flags(flags: Sequence[str]) -> Iterator[Finding]:
         yield Finding("flags", Level.BAD, conflict)
     if not found:
         yield Finding("flags", Level.OK, " ".join(flags))
+        yield host_cache(args, free_gib=_free_host_gib(), device_gib=_device_gib())
+
+
+def host_cache(args: Any, *, free_gib: float, device_gib: float | None) -> Finding:
+    """Whether preempted offline requests can leave their KV on the host.
+
+    Args:
+        args: SGLang's ServerArgs.
+        free_gib: host memory that is free now.
+        device_gib: memory of one accelerator; None on a machine without one.
+    """
+
+    def note(detail: str) -> Finding:
+        return Finding("host cache", Level.NOTE, detail)
+
+    if not args.enable_hierarchical_cache:
+        return note(
+            "off: preempted offline requests keep their KV only while the device has room; "
+            "--enable-hierarchical-cache adds host memory"
+        )
+    if args.hicache_write_policy != "write_through":
+        return note(
+            f"--hicache-write-policy={args.hicache_write_policy} copies too late: with "
+            "write_through giving way is a release"
+        )
+    if args.hicache_size:
+        asked_gib = args.hicache_size * 1e9 / 2**30
+    elif device_gib is not None:
+        # What SGLang may use of the device is the most that its KV pool can be.
+        share = args.mem_fraction_static or _USUAL_MEM_FRACTION
+        asked_gib = (args.hicache_ratio or _DEFAULT_HICACHE_RATIO) * share * device_gib
+    else:
+        return Finding("host cache", Level.OK, "a multiple of the KV pool (--hicache-ratio)")
+    asked_gib *= args.tp_size
+    spare_gib = free_gib - (0 if device_gib is None else _HICACHE_RESERVE_GIB)
+    detail = f"takes up to {asked_gib:.0f} GiB of {max(spare_gib, 0):.0f} GiB that are to spare"
+    if asked_gib > spare_gib:
+        return note(f"{detail}: lower --hicache-size or --hicache-ratio")
+    return Finding("host cache", Level.OK, detail)
+
+
+def _device_gib() -> float | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(0).total_memory / 2**30
+
+
+def _free_host_gib() -> float:
+    import psutil
+
+    return psutil.virtual_memory().available / 2**30
 
 
 def _machine() -> Iterator[Finding]:

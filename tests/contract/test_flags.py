@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from conserve_sgl import compat
+from conserve_sgl.doctor import Level, host_cache
 
 
 def server_args(*flags: str) -> Any:
@@ -73,3 +74,10 @@ def test_what_switches_the_rust_server_on(monkeypatch, given):
 
     monkeypatch.setenv("SGLANG_RUST_SERVER", given)
     assert envs.SGLANG_RUST_SERVER.get() is True
+
+
+def test_the_doctor_reads_fields_that_are_there():
+    args = server_args("--enable-hierarchical-cache")
+    finding = host_cache(args, free_gib=1e6, device_gib=80)
+    assert finding.level is Level.OK
+    assert args.hicache_ratio is None

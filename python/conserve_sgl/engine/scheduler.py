@@ -256,7 +256,8 @@ class ConserveScheduler(Scheduler):
         self._note_online_prefill(batch)
         super().process_batch_result(batch, result)
         self._learn(self._meter.finished())
-        tight = bool(self.waiting_queue or self._view.online_prompts or self._view.online_arriving)
+        # Nothing here that ranks see differently, such as arrivals: their trees must stay alike.
+        tight = bool(self.waiting_queue or self._view.online_prompts)
         self._checkpoints.after_result(batch, online_tight=tight)
 
     def _note_online_prefill(self, batch: ScheduleBatch) -> None:

@@ -1,0 +1,210 @@
+"""A model-free engine around SGLang's own radix tree: what a row's KV holds decides its tokens.
+
+The KV of a token is a fingerprint of all tokens up to it, and the next token a function of the KV
+that the row points to. KV that is lost, stale or somebody else's therefore changes the output.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from types import SimpleNamespace
+
+import torch
+from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
+from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InitLoadBackParams
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+
+from conserve_sgl.checkpoint.checkpointer import Checkpointer
+from conserve_sgl.checkpoint.ownership import check_ownership
+from conserve_sgl.config import CheckpointConfig
+from conserve_sgl.platform import hicache
+
+__all__ = ["Kernel", "make_request", "next_token"]
+
+_VOCAB = 50_000
+
+
+def next_token(fingerprint: float) -> int:
+    """The token after a context whose last KV is `fingerprint`."""
+    return int(fingerprint) * 31 % _VOCAB
+
+
+def _fingerprint(tokens: array) -> float:
+    return float(zlib.crc32(tokens.tobytes()) & 0xFFFFFF)  # exact in a float32
+
+
+def make_request(rid: str, prompt: list[int], output_tokens: int) -> Req:
+    sampling = SamplingParams(max_new_tokens=output_tokens)
+    return Req(rid, "", array("q", prompt), sampling, priority=-1)
+
+
+class Kernel:
+    """Rows, a KV pool and a tree, and a Checkpointer over them.
+
+    Args:
+        kv_tokens: size of the device pool.
+        rows: requests that may run at a time.
+        config: of the Checkpointer.
+        host_ratio: size of HiCache's host pool over the device pool; None is without HiCache.
+    """
+
+    def __init__(
+        self, *, kv_tokens: int, rows: int, config: CheckpointConfig, host_ratio: float | None
+    ) -> None:
+        args = ServerArgs(
+            model_path="dummy",
+            page_size=1,
+            enable_hierarchical_cache=host_ratio is not None,
+            hicache_ratio=host_ratio,
+            hicache_write_policy="write_through",
+            hicache_io_backend="direct",
+            hicache_mem_layout="layer_first",
+        )
+        args._mamba_cache_chunk_size = 64  # a dummy model has no config to take it from
+        set_global_server_args_for_scheduler(args)
+        self.rows = ReqToTokenPool(
+            size=rows, max_context_len=1024, device="cpu", enable_memory_saver=False
+        )
+        self.pool = MHATokenToKVPool(
+            size=kv_tokens,
+            page_size=1,
+            dtype=torch.float32,
+            head_num=1,
+            head_dim=1,
+            layer_num=1,
+            device="cpu",
+            enable_memory_saver=False,
+        )
+        self.allocator = TokenToKVPoolAllocator(
+            size=kv_tokens, dtype=torch.float32, device="cpu", kvcache=self.pool, need_sort=False
+        )
+        params = CacheInitParams(
+            disable=False,
+            req_to_token_pool=self.rows,
+            token_to_kv_pool_allocator=self.allocator,
+            page_size=1,
+            tree_components=(ComponentType.FULL,),
+        )
+        self.tree = UnifiedRadixCache(params)
+        if host_ratio is not None:
+            hicache.install()
+            self.tree.init_hicache(args, params)
+        self.kv_tokens = kv_tokens
+        self.checkpoints = Checkpointer(
+            self.tree, config, max_total_tokens=kv_tokens, is_offline=lambda _req: True
+        )
+
+    @property
+    def kv(self) -> torch.Tensor:
+        """The fingerprint in every slot."""
+        return self.pool.k_buffer[0].view(-1)
+
+    def prefill(self, req: Req) -> bool:
+        """Admit `req` and compute what the tree has not; False when it does not fit."""
+        self.poll()
+        req.init_next_round_input(self.tree)
+        if req.host_hit_length:
+            self._load_back(req)
+        req.lock = self.tree.lock(req.last_node)
+        found = req.prefix_len
+        slots = self._take(req.seqlen - found)
+        if slots is None or self.rows.alloc([req]) is None:
+            if slots is not None:
+                self.allocator.free(slots)
+            self.tree.unlock(req.lock)
+            req.lock = None
+            return False
+        row = self.rows.req_to_token[req.kv.req_pool_idx]
+        row[:found] = self.tree.prefix_device_indices(req).int()
+        row[found : req.seqlen] = slots.int()
+        self._compute(req, found, req.seqlen)
+        req.kv.kv_committed_len = req.kv.kv_allocated_len = req.extend_end = req.seqlen
+        req.is_retracted = False
+        penalties = SimpleNamespace(is_required=False)
+        batch = SimpleNamespace(
+            reqs=[req],
+            decoding_reqs=None,
+            sampling_info=SimpleNamespace(penalizer_orchestrator=penalties),
+        )
+        self.checkpoints.admitted(batch, lagging=False)
+        checkpoint_kv_cache(req, self.tree)
+        self._sample(req)
+        return True
+
+    def _load_back(self, req: Req) -> None:
+        loaded, req.last_node = self.tree.init_load_back(
+            InitLoadBackParams(req.best_match_node, req.host_hit_length, req=req)
+        )
+        req.prefix_len += loaded
+        req.kv.cache_protected_len = req.prefix_len
+        self.tree.ready_to_load_host_cache()
+
+    def poll(self) -> None:
+        """Start the copies that are queued, and take note of those that are done."""
+        if self.tree.cache_controller is not None:
+            self.tree.check_hicache_events()
+
+    def decode(self, reqs: list[Req]) -> bool:
+        """One token for each; False, and nothing changes, when the KV pool is full."""
+        self.poll()
+        slots = self._take(len(reqs))
+        if slots is None:
+            return False
+        for req, slot in zip(reqs, slots, strict=True):
+            end = req.seqlen
+            self.rows.req_to_token[req.kv.req_pool_idx, end - 1] = slot
+            req.kv.kv_committed_len = req.kv.kv_allocated_len = end
+            self._compute(req, end - 1, end)
+            self._sample(req)
+        self.checkpoints.after_result(
+            SimpleNamespace(forward_mode=ForwardMode.DECODE, reqs=reqs), online_tight=False
+        )
+        check_ownership(reqs, self.tree)
+        return True
+
+    def finish(self, req: Req) -> None:
+        """End `req` as SGLang does, and leave what it computed to the tree."""
+        req.finished_reason = FINISH_LENGTH(length=len(req.output_ids))
+        release_kv_cache(req, self.tree, checkpoint=True)
+
+    def evict(self, tokens: int) -> None:
+        """Take KV from the tree that no request locks."""
+        self.tree.evict(EvictParams(num_tokens=tokens))
+
+    def assert_balanced(self) -> None:
+        """No request is left, and every slot is free or can be evicted."""
+        self.poll()
+        self.poll()  # what the first one started is done by now
+        assert self.tree.protected_size() == 0
+        free = self.allocator.available_size() + self.tree.evictable_size()
+        assert free == self.kv_tokens
+        self.tree.sanity_check()
+
+    def _take(self, tokens: int) -> torch.Tensor | None:
+        short = tokens - self.allocator.available_size()
+        if short > 0:
+            self.evict(short)
+        return self.allocator.alloc(tokens)
+
+    def _compute(self, req: Req, start: int, end: int) -> None:
+        tokens = req.origin_input_ids + req.output_ids
+        row = self.rows.req_to_token[req.kv.req_pool_idx]
+        for position in range(start, end):
+            self.kv[row[position]] = _fingerprint(tokens[: position + 1])
+
+    def _sample(self, req: Req) -> None:
+        row = self.rows.req_to_token[req.kv.req_pool_idx, : req.kv.kv_committed_len]
+        seen = self.kv[row.long()]
+        tokens = req.origin_input_ids + req.output_ids
+        right = [_fingerprint(tokens[: i + 1]) for i in range(len(tokens))]
+        wrong = sum(a != b for a, b in zip(seen.tolist(), right, strict=True))
+        req.output_ids.append(next_token(seen[-1].item()) + wrong)

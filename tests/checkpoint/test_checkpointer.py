@@ -1,0 +1,236 @@
+"""The Checkpointer over SGLang's own radix tree, allocator and requests; no model, no server."""
+
+from __future__ import annotations
+
+import random
+import warnings
+
+import pytest
+
+from conserve_sgl.config import CheckpointConfig
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from checkpoint.kernel import Kernel, make_request
+
+STRIDE = 8
+CHECKPOINTED = CheckpointConfig(stride_tokens=STRIDE)
+SHARED = list(range(20))
+
+
+def kernel(
+    config: CheckpointConfig = CHECKPOINTED,
+    *,
+    kv_tokens: int = 400,
+    host_ratio: float | None = None,
+) -> Kernel:
+    return Kernel(kv_tokens=kv_tokens, rows=8, config=config, host_ratio=host_ratio)
+
+
+def prompt(i: int) -> list[int]:
+    return [*SHARED, *range(1000 * (i + 1), 1000 * (i + 1) + 5 + i)]
+
+
+def run_alone(i: int, tokens: int) -> list[int]:
+    engine = kernel(kv_tokens=1000)
+    req = make_request("alone", prompt(i), tokens)
+    assert engine.prefill(req)
+    while len(req.output_ids) < tokens:
+        assert engine.decode([req])
+    return list(req.output_ids)
+
+
+def decode(engine: Kernel, req, tokens: int) -> None:
+    for _ in range(tokens):
+        assert engine.decode([req])
+
+
+def test_a_request_is_checkpointed_every_stride():
+    engine = kernel()
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    at_start = req.kv.cache_protected_len
+    decode(engine, req, STRIDE - 1)
+    assert req.kv.cache_protected_len == at_start
+    decode(engine, req, 1)
+    assert req.kv.cache_protected_len == at_start + STRIDE == req.seqlen - 1
+    state = engine.checkpoints.state()
+    assert (state["checkpoints"], state["checkpointed_tokens"]) == (1, STRIDE)
+    assert state["checkpointed_bytes"] == STRIDE * 8  # keys and values of one float each
+
+
+def test_giving_way_loses_nothing_that_was_computed():
+    engine = kernel()
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    decode(engine, req, STRIDE + 3)
+    computed = req.kv.kv_committed_len
+    engine.checkpoints.give_way(req, urgent=True)
+    assert not req.kv.holds_kv
+    engine.assert_balanced()
+    assert engine.prefill(req)
+    state = engine.checkpoints.state()
+    assert (state["restored_tokens"], state["recomputed_tokens"]) == (computed, 0)
+
+
+@pytest.mark.parametrize("config", [CHECKPOINTED, CheckpointConfig(enabled=False)])
+def test_what_was_evicted_is_computed_again_and_counted(config):
+    engine = kernel(config)
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    decode(engine, req, 30)
+    computed = req.kv.kv_committed_len
+    engine.checkpoints.give_way(req, urgent=False)
+    engine.evict(10_000)
+    assert engine.prefill(req)
+    state = engine.checkpoints.state()
+    assert (state["restored_tokens"], state["recomputed_tokens"]) == (0, computed)
+    decode(engine, req, 10)
+    assert list(req.output_ids) == run_alone(0, len(req.output_ids))
+
+
+def test_turned_off_nothing_enters_the_tree_but_prompts():
+    engine = kernel(CheckpointConfig(enabled=False))
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    decode(engine, req, 40)
+    assert req.kv.cache_protected_len == len(prompt(0))
+    assert engine.checkpoints.state()["checkpoints"] == 0
+
+
+def test_the_one_that_loses_least_gives_way():
+    engine = kernel()
+    fresh, due = make_request("fresh", prompt(0), 100), make_request("due", prompt(1), 100)
+    assert engine.prefill(due)
+    decode(engine, due, STRIDE - 1)
+    assert engine.prefill(fresh)
+    assert engine.checkpoints.cheapest([due, fresh], []) is fresh
+    decode(engine, due, 1)
+    # Nothing of either is lost now: the one that sits out, however little it frees.
+    assert engine.checkpoints.cheapest([due], [fresh]) is fresh
+    assert engine.checkpoints.cheapest([], []) is None
+
+
+def test_what_others_may_share_is_not_counted_as_free():
+    engine = kernel()
+    first, second = make_request("1", prompt(0), 100), make_request("2", prompt(1), 100)
+    assert engine.prefill(first)
+    assert engine.prefill(second)
+    assert engine.checkpoints.reclaimable_tokens(first) == first.kv.kv_committed_len
+    decode(engine, second, STRIDE)
+    held = second.kv.kv_committed_len
+    assert engine.checkpoints.reclaimable_tokens(second) == held - len(SHARED)
+
+
+def test_what_was_evicted_from_the_device_comes_back_from_the_host():
+    engine = kernel(host_ratio=3)
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    decode(engine, req, 30)
+    computed = req.kv.kv_committed_len
+    engine.checkpoints.give_way(req, urgent=False)
+    engine.poll()
+    engine.poll()
+    engine.evict(10_000)
+    assert engine.allocator.available_size() == engine.kv_tokens
+    assert engine.prefill(req)
+    state = engine.checkpoints.state()
+    assert state["host_cache"]
+    assert (state["restored_tokens"], state["recomputed_tokens"]) == (computed, 0)
+    decode(engine, req, 10)
+    assert list(req.output_ids) == run_alone(0, len(req.output_ids))
+
+
+def test_a_load_back_that_fails_costs_recomputation(monkeypatch):
+    engine = kernel(host_ratio=3)
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    decode(engine, req, 30)
+    computed = req.kv.kv_committed_len
+    engine.checkpoints.give_way(req, urgent=False)
+    engine.poll()
+    engine.poll()
+    engine.evict(10_000)
+    monkeypatch.setattr(engine.tree, "load_back", lambda *_args, **_kwargs: False)
+    assert engine.prefill(req)
+    state = engine.checkpoints.state()
+    assert (state["restored_tokens"], state["recomputed_tokens"]) == (0, computed)
+    decode(engine, req, 10)
+    assert list(req.output_ids) == run_alone(0, len(req.output_ids))
+
+
+def test_a_host_without_room_is_counted_and_the_checkpoint_lives_on_the_device(monkeypatch):
+    engine = kernel(host_ratio=3)
+    host = engine.tree.cache_controller.mem_pool_host
+    monkeypatch.setattr(host, "available_size", lambda: 0)
+    monkeypatch.setattr(engine.tree, "evict_host", lambda *_args, **_kwargs: 0)
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    decode(engine, req, STRIDE)
+    state = engine.checkpoints.state()
+    assert (state["checkpoints"], state["host_full"]) == (1, 1)
+    assert engine.checkpoints.cheapest([req], []) is req
+    engine.checkpoints.give_way(req, urgent=False)
+    assert engine.prefill(req)
+    assert engine.checkpoints.state()["recomputed_tokens"] == 0
+
+
+def test_memory_that_is_needed_now_is_not_pinned_by_a_copy():
+    engine = kernel(host_ratio=3)
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    decode(engine, req, STRIDE - 1)  # nothing but the prompt is on the host
+    for _ in range(2):
+        engine.poll()
+    engine.checkpoints.give_way(req, urgent=True)
+    free = engine.allocator.available_size() + engine.tree.evictable_size()
+    assert free == engine.kv_tokens
+
+
+def test_the_backlog_of_the_copy_engine_is_seen():
+    engine = kernel(host_ratio=3)
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    assert engine.checkpoints.state()["backlog_tokens"] == len(prompt(0))
+    engine.poll()
+    engine.poll()
+    assert engine.checkpoints.state()["backlog_tokens"] == 0
+
+
+@pytest.mark.parametrize("host_ratio", [None, 3, 1.1], ids=["tree", "host", "small host"])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_lives_end_with_the_tokens_of_a_run_alone(seed, host_ratio):
+    """A dozen requests in a pool for a few; each preempted when memory ends, and at random."""
+    chance = random.Random(seed)
+    engine = kernel(kv_tokens=chance.choice([170, 260, 400]), host_ratio=host_ratio)
+    tokens = 60
+    waiting = [make_request(str(i), prompt(i), tokens) for i in range(12)]
+    running: list = []
+    preempted = 0
+    for _ in range(5000):
+        if not waiting and not running:
+            break
+        if waiting and len(running) < 6 and chance.random() < 0.5 and engine.prefill(waiting[0]):
+            running.append(waiting.pop(0))
+        for req in [r for r in running if chance.random() < 0.02]:
+            running.remove(req)
+            engine.checkpoints.give_way(req, urgent=False)
+            waiting.append(req)
+            preempted += 1
+        if chance.random() < 0.02:
+            engine.evict(chance.randrange(200))
+        while running and not engine.decode(running):
+            victim = engine.checkpoints.cheapest(running, [])
+            running.remove(victim)
+            engine.checkpoints.give_way(victim, urgent=True)
+            waiting.append(victim)
+            preempted += 1
+        for req in [r for r in running if len(r.output_ids) >= tokens]:
+            running.remove(req)
+            engine.finish(req)
+            # A resume whose prefill gave the last token decoded one more in the same step.
+            assert list(req.output_ids[:tokens]) == run_alone(int(req.rid), tokens)
+    assert not waiting
+    assert not running
+    assert preempted > 3
+    engine.assert_balanced()
