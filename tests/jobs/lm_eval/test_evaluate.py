@@ -400,6 +400,14 @@ def test_a_tokenizer_that_is_not_there_is_found_before_anything_is_sent(server, 
     assert server.requests == []
 
 
+def test_a_server_that_wants_a_key_ends_the_run(server, job, console, monkeypatch):
+    server.api_key = "secret"
+    with pytest.raises(JobError, match="/model_info: 401"):
+        run_job(job(CHOICES), console=console)
+    monkeypatch.setenv("KEY", "secret")
+    assert run_job(job(CHOICES, job={"api_key_env": "KEY"}), console=console) == DONE
+
+
 def test_without_the_extra_the_error_says_what_to_install(server, job, console, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(InputError, match=r"pip install conserve-sgl\[eval\]"):
