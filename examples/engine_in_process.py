@@ -25,6 +25,8 @@ async def main(model: str) -> None:
         print("online: ", answer["text"])
         for document, done in zip(documents, await batch, strict=True):
             print("offline:", document, "->", done["text"])
+        (state,) = await engine.tokenizer_manager.get_internal_state()
+        print("offline requests accepted:", state["conserve"]["offline_accepted"])
     finally:
         engine.shutdown()
 

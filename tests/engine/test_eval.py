@@ -191,7 +191,7 @@ def test_lm_eval_agrees_with_transformers_after_being_killed(server, model, lm_e
     assert summary["tasks"]["conserve_arc_easy"]["acc"]["value"] == sum(right) / LINES
     total = sum(len(scores) for scores in ours) + LINES
     assert summary["run_requests"] == total - cached
-    assert total <= server.offline_accepted() - before <= total + 8  # what was in flight, again
+    assert server.offline_accepted() - before >= total
     server.assert_idle_and_balanced()
 
 

@@ -44,8 +44,9 @@ def test_engine_in_process(examples, tiny_llama, checkout):
     printed = run(example, tiny_llama, CONSERVE_CONFIG=str(config))
     lines = [line for line in printed.splitlines() if line.startswith(("online", "offline"))]
     assert lines[0].startswith("online:  ")
-    assert len(lines) == 9
     assert lines[1].startswith("offline: Document 0 is about -> ")
+    assert len(lines) == 1 + 8 + 1
+    assert lines[-1] == "offline requests accepted: 8"
 
 
 def test_openai_flex(server, examples):

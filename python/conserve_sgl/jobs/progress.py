@@ -42,6 +42,11 @@ class Meter:
         self.prompt_tokens += record.prompt_tokens
         self.completion_tokens += record.completion_tokens
 
+    def noted(self, text: str | None) -> None:
+        """A request waits to be sent again, for the reason `text`; None: something was answered."""
+        self.note = text
+        self.retries += text is not None
+
     @property
     def left(self) -> int:
         """Lines that are neither finished nor failed."""

@@ -72,13 +72,16 @@ def run_job(
         config = plan.job.lm_eval
         loaded = None if config is None else load_tasks(path, config)
         with Store(plan, fresh=fresh) as store:
+            evaluation = None
+            if loaded is not None:
+                evaluation = Evaluation(path, plan, store, loaded, console, api_key=api_key)
+                evaluation.prepare(fresh=fresh)
             runner = Runner(plan, store, console, api_key=api_key)
             code = asyncio.run(runner.run()) if plan.tasks else DONE
-            if loaded is None or code == INTERRUPTED:
+            if evaluation is None or code == INTERRUPTED:
                 return code
-            evaluation = Evaluation(path, plan, store, loaded, console, api_key=api_key)
             try:
-                evaluation.run(fresh=fresh)
+                evaluation.run()
             finally:
                 result = evaluation.summary()
                 print_lm_eval(console, plan, result)
@@ -159,7 +162,7 @@ class Runner:
             deadline_s=self._clock.deadline_s(self._job),
             api_key=self._api_key,
             identify=self._store.set_model,
-            note=self._note,
+            note=self._meter.noted,
             stopping=self._interrupt.stopping,
             clock=self._clock,
             rng=self._rng,
@@ -218,10 +221,6 @@ class Runner:
 
     def _tally(self, planned: PlannedTask) -> Tally:
         return self._tallies[planned.task.name]
-
-    def _note(self, text: str | None) -> None:
-        self._meter.note = text
-        self._meter.retries += text is not None
 
     async def _tick(self, view: ProgressView) -> None:
         while True:

@@ -22,6 +22,8 @@ from conserve_sgl.errors import InputError, JobError
 from conserve_sgl.jobs import run_job
 from conserve_sgl.jobs.ask import read_text
 from conserve_sgl.jobs.client import BadReply
+from conserve_sgl.jobs.lm_eval.evaluate import load_tasks
+from conserve_sgl.jobs.plan import make_plan
 from conserve_sgl.jobs.runner import DONE, INTERRUPTED
 
 # What lm-eval imports warns when it is imported.
@@ -348,6 +350,17 @@ def test_a_known_task_with_other_values(folder, job, console):
     assert samples(folder, "answers")[0]["arguments"]["gen_args_0"]["arg_0"] == "what is up?"
 
 
+def test_the_job_we_ship_finds_its_tasks_and_their_data(checkout, shared_data, monkeypatch):
+    monkeypatch.setenv("CONSERVE_DATA", str(shared_data))
+    path = checkout / "configs" / "jobs" / "lm_eval.yaml"
+    loaded = load_tasks(path, make_plan(path).job.lm_eval)
+    arc_easy, gsm8k = loaded.tasks
+    assert (len(arc_easy.test_docs()), len(gsm8k.test_docs())) == (2376, 1319)
+    assert arc_easy.doc_to_text(arc_easy.test_docs()[0]).startswith("Question: Which statement")
+    assert arc_easy.doc_to_target(arc_easy.test_docs()[0]) == 0
+    assert gsm8k.doc_to_target(gsm8k.test_docs()[0]) == "18"
+
+
 @pytest.mark.parametrize(
     ("tasks", "keys", "fault"),
     [
@@ -377,6 +390,22 @@ def test_the_server_has_to_say_what_the_job_does_not(server, job, console):
     with pytest.raises(InputError, match=r"lm_eval\.model_args\.max_length: is needed"):
         run_job(path, console=console)
     assert server.requests == []
+
+
+def test_a_tokenizer_that_is_not_there_is_found_before_anything_is_sent(server, job, console):
+    task = {"name": "lines", "data": "data.jsonl", "prompt": "{{ question }}"}
+    path = job(CHOICES, model_args={"tokenizer": "/no/such"}, job={"tasks": [task]})
+    with pytest.raises(InputError, match=r"lm_eval\.model_args\.tokenizer: cannot load /no/such"):
+        run_job(path, console=console)
+    assert server.requests == []
+
+
+def test_a_server_that_wants_a_key_ends_the_run(server, job, console, monkeypatch):
+    server.api_key = "secret"
+    with pytest.raises(JobError, match="/model_info: 401"):
+        run_job(job(CHOICES), console=console)
+    monkeypatch.setenv("KEY", "secret")
+    assert run_job(job(CHOICES, job={"api_key_env": "KEY"}), console=console) == DONE
 
 
 def test_without_the_extra_the_error_says_what_to_install(server, job, console, monkeypatch):

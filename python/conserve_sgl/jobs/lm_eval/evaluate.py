@@ -72,7 +72,7 @@ def load_tasks(path: Path, config: LmEval) -> LoadedTasks:
 
 
 class Evaluation:
-    """One run of the `lm_eval` part of a plan, into an open store."""
+    """One run of the `lm_eval` part of a plan, into an open store: `prepare`, then `run`."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Evaluation:
         self._tasks = tasks
         self._api_key = api_key
         self._clock = clock or Clock()
-        self._started_s = self._clock.monotonic_s()
+        self._started_s = 0.0
         self._online_before: Snapshot | None = None
         self._results: dict[str, Any] | None = None
         self._sender = Sender(
@@ -105,24 +105,40 @@ class Evaluation:
             clock=clock,
         )
 
-    def run(self, *, fresh: bool) -> None:
+    def prepare(self, *, fresh: bool) -> None:
+        """Ask the server for what `model_args` left open, and load the tokenizer.
+
+        Raises:
+            InputError: the server does not say it, or there is no such tokenizer.
+            JobError: no endpoint answers.
+        """
+        from conserve_sgl.jobs.lm_eval.model import ConserveLM
+
+        model, args = asyncio.run(self._model())
+        try:
+            self._lm = ConserveLM(self._sender, self._plan.job, model, args)
+        except (OSError, ValueError) as e:
+            key = "lm_eval.model_args.tokenizer"
+            raise InputError(self._path, f"cannot load {args.tokenizer}: {e}", key=key) from e
+        self._model_args = {"model": model} | _given(args)
+        self._cache = self._cache_path(model, args)
+        if fresh:
+            Path(f"{self._cache}_rank0.db").unlink(missing_ok=True)
+
+    def run(self) -> None:
         """Evaluate, or go on with it; `summary` tells whether it came to its end.
 
         Raises:
-            InputError: the server does not say what `model_args` left open.
             JobError: requests failed, or results cannot be written. What was answered is kept.
         """
-        model, args = asyncio.run(self._model())
-        cache = self._cache(model, args)
-        if fresh:
-            Path(f"{cache}_rank0.db").unlink(missing_ok=True)
+        self._started_s = self._clock.monotonic_s()
         self._online_before = snapshot(self._plan.job.endpoints, self._api_key)
         try:
-            self._results = self._evaluate(model, args, cache)
+            self._results = self._evaluate()
         except Stopped:
             return
         except sqlite3.Error as e:
-            raise JobError(f"cannot write the cache {cache}_rank0.db: {e}") from e
+            raise JobError(f"cannot write the cache {self._cache}_rank0.db: {e}") from e
 
     def summary(self) -> LmEvalSummary:
         """What the run came to, or has so far."""
@@ -157,7 +173,7 @@ class Evaluation:
         model = self._plan.job.model or model_info.get("model_path") or args.tokenizer
         return str(model), args
 
-    def _cache(self, model: str, args: ModelArgs) -> str:
+    def _cache_path(self, model: str, args: ModelArgs) -> str:
         # lm-eval's key is the request alone: another model's answers must not be in reach.
         of = hashlib.sha256(msgspec.json.encode([model, args])).hexdigest()[:12]
         given = self._config.use_cache
@@ -168,25 +184,21 @@ class Evaluation:
         )
         return f"{base}_{of}"
 
-    def _evaluate(self, model: str, args: ModelArgs, cache: str) -> dict[str, Any]:
+    def _evaluate(self) -> dict[str, Any]:
         from lm_eval import simple_evaluate
         from lm_eval.loggers import EvaluationTracker
 
-        from conserve_sgl.jobs.lm_eval.model import ConserveLM
-
         config = self._config
         tracker = EvaluationTracker(output_path=str(self._output()))
-        model_args = {"model": model} | _given(args)
         seeds = _seeds(config.seed)
-        lm = ConserveLM(self._sender, self._plan.job, model, args)
-        with _closing_cache(lm):
+        with _closing_cache(self._lm):
             results = simple_evaluate(
-                model=lm,
-                model_args=model_args,
+                model=self._lm,
+                model_args=self._model_args,
                 tasks=self._tasks.tasks,
                 task_manager=self._tasks.manager,
                 num_fewshot=config.num_fewshot,
-                use_cache=cache,
+                use_cache=self._cache,
                 limit=config.limit,
                 samples=config.samples,
                 bootstrap_iters=config.bootstrap_iters,
@@ -202,7 +214,7 @@ class Evaluation:
                 torch_random_seed=seeds[2],
                 fewshot_random_seed=seeds[3],
                 confirm_run_unsafe_code=config.confirm_run_unsafe_code,
-                metadata=model_args | config.metadata,
+                metadata=self._model_args | config.metadata,
             )
         assert results is not None  # it is None only for ranks above 0
         results["config"]["model"] = "conserve"

@@ -62,7 +62,12 @@ class Sender:
         Raises:
             JobError: no endpoint answers.
         """
-        async with self._client(asyncio.Event(), Meter(0, 0.0)) as client:
+
+        def note(text: str | None) -> None:
+            if text is not None:
+                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        async with self._client(asyncio.Event(), note) as client:
             return await client.get(path)
 
     async def post_all(
@@ -86,7 +91,7 @@ class Sender:
         failures: list[LineFailed] = []
         with ProgressView(self._console, name, meter) as view:
             interrupt = Interrupt(self._job.drain_s, view.say)
-            async with self._client(interrupt.stopping, meter) as client:
+            async with self._client(interrupt.stopping, meter.noted) as client:
                 workers = (
                     self._work(client, interrupt, bodies, answered, meter, failures)
                     for _ in range(min(self._job.max_in_flight, total))
@@ -143,11 +148,7 @@ class Sender:
             view.refresh(self._clock.monotonic_s())
             await self._clock.sleep(TICK_S)
 
-    def _client(self, stopping: asyncio.Event, meter: Meter) -> Client:
-        def note(text: str | None) -> None:
-            meter.note = text
-            meter.retries += text is not None
-
+    def _client(self, stopping: asyncio.Event, note: Callable[[str | None], None]) -> Client:
         return Client(
             self._job,
             name=self._name,
