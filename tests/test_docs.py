@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,14 +59,14 @@ def test_the_page_has_a_section_for_every_section_and_no_other():
 
 
 def _as_yaml(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return json.dumps(value).strip('"')  # true and null, not True and None
 
 
 @pytest.mark.parametrize(("key", "cells"), ROWS, ids=[key for key, _ in ROWS])
 def test_a_row_says_default_range_meaning_and_occasion(key, cells):
     default, unit_and_range, meaning, occasion = cells
     assert default == _as_yaml(KEYS[key])
-    assert re.search(r"at least \d|above \d|\d to \d|true or false", unit_and_range)
+    assert re.search(r"at least \d|above \d|\d to \d|true or false|or null", unit_and_range)
     assert len(meaning.split()) > 3
     assert len(occasion.split()) > 3
 
@@ -80,6 +81,7 @@ RANGES = {
     "at least 1": lambda type_: bounds(type_) == (None, 1, None),
     "above 0": lambda type_: bounds(type_) == (0, None, None),
     "0 to 1": lambda type_: bounds(type_) == (None, 0, 1),
+    "a folder or null": lambda type_: type_ == str | None,
     # Parsed by the section itself; tests/test_config.py has its edges.
     "`ms` above 0 or `x` of at least 1": lambda type_: type_ is str,
 }

@@ -343,12 +343,13 @@ class Client:
         return self._clock.monotonic_s()
 
     async def _pause(self, seconds: float) -> None:
-        await _first_of(self._clock.sleep(seconds), self._stopping.wait())
+        await first_of(self._clock.sleep(seconds), self._stopping.wait())
         if self._stopping.is_set():
             raise Stopped
 
 
-async def _first_of(*awaitables: Awaitable[Any]) -> None:
+async def first_of(*awaitables: Awaitable[Any]) -> None:
+    """Wait until one of them is done, and cancel the others."""
     tasks = [asyncio.ensure_future(a) for a in awaitables]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
