@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "platform": _LEAVES,
     "jobs": {"strict_yaml", *_LEAVES},
     "bench": {"jobs", "strict_yaml", *_LEAVES},
-    "plugin": {"config", "compat", "engine", "ingress", *_LEAVES},
+    "plugin": {"batch", "config", "compat", "engine", "ingress", *_LEAVES},
     "doctor": {"config", "compat", "plugin", "__init__", *_LEAVES},
     "cli": {
         "config",

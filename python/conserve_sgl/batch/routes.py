@@ -13,12 +13,11 @@ from functools import wraps
 from typing import Annotated, Any, Literal
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse
 
 from conserve_sgl.batch.runner import NotCancellable, Runner
 from conserve_sgl.batch.schema import (
-    ENDPOINTS,
     Batch,
     BatchRecord,
     FileObject,
@@ -32,7 +31,7 @@ from conserve_sgl.config import BatchConfig
 from conserve_sgl.errors import ConserveError, StorageError
 from conserve_sgl.jobs.client import Clock
 
-__all__ = ["batch_router"]
+__all__ = ["add_batch_routes"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,28 +68,33 @@ class _Refused(ConserveError):
         self.status, self.param, self.code = status, param, code
 
 
-def batch_router(
+def add_batch_routes(
+    app: FastAPI,
     store: Callable[[], Store],
     runner: Callable[[], Runner],
     config: BatchConfig,
-    clock: Clock | None = None,
-) -> APIRouter:
-    """The routes; `store` and `runner` are asked for when one is called, after the start."""
-    api = _Api(store, runner, config, clock or Clock())
-    router = APIRouter(prefix="/v1", tags=["batch"])
+    endpoints: Sequence[str],
+    clock: Clock,
+) -> None:
+    """Put the routes on `app`, each by itself: SGLang labels its metrics by a route's path.
+
+    Args:
+        store, runner: asked for when a route is called, after the start.
+        endpoints: those that a batch may name.
+    """
+    api = _Api(store, runner, config, endpoints, clock)
     for method, path, handler in (
-        ("POST", "/files", api.create_file),
-        ("GET", "/files", api.list_files),
-        ("GET", "/files/{file_id}", api.retrieve_file),
-        ("GET", "/files/{file_id}/content", api.file_content),
-        ("DELETE", "/files/{file_id}", api.delete_file),
-        ("POST", "/batches", api.create_batch),
-        ("GET", "/batches", api.list_batches),
-        ("GET", "/batches/{batch_id}", api.retrieve_batch),
-        ("POST", "/batches/{batch_id}/cancel", api.cancel_batch),
+        ("POST", "/v1/files", api.create_file),
+        ("GET", "/v1/files", api.list_files),
+        ("GET", "/v1/files/{file_id}", api.retrieve_file),
+        ("GET", "/v1/files/{file_id}/content", api.file_content),
+        ("DELETE", "/v1/files/{file_id}", api.delete_file),
+        ("POST", "/v1/batches", api.create_batch),
+        ("GET", "/v1/batches", api.list_batches),
+        ("GET", "/v1/batches/{batch_id}", api.retrieve_batch),
+        ("POST", "/v1/batches/{batch_id}/cancel", api.cancel_batch),
     ):
-        router.add_api_route(path, _answered(handler), methods=[method])
-    return router
+        app.add_api_route(path, _answered(handler), methods=[method], tags=["batch"])
 
 
 def _answered(handler: Callable[..., Awaitable[Any]]) -> Callable[[Request], Awaitable[Response]]:
@@ -117,11 +121,13 @@ class _Api:
         store: Callable[[], Store],
         runner: Callable[[], Runner],
         config: BatchConfig,
+        endpoints: Sequence[str],
         clock: Clock,
     ) -> None:
         self._get_store = store
         self._get_runner = runner
         self._config = config
+        self._endpoints = endpoints
         self._clock = clock
 
     # ---------------------------------------------------------------- files
@@ -273,8 +279,8 @@ class _Api:
         return int(seconds or 0)
 
     def _new_record(self, asked: _CreateBatch) -> BatchRecord:
-        if asked.endpoint not in ENDPOINTS:
-            message = f"must be one of {', '.join(ENDPOINTS)}, not {asked.endpoint!r}"
+        if asked.endpoint not in self._endpoints:
+            message = f"must be one of {', '.join(self._endpoints)}, not {asked.endpoint!r}"
             raise _Refused(400, message, "endpoint")
         try:
             seconds = window_s(asked.completion_window)
@@ -343,8 +349,9 @@ async def _body(request: Request) -> _CreateBatch:
     try:
         return msgspec.json.decode(raw, type=_CreateBatch)
     except msgspec.ValidationError as e:
-        message, _, path = str(e).partition(" - at `$.")
-        raise _Refused(400, message, path.rstrip("`") or None) from e
+        message, _, where = str(e).partition(" - at `")
+        param = where.rstrip("`").removeprefix("key` in `").removeprefix("$.")
+        raise _Refused(400, message, param or None) from e
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise _Refused(400, f"the body is not JSON: {e}") from e
 

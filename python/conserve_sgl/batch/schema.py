@@ -14,6 +14,7 @@ import msgspec
 
 __all__ = [
     "ACTIVE",
+    "EMBEDDINGS",
     "ENDPOINTS",
     "Batch",
     "BatchError",
@@ -32,7 +33,8 @@ __all__ = [
     "window_s",
 ]
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+EMBEDDINGS = "/v1/embeddings"
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", EMBEDDINGS, "/v1/responses")
 """Where the lines of a batch may go; the only routes that a batch ever reaches."""
 
 Status = Literal[

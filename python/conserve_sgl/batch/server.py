@@ -7,8 +7,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from conserve_sgl.batch.routes import batch_router
+from conserve_sgl.batch.routes import add_batch_routes
 from conserve_sgl.batch.runner import Runner
+from conserve_sgl.batch.schema import EMBEDDINGS, ENDPOINTS
 from conserve_sgl.batch.store import Storage, Store
 from conserve_sgl.config import BatchConfig
 from conserve_sgl.jobs.client import Clock
@@ -24,6 +25,7 @@ class BatchServer:
         config: `batch` of the configuration, with a `storage_dir`.
         api_key: what the application asks its clients for, or None.
         is_draining: whether the server has been told to stop.
+        serves_embeddings: whether the model embeds texts or generates them; None for both.
 
     Raises:
         StorageError: the folder cannot be used, or another server uses it.
@@ -36,6 +38,7 @@ class BatchServer:
         *,
         api_key: str | None = None,
         is_draining: Callable[[], bool] = lambda: False,
+        serves_embeddings: bool | None = None,
         clock: Clock | None = None,
     ) -> None:
         assert config.storage_dir is not None
@@ -43,12 +46,13 @@ class BatchServer:
         self._config = config
         self._api_key = api_key
         self._is_draining = is_draining
-        self._clock = clock
+        self._clock = clock or Clock()
         self._storage = Storage(Path(config.storage_dir))
         self._store: Store | None = None
         self._runner: Runner | None = None
         self._lifespan = app.router.lifespan_context
-        app.include_router(batch_router(self._get_store, self._get_runner, config, clock))
+        endpoints = [e for e in ENDPOINTS if serves_embeddings in (None, e == EMBEDDINGS)]
+        add_batch_routes(app, self._get_store, self._get_runner, config, endpoints, self._clock)
         app.router.lifespan_context = self._lifespan_with_ours
 
     @asynccontextmanager

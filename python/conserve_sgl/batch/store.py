@@ -27,10 +27,11 @@ import msgspec
 from conserve_sgl.batch.schema import ACTIVE, BatchRecord, FileObject, new_file_id
 from conserve_sgl.errors import StorageError
 
-__all__ = ["FileInUse", "Page", "Storage", "Store"]
+__all__ = ["FileInUse", "Page", "Storage", "Store", "make_storage"]
 
 T = TypeVar("T")
 
+_FILES, _UPLOADS = "files", "uploads"
 _VERSION = 1
 _TABLES = """
 CREATE TABLE files (
@@ -73,16 +74,12 @@ class Storage:
     """
 
     def __init__(self, folder: Path) -> None:
+        make_storage(folder)
         self.folder = folder
-        self.files = folder / "files"
-        self.uploads = folder / "uploads"
+        self.files = folder / _FILES
+        self.uploads = folder / _UPLOADS
         self.database = folder / "batch.db"
-        try:
-            for path in (folder, self.files, self.uploads):
-                path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as e:
-            raise StorageError(f"cannot use {folder} for batches: {e.strerror}") from e
+        self._lock = _open_lock(folder)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
@@ -92,6 +89,27 @@ class Storage:
     def release(self) -> None:
         """Let another process have it."""
         os.close(self._lock)
+
+
+def make_storage(folder: Path) -> None:
+    """Make the folder if it is not there.
+
+    Raises:
+        StorageError: it cannot be made or written.
+    """
+    try:
+        for path in (folder, folder / _FILES, folder / _UPLOADS):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as e:
+        raise StorageError(f"cannot use {folder} for batches: {e.strerror}") from e
+    os.close(_open_lock(folder))
+
+
+def _open_lock(folder: Path) -> int:
+    try:
+        return os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as e:
+        raise StorageError(f"cannot use {folder} for batches: {e.strerror}") from e
 
 
 class Store:

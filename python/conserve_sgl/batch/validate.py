@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from conserve_sgl.batch.schema import ENDPOINTS, BatchError
+from conserve_sgl.batch.schema import EMBEDDINGS, ENDPOINTS, BatchError
 from conserve_sgl.errors import ConserveError
 
 __all__ = ["InputRefused", "Limits", "Plan", "RequestLine", "read_plan", "read_request"]
@@ -218,7 +218,7 @@ class _Reader:
         self._check_envelope(line)
         body = _parsed_body(line.body)
         self._check_model(body.model)
-        if line.url == "/v1/embeddings":
+        if line.url == EMBEDDINGS:
             self._count_inputs(body.input)
         if line.custom_id not in self._done:
             self._lines.append((_digests(body.text), offset, len(raw)))
