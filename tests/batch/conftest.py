@@ -32,8 +32,14 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., FakeServer]]:
     """Starts a server; all of a test share one storage folder."""
     servers: list[FakeServer] = []
 
-    def start(*, api_key: str | None = None, clock: FakeClock | None = None, **config):
-        batch_config = BatchConfig(storage_dir=str(tmp_path / "storage"), **config)
+    def start(
+        *,
+        api_key: str | None = None,
+        clock: FakeClock | None = None,
+        folder: Path = tmp_path / "storage",
+        **config,
+    ) -> FakeServer:
+        batch_config = BatchConfig(storage_dir=str(folder), **config)
         server = FakeServer(batch_config, api_key=api_key, clock=clock)
         servers.append(server)
         return server

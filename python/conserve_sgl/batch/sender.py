@@ -27,7 +27,7 @@ from conserve_sgl.errors import JobError
 from conserve_sgl.jobs.client import Clock, backoff_s, first_of, retry_after_s
 from conserve_sgl.jobs.schema import Retry
 
-__all__ = ["DISK_RETRY_S", "Ending", "Run", "Sender", "result_line"]
+__all__ = ["DISK_RETRY_S", "Ending", "Run", "Sender", "result_line", "was_aborted"]
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ class Sender:
                 # Spread out: all slots were refused at about the same time.
                 wait_s = (asked_s or 0.0) + backoff_s(_RETRY, busy, self._rng)
             else:
-                aborted = _was_aborted(reply)
+                aborted = reply.status == 200 and was_aborted(reply.body)
                 lost += 1
                 if lost == MAX_ATTEMPTS and aborted:
                     what = f"the server aborted this request {lost} times"
@@ -256,12 +256,12 @@ class _Choices(msgspec.Struct, frozen=True):
 _decode_choices = msgspec.json.Decoder(_Choices).decode
 
 
-def _was_aborted(reply: Reply) -> bool:
-    """Whether the engine let go of the request before its answer was whole."""
-    if reply.status != 200 or b'"abort"' not in reply.body:
+def was_aborted(body: bytes) -> bool:
+    """Whether an answer says that the engine let go of the request before it was whole."""
+    if b'"abort"' not in body:
         return False
     try:
-        choices = _decode_choices(reply.body).choices
+        choices = _decode_choices(body).choices
     except msgspec.MsgspecError:
         return False
     return any(choice.finish_reason == "abort" for choice in choices)
