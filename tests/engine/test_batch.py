@@ -123,7 +123,7 @@ def test_the_other_endpoints(running):
             batch = until(client, create(client, jsonl(endpoint, [body]), endpoint).id, over)
             assert (batch.status, batch.request_counts.completed) == ("completed", 1)
             assert batch.usage.output_tokens == 4
-        with pytest.raises(openai.BadRequestError, match="endpoint|must be one of"):
+        with pytest.raises(openai.BadRequestError, match="must be one of"):
             create(client, jsonl("/v1/embeddings", [{"input": "x"}]), "/v1/embeddings")
 
 
