@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_the_page_has_a_section_for_every_section_and_no_other():
 
 
 def _as_yaml(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return json.dumps(value).strip('"')  # true and null, not True and None
 
 
 @pytest.mark.parametrize(("key", "cells"), ROWS, ids=[key for key, _ in ROWS])
@@ -90,6 +91,7 @@ RANGES = {
     "true or false": lambda type_: type_ is bool,
     "`eager` or `slack`": lambda type_: get_args(type_) == ("eager", "slack"),
     "0 to 1": lambda type_: bounds(type_) == (None, 0, 1),
+    "a folder or null": lambda type_: type_ == str | None,
     # Parsed by the section itself; tests/test_config.py has its edges.
     "`ms` above 0 or `x` of at least 1": lambda type_: type_ is str,
 }

@@ -149,6 +149,55 @@ def run_eval(
     raise typer.Exit(code)
 
 
+@app.command("run-batch")
+def run_batch(
+    input: Annotated[
+        Path, typer.Option("--input", "-i", help="A batch file, JSONL, as for OpenAI's Batch API.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Gets the answers; lines in it are done.")
+    ],
+    error_file: Annotated[
+        Path | None,
+        typer.Option(help="Gets the lines that failed. Default: beside the output, .errors.jsonl."),
+    ] = None,
+    endpoint: Annotated[
+        list[str] | None,
+        typer.Option(help="Base URL of a server or gateway; may be repeated."),
+    ] = None,
+    max_in_flight: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 64,
+    priority: Annotated[
+        int,
+        typer.Option(help="Sent along for gateways; 1 if low values are the urgent ones there."),
+    ] = -1,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="CONSERVE_API_KEY", help="Bearer token. Better in the environment."),
+    ] = None,
+    request_timeout_s: Annotated[
+        float | None, typer.Option(help="Give a request up after so long. Default: never.")
+    ] = None,
+) -> None:
+    """Run a batch file on servers that are there, or go on with it where it stopped.
+
+    Exit code 0: every line is in the output. 1: some lines failed, or it
+    cannot go on. 2: bad input, nothing was sent. 130: interrupted.
+    """
+    from conserve_sgl.batch import client
+
+    job = client.RunBatch(
+        input=input,
+        output=output,
+        errors=error_file or output.with_suffix(".errors.jsonl"),
+        endpoints=endpoint or ["http://127.0.0.1:30000"],
+        max_in_flight=max_in_flight,
+        priority=priority,
+        api_key=api_key,
+        request_timeout_s=request_timeout_s,
+    )
+    raise typer.Exit(client.run_batch(job, console=Console(stderr=True)))
+
+
 @app.command(context_settings=_PASS_ON)
 def doctor(context: typer.Context, config: ConfigOption = None) -> None:
     """Check this installation: conserve doctor [--config FILE] [-- SGLANG FLAGS].

@@ -17,6 +17,7 @@ from conserve_sgl.strict_yaml import load_yaml
 
 __all__ = [
     "CONFIG_ENV",
+    "BatchConfig",
     "CheckpointConfig",
     "ConserveConfig",
     "MemoryConfig",
@@ -125,6 +126,26 @@ class SlicesConfig(_Section):
     mode: Literal["eager", "slack"] = "eager"
 
 
+class BatchConfig(_Section):
+    """OpenAI Files and Batches on the server.
+
+    Args:
+        storage_dir: the folder for files and batches; without it there are no such routes.
+        retention_hours: how long files, results and finished batches are kept.
+        max_in_flight: requests of all batches under way at a time.
+        max_requests: requests that a batch may have.
+        max_file_bytes: size of an uploaded file.
+        max_storage_bytes: size of all files; an upload beyond it is refused.
+    """
+
+    storage_dir: str | None = None
+    retention_hours: Annotated[float, msgspec.Meta(gt=0)] = 720.0
+    max_in_flight: Count = 256
+    max_requests: Count = 50_000
+    max_file_bytes: Count = 200 << 20
+    max_storage_bytes: Count = 20 << 30
+
+
 class ConserveConfig(_Section):
     """The whole of it."""
 
@@ -133,6 +154,7 @@ class ConserveConfig(_Section):
     memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     slices: SlicesConfig = SlicesConfig()
+    batch: BatchConfig = BatchConfig()
 
     @classmethod
     def load(cls, path: Path | str) -> ConserveConfig:

@@ -5,7 +5,8 @@ ConserveError
 ├── IncompatibleError      SGLang's version or one of its flags does not go with conserve
 │   └── HookError          a hook into SGLang did not take
 ├── ServerError            a server did not start, or stopped answering
-└── JobError               a job cannot start or go on
+├── JobError               a job cannot start or go on
+└── StorageError           the storage of batches cannot be used or written
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ __all__ = [
     "InputError",
     "JobError",
     "ServerError",
+    "StorageError",
 ]
 
 
@@ -61,3 +63,7 @@ class ServerError(ConserveError):
 
 class JobError(ConserveError):
     """A job cannot start or cannot go on."""
+
+
+class StorageError(ConserveError):
+    """The folder in which a server keeps its batches cannot be used or written."""

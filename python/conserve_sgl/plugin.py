@@ -15,12 +15,14 @@ import os
 import pkgutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
 
 from conserve_sgl import compat
-from conserve_sgl.config import CONFIG_ENV, ConserveConfig
+from conserve_sgl.batch.store import make_storage
+from conserve_sgl.config import CONFIG_ENV, BatchConfig, ConserveConfig
 from conserve_sgl.errors import ConserveError, HookError
 
 __all__ = ["HOOK_TARGETS", "register", "verify"]
@@ -89,8 +91,8 @@ def _hooks(config: ConserveConfig) -> list[_Hook]:
     ingress = Ingress(config, is_health_check_generate_req)
     return [
         _Hook(_SCHEDULER, ConserveScheduler, "REPLACE"),
-        _Hook(_LAUNCH, _check_flags, "BEFORE"),
-        _Hook(_RUN_HTTP, functools.partial(_around_app, ingress), "BEFORE"),
+        _Hook(_LAUNCH, functools.partial(_before_launch, config.batch), "BEFORE"),
+        _Hook(_RUN_HTTP, functools.partial(_around_app, ingress, config.batch), "BEFORE"),
         _Hook(_INIT_IPC, ingress.after_init_ipc_channels, "AFTER"),
         _Hook(_INIT_STATE, ingress.before_init_req_state, "BEFORE"),
     ]
@@ -115,18 +117,41 @@ def _prefer_online_prefixes() -> None:
         previous(server_args)
 
 
-def _check_flags(*args: Any, **kwargs: Any) -> None:
+def _before_launch(batch: BatchConfig, *args: Any, **kwargs: Any) -> None:
     server_args = kwargs["server_args"] if "server_args" in kwargs else args[1]
     try:
         compat.check_flags(server_args)
+        if batch.storage_dir is not None:
+            make_storage(Path(batch.storage_dir))  # before minutes are spent on loading a model
     except ConserveError as e:
         _refuse_to_start(e)
 
 
-def _around_app(ingress: Any, *_args: Any, **_kwargs: Any) -> None:
+def _around_app(
+    ingress: Any,
+    batch: BatchConfig,
+    server_args: Any,
+    tokenizer_manager: Any,
+    *_args: Any,
+    **_kwargs: Any,
+) -> None:
     from sglang.srt.entrypoints.http_server import app
 
     ingress.before_run_http_server(app)
+    if batch.storage_dir is None:
+        return
+    from conserve_sgl.batch.server import BatchServer
+
+    try:
+        BatchServer(
+            app,
+            batch,
+            api_key=server_args.api_key,
+            is_draining=lambda: tokenizer_manager.gracefully_exit,
+            serves_embeddings=not tokenizer_manager.is_generation,
+        )
+    except ConserveError as e:
+        _refuse_to_start(e)
 
 
 def verify() -> None:

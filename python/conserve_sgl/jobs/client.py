@@ -24,15 +24,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import aiohttp
 import msgspec
 
 from conserve_sgl.errors import JobError
-from conserve_sgl.jobs.schema import Job, Retry
+from conserve_sgl.jobs.schema import Retry
 
-__all__ = ["Attempts", "BadReply", "Client", "Clock", "Endpoint", "LineFailed", "Stopped"]
+__all__ = ["Attempts", "BadReply", "Client", "Clock", "Endpoint", "LineFailed", "Stopped", "Target"]
 
 T = TypeVar("T")
 
@@ -68,11 +68,15 @@ class Clock:
 
 
 class LineFailed(Exception):
-    """This line cannot be answered; the job goes on. `status` is None without an HTTP reply."""
+    """This line cannot be answered; the job goes on. `status` is None without an HTTP reply.
 
-    def __init__(self, status: int | None, reason: str) -> None:
+    `body` is the reply's, where its status was what failed the line.
+    """
+
+    def __init__(self, status: int | None, reason: str, body: bytes | None = None) -> None:
         super().__init__(reason)
         self.status = status
+        self.body = body
 
 
 class Stopped(Exception):
@@ -97,9 +101,11 @@ class _Fault(Exception):
         reason: str,
         status: int | None = None,
         retry_after_s: float | None = None,
+        body: bytes | None = None,
     ) -> None:
         super().__init__(reason)
         self.kind, self.status, self.retry_after_s = kind, status, retry_after_s
+        self.body = body
 
 
 @dataclass
@@ -141,11 +147,27 @@ def retry_after_s(value: str | None, wall_s: float) -> float | None:
         return None
 
 
+class Target(Protocol):
+    """Where to send, and how long to keep at it; a `Job` is one."""
+
+    @property
+    def endpoints(self) -> list[str]:
+        """Base URLs."""
+
+    @property
+    def retry(self) -> Retry:
+        """What to do when a request fails."""
+
+    @property
+    def request_timeout_s(self) -> float | None:
+        """When to give a request up."""
+
+
 class Client:
     """Posts JSON to the least loaded endpoint until it is answered; an async context manager.
 
     Args:
-        job: endpoints, retry policy, timeout.
+        target: endpoints, retry policy, timeout.
         name: the job's, as servers are told it.
         deadline_s: when the job should be done, on `clock`; `Clock.deadline_s` tells.
         api_key: bearer token, or None.
@@ -157,7 +179,7 @@ class Client:
 
     def __init__(
         self,
-        job: Job,
+        target: Target,
         *,
         name: str,
         deadline_s: float | None,
@@ -168,8 +190,8 @@ class Client:
         clock: Clock,
         rng: random.Random,
     ) -> None:
-        self.endpoints = [Endpoint(url.rstrip("/")) for url in job.endpoints]
-        self._retry = job.retry
+        self.endpoints = [Endpoint(url.rstrip("/")) for url in target.endpoints]
+        self._retry = target.retry
         self._identify_model = identify
         self._note = note
         self._stopping = stopping
@@ -184,7 +206,7 @@ class Client:
             connector=aiohttp.TCPConnector(limit=0, socket_factory=_kept_alive_socket),
             headers=headers,
             timeout=aiohttp.ClientTimeout(
-                total=job.request_timeout_s, sock_connect=CONNECT_TIMEOUT_S
+                total=target.request_timeout_s, sock_connect=CONNECT_TIMEOUT_S
             ),
             json_serialize=lambda value: msgspec.json.encode(value).decode(),
         )
@@ -285,7 +307,7 @@ class Client:
         if status in _HOPELESS:
             raise _hopeless(endpoint, path, status, raw)
         if status != 200:
-            raise _Fault(_Kind.REJECTED, _message(raw), status)
+            raise _Fault(_Kind.REJECTED, _message(raw), status, body=raw)
         try:
             return read(raw)
         except (BadReply, msgspec.MsgspecError, UnicodeDecodeError) as e:
@@ -321,7 +343,7 @@ class Client:
         if status in _BUSY:
             raise _Fault(_Kind.BUSY, _message(raw), status, wait_s)
         if status in _FLAKY:
-            raise _Fault(_Kind.FLAKY, _message(raw), status)
+            raise _Fault(_Kind.FLAKY, _message(raw), status, body=raw)
         self._note(None)
         return status, raw
 
@@ -334,7 +356,7 @@ class Client:
         """Wait as the fault asks for, or raise what ends the line."""
         what = f"{endpoint.url}: {f'{fault.status} ' if fault.status else ''}{fault}"
         if fault.kind is _Kind.REJECTED:
-            raise LineFailed(fault.status, str(fault)) from fault
+            raise LineFailed(fault.status, str(fault), fault.body) from fault
         if fault.kind is _Kind.REFUSED:
             self._bench(endpoint)
             self._note(f"{what}; next try in {endpoint.benched_until_s - self._now_s():.0f} s")
@@ -348,7 +370,8 @@ class Client:
             attempts.lost += 1
             endpoint.identified = False  # it may come back as another server
             if attempts.lost >= self._retry.max_attempts:
-                raise LineFailed(fault.status, f"{fault} (lost {attempts.lost} times)") from fault
+                reason = f"{fault} (lost {attempts.lost} times)"
+                raise LineFailed(fault.status, reason, fault.body) from fault
             wait_s = backoff_s(self._retry, attempts.lost, self._rng)
         self._note(f"{what}; retry in {wait_s:.1f} s")
         await self._pause(wait_s)
@@ -365,12 +388,13 @@ class Client:
         return self._clock.monotonic_s()
 
     async def _pause(self, seconds: float) -> None:
-        await _first_of(self._clock.sleep(seconds), self._stopping.wait())
+        await first_of(self._clock.sleep(seconds), self._stopping.wait())
         if self._stopping.is_set():
             raise Stopped
 
 
-async def _first_of(*awaitables: Awaitable[Any]) -> None:
+async def first_of(*awaitables: Awaitable[Any]) -> None:
+    """Wait until one of them is done, and cancel the others."""
     tasks = [asyncio.ensure_future(a) for a in awaitables]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

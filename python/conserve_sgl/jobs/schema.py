@@ -19,6 +19,7 @@ __all__ = [
     "ModelArgs",
     "Retry",
     "Sampling",
+    "check_endpoint",
 ]
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -246,13 +247,14 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         if not self.tasks and self.lm_eval is None:
             raise ValueError("tasks: there are none, and no lm_eval either")
         for endpoint in self.endpoints:
-            _check_endpoint(endpoint)
+            check_endpoint(endpoint)
         _unique("endpoints", self.endpoints)
         # File systems that fold case would put two such tasks into one file.
         _unique("tasks", [task.name.lower() for task in self.tasks])
 
 
-def _check_endpoint(url: str) -> None:
+def check_endpoint(url: str) -> None:
+    """Raise ValueError unless `url` is a server's base URL."""
     if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
         raise ValueError(f"endpoints: {url!r} is not a base URL such as http://127.0.0.1:30000")
     if re.search(r"/(v1|generate)(/|$)", url):

@@ -1,0 +1,145 @@
+"""The output and the error file of one batch, which are also the record of what is done.
+
+A line is appended as its request finishes, to the output file (status 200) or to the error file
+(everything else), and a request is sent again if and only if its custom_id is in neither. There is
+no second record of progress that could disagree with the first. A crash can tear the last line of
+each file; it is cut off, and its request is sent again.
+
+After a power cut what was not yet synced may be missing (its requests are sent again) or damaged
+(the file is cut at the damaged line).
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import msgspec
+
+from conserve_sgl.batch.schema import (
+    InputDetails,
+    OutputDetails,
+    RequestCounts,
+    ResultLine,
+    Usage,
+)
+from conserve_sgl.jobs.store import AppendFile
+
+__all__ = ["Results"]
+
+logger = logging.getLogger(__name__)
+
+
+class _Details(msgspec.Struct, frozen=True):
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct, frozen=True):
+    """Usage in an answer of any of the endpoints."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
+    input_tokens_details: _Details | None = None
+    output_tokens_details: _Details | None = None
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    usage: _Usage | None = None
+
+
+_decode_answer = msgspec.json.Decoder(_Answer).decode
+_decode_line = msgspec.json.Decoder(ResultLine).decode
+_encode = msgspec.json.encode
+
+
+class Results:
+    """The open files of one batch; makes them, or goes on with them.
+
+    Args:
+        output, errors: paths of the two files.
+        total: requests of the batch.
+
+    Raises (as every method):
+        OSError or JobError: a file cannot be read or written; what was written before is kept.
+    """
+
+    def __init__(self, output: Path, errors: Path, total: int = 0) -> None:
+        self.total = total
+        self.done: set[str] = set()
+        self.usage = Usage()
+        self._counts = {True: 0, False: 0}
+        self._files: dict[bool, AppendFile] = {}
+        for succeeded, path in ((True, output), (False, errors)):
+            path.touch(mode=0o600)
+            self._recover(path, succeeded)
+            self._files[succeeded] = AppendFile(path)
+
+    @property
+    def counts(self) -> RequestCounts:
+        """How many lines there are in each file."""
+        return RequestCounts(
+            total=self.total, completed=self._counts[True], failed=self._counts[False]
+        )
+
+    def add(self, line: ResultLine) -> None:
+        """Append a finished line. May be called from several threads, one at a time."""
+        self._files[line.succeeded].append(line)
+        self._note(line, line.succeeded)
+
+    def sync(self) -> None:
+        """Make every line added so far survive a power cut."""
+        for file in self._files.values():
+            file.sync()
+
+    def close(self) -> None:
+        """Sync and close."""
+        for file in self._files.values():
+            file.close()
+
+    def _note(self, line: ResultLine, succeeded: bool) -> None:
+        self.done.add(line.custom_id)
+        self._counts[succeeded] += 1
+        if line.response is not None:
+            self.usage = self.usage.plus(usage_of(line.response.body))
+
+    def _recover(self, path: Path, succeeded: bool) -> None:
+        with path.open("r+b") as file:
+            good_bytes = 0
+            for raw in file:
+                try:
+                    line = _decode_line(raw)
+                except (msgspec.MsgspecError, UnicodeDecodeError):
+                    line = None
+                # The same request in both files would be counted twice: the first one stands.
+                if line is None or not raw.endswith(b"\n") or line.custom_id in self.done:
+                    logger.warning("%s is damaged after byte %d: cut there", path, good_bytes)
+                    break
+                self._note(line, succeeded)
+                good_bytes += len(raw)
+            file.truncate(good_bytes)
+
+
+def usage_of(body: bytes) -> Usage:
+    """The tokens that an answer says it used; what it does not say counts as 0."""
+    try:
+        usage = _decode_answer(body).usage or _Usage()
+    except msgspec.MsgspecError:
+        return Usage()
+    taken = usage.input_tokens or usage.prompt_tokens or 0
+    given = usage.output_tokens or usage.completion_tokens or 0
+    details_in = usage.input_tokens_details or usage.prompt_tokens_details or _Details()
+    details_out = usage.output_tokens_details or usage.completion_tokens_details or _Details()
+    reasoning = details_out.reasoning_tokens or usage.reasoning_tokens or 0
+    return Usage(
+        input_tokens=taken,
+        input_tokens_details=InputDetails(cached_tokens=details_in.cached_tokens or 0),
+        output_tokens=given,
+        output_tokens_details=OutputDetails(reasoning_tokens=reasoning),
+        total_tokens=taken + given,
+    )

@@ -1,0 +1,389 @@
+"""Files and batches on disk: a SQLite database, and the contents as plain files beside it.
+
+    <storage_dir>/batch.db    what exists: files and batches
+    <storage_dir>/files/ID    the content of each file; of an active batch also its results so far
+    <storage_dir>/uploads/    files on their way in
+    <storage_dir>/.lock       held by the one process that uses the folder
+
+A file's content is there before its row is, and goes after it, so a crash can only leave content
+that no row names; opening the store removes it. Which lines of a batch are done is not in the
+database: `results.py` says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import aiosqlite
+import msgspec
+
+from conserve_sgl.batch.schema import ACTIVE, BatchRecord, FileObject, new_file_id
+from conserve_sgl.errors import StorageError
+
+__all__ = ["FileInUse", "Page", "Storage", "Store", "make_storage"]
+
+T = TypeVar("T")
+
+_FILES, _UPLOADS = "files", "uploads"
+_VERSION = 1
+_TABLES = """
+CREATE TABLE files (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    purpose TEXT NOT NULL,
+    bytes INTEGER NOT NULL,
+    expires_at INTEGER,
+    object TEXT NOT NULL
+);
+CREATE TABLE batches (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    status TEXT NOT NULL,
+    ended_at INTEGER,
+    input_file_id TEXT NOT NULL,
+    idempotency_key TEXT UNIQUE,
+    record TEXT NOT NULL
+);
+"""
+_IS_ACTIVE = f"status IN ({', '.join(repr(status) for status in ACTIVE)})"
+
+
+class FileInUse(StorageError):
+    """The file is the input of a batch that is not over."""
+
+
+class Page(NamedTuple):
+    """One page of a list, and whether there is more after it."""
+
+    data: list[Any]
+    has_more: bool
+
+
+class Storage:
+    """The folder, taken for this process until `release`.
+
+    Raises:
+        StorageError: it cannot be made or written, or another process has it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        make_storage(folder)
+        self.folder = folder
+        self.files = folder / _FILES
+        self.uploads = folder / _UPLOADS
+        self.database = folder / "batch.db"
+        self._lock = _open_lock(folder)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            os.close(self._lock)
+            raise StorageError(f"another server is using {folder} for its batches") from e
+
+    def release(self) -> None:
+        """Let another process have it."""
+        os.close(self._lock)
+
+
+def make_storage(folder: Path) -> None:
+    """Make the folder if it is not there.
+
+    Raises:
+        StorageError: it cannot be made or written.
+    """
+    try:
+        for path in (folder, folder / _FILES, folder / _UPLOADS):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as e:
+        raise StorageError(f"cannot use {folder} for batches: {e.strerror}") from e
+    os.close(_open_lock(folder))
+
+
+def _open_lock(folder: Path) -> int:
+    try:
+        return os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as e:
+        raise StorageError(f"cannot use {folder} for batches: {e.strerror}") from e
+
+
+class Store:
+    """The open store; one per process, and its only writer. Made by `open`."""
+
+    def __init__(self, storage: Storage, database: aiosqlite.Connection) -> None:
+        self._storage = storage
+        self._db = database
+        self._writer = asyncio.Lock()
+
+    @classmethod
+    async def open(cls, storage: Storage) -> Store:
+        """Open it, make it if it is new, and remove what a crash left behind.
+
+        Raises:
+            StorageError: the database cannot be used.
+        """
+        try:
+            # Every commit survives a power cut (FULL), and reading never waits (WAL).
+            db = await aiosqlite.connect(storage.database, isolation_level=None)
+            try:
+                await _prepare(db, storage.database)
+            except BaseException:
+                await db.close()
+                raise
+        except sqlite3.Error as e:
+            raise StorageError(f"cannot use {storage.database}: {e}") from e
+        store = cls(storage, db)
+        await store._sweep()
+        return store
+
+    async def close(self) -> None:
+        """Close the database; the folder stays taken."""
+        await self._db.close()
+
+    # ---------------------------------------------------------------- files
+
+    def content(self, file_id: str) -> Path:
+        """Where the content of a file is; `file_id` is one of ours, not what a client sent."""
+        return self._storage.files / file_id
+
+    def new_upload(self) -> Path:
+        """A path for content on its way in, on the same file system."""
+        return self._storage.uploads / new_file_id()
+
+    async def used_bytes(self) -> int:
+        """Bytes of all files, without the results of active batches."""
+        ((used,),) = await self._read("SELECT coalesce(sum(bytes), 0) FROM files")
+        return used
+
+    async def add_upload(self, upload: Path, file: FileObject) -> None:
+        """Take the uploaded content in as `file`."""
+
+        def move() -> None:
+            _sync(upload)
+            upload.replace(self.content(file.id))
+            _sync(self._storage.files)
+
+        await _on_disk(move)
+        async with self._writing():
+            await self._insert_file(file)
+
+    async def file(self, file_id: str, now: int) -> FileObject | None:
+        """The file with this id, unless it has expired."""
+        rows = await self._read(
+            "SELECT object FROM files WHERE id = ? AND (expires_at IS NULL OR expires_at > ?)",
+            file_id,
+            now,
+        )
+        return _decode(rows[0][0], FileObject) if rows else None
+
+    async def files(
+        self,
+        now: int,
+        *,
+        limit: int,
+        after: str | None = None,
+        newest_first: bool = True,
+        purpose: str | None = None,
+    ) -> Page | None:
+        """A page of files; None when there is no file `after`."""
+        where = "(expires_at IS NULL OR expires_at > ?)"
+        values: list[Any] = [now]
+        if purpose is not None:
+            where += " AND purpose = ?"
+            values.append(purpose)
+        return await self._page(
+            "files", "object", FileObject, where, values, limit, after, newest_first
+        )
+
+    async def delete_file(self, file_id: str, now: int) -> bool:
+        """Delete the file and its content; False when there is none.
+
+        Raises:
+            FileInUse: an active batch reads it.
+        """
+        async with self._writing():
+            if await self.file(file_id, now) is None:
+                return False
+            in_use = await self._read(
+                f"SELECT id FROM batches WHERE input_file_id = ? AND {_IS_ACTIVE}", file_id
+            )
+            if in_use:
+                raise FileInUse(f"{file_id} is the input of {in_use[0][0]}, which is not over")
+            await self._db.execute("DELETE FROM files WHERE id = ?", (file_id,))
+        await asyncio.to_thread(self.content(file_id).unlink, missing_ok=True)
+        return True
+
+    # -------------------------------------------------------------- batches
+
+    async def create_batch(self, record: BatchRecord, now: int, key: str | None) -> BatchRecord:
+        """Keep a new batch, or give the one that was created with the same idempotency `key`.
+
+        Raises:
+            LookupError: the input file is not there.
+        """
+        async with self._writing():
+            if key is not None:
+                query = "SELECT record FROM batches WHERE idempotency_key = ?"
+                if rows := await self._read(query, key):
+                    return _decode(rows[0][0], BatchRecord)
+            batch = record.batch
+            if await self.file(batch.input_file_id, now) is None:
+                raise LookupError(batch.input_file_id)
+            await self._db.execute(
+                "INSERT INTO batches (id, status, input_file_id, idempotency_key, record)"
+                " VALUES (?, ?, ?, ?, ?)",
+                (batch.id, batch.status, batch.input_file_id, key, _encode(record)),
+            )
+        return record
+
+    async def batch(self, batch_id: str) -> BatchRecord | None:
+        """The batch with this id."""
+        rows = await self._read("SELECT record FROM batches WHERE id = ?", batch_id)
+        return _decode(rows[0][0], BatchRecord) if rows else None
+
+    async def batches(self, *, limit: int, after: str | None = None) -> Page | None:
+        """A page of batches, newest first; None when there is no batch `after`."""
+        return await self._page("batches", "record", BatchRecord, "TRUE", [], limit, after, True)
+
+    async def active_batches(self) -> list[BatchRecord]:
+        """The batches that are not over, oldest first."""
+        rows = await self._read(f"SELECT record FROM batches WHERE {_IS_ACTIVE} ORDER BY seq")
+        return [_decode(record, BatchRecord) for (record,) in rows]
+
+    async def update_batch(self, record: BatchRecord) -> None:
+        """Replace what is kept of an active batch."""
+        async with self._writing():
+            await self._update(record, None)
+
+    async def end_batch(self, record: BatchRecord, now: int, files: list[FileObject]) -> None:
+        """Replace what is kept of a batch that is over, and publish its result files."""
+        async with self._writing():
+            for file in files:
+                await self._insert_file(file)
+            await self._update(record, now)
+
+    async def purge(self, now: int, ended_before: int) -> None:
+        """Delete files that have expired and batches that ended before that time."""
+        async with self._writing():
+            gone = await self._read(
+                "DELETE FROM files WHERE expires_at <= ? AND id NOT IN"
+                f" (SELECT input_file_id FROM batches WHERE {_IS_ACTIVE}) RETURNING id",
+                now,
+            )
+            await self._db.execute("DELETE FROM batches WHERE ended_at < ?", (ended_before,))
+        for (file_id,) in gone:
+            await asyncio.to_thread(self.content(file_id).unlink, missing_ok=True)
+
+    # -------------------------------------------------------------- helpers
+
+    async def _page(
+        self,
+        table: str,
+        column: str,
+        type_: type,
+        where: str,
+        values: list[Any],
+        limit: int,
+        after: str | None,
+        newest_first: bool,
+    ) -> Page | None:
+        if after is not None:
+            found = await self._read(f"SELECT seq FROM {table} WHERE id = ?", after)
+            if not found:
+                return None
+            where += f" AND seq {'<' if newest_first else '>'} ?"
+            values = [*values, found[0][0]]
+        order = "DESC" if newest_first else "ASC"
+        rows = await self._read(
+            f"SELECT {column} FROM {table} WHERE {where} ORDER BY seq {order} LIMIT ?",
+            *values,
+            limit + 1,
+        )
+        return Page([_decode(text, type_) for (text,) in rows[:limit]], len(rows) > limit)
+
+    async def _insert_file(self, file: FileObject) -> None:
+        await self._db.execute(
+            "INSERT INTO files (id, purpose, bytes, expires_at, object) VALUES (?, ?, ?, ?, ?)",
+            (file.id, file.purpose, file.bytes, file.expires_at, _encode(file)),
+        )
+
+    async def _update(self, record: BatchRecord, ended_at: int | None) -> None:
+        await self._db.execute(
+            "UPDATE batches SET status = ?, ended_at = ?, record = ? WHERE id = ?",
+            (record.batch.status, ended_at, _encode(record), record.batch.id),
+        )
+
+    async def _read(self, query: str, *values: Any) -> list[Any]:
+        try:
+            return list(await self._db.execute_fetchall(query, values))
+        except sqlite3.Error as e:
+            raise StorageError(f"cannot read {self._storage.database}: {e}") from e
+
+    @asynccontextmanager
+    async def _writing(self) -> AsyncIterator[None]:
+        """A transaction: all of it or nothing."""
+        async with self._writer:
+            try:
+                await self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield
+                    await self._db.execute("COMMIT")
+                except BaseException:
+                    with suppress(sqlite3.Error):  # it may have been committed, or not begun
+                        await self._db.execute("ROLLBACK")
+                    raise
+            except sqlite3.Error as e:
+                raise StorageError(f"cannot write {self._storage.database}: {e}") from e
+
+    async def _sweep(self) -> None:
+        """Remove content that no row names: what a crash left behind."""
+        kept = {file_id for (file_id,) in await self._read("SELECT id FROM files")}
+        for record in await self.active_batches():
+            kept |= {record.output_id, record.error_id}
+
+        def sweep() -> None:
+            for path in self._storage.files.iterdir():
+                if path.name not in kept:
+                    path.unlink()
+            for path in self._storage.uploads.iterdir():
+                path.unlink()
+
+        await _on_disk(sweep)
+
+
+async def _prepare(db: aiosqlite.Connection, path: Path) -> None:
+    await db.execute("PRAGMA journal_mode = WAL")
+    await db.execute("PRAGMA synchronous = FULL")
+    ((version,),) = await db.execute_fetchall("PRAGMA user_version")
+    if version == 0:
+        await db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {_VERSION}; COMMIT;")
+    elif version != _VERSION:
+        raise StorageError(f"{path} was made by another version of conserve (format {version})")
+
+
+async def _on_disk(do: Callable[[], T]) -> T:
+    try:
+        return await asyncio.to_thread(do)
+    except OSError as e:
+        raise StorageError(f"cannot write {e.filename or 'a file'}: {e.strerror}") from e
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _encode(record: msgspec.Struct) -> str:
+    return msgspec.json.encode(record).decode()
+
+
+def _decode(text: str, type_: type[T]) -> T:
+    return msgspec.json.decode(text, type=type_)

@@ -1,0 +1,174 @@
+"""Files and Batches of a real server, through the official client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+pytestmark = pytest.mark.engine
+
+KEY = "secret"
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+OVER = ("failed", "completed", "expired", "cancelled")
+
+
+class Restartable:
+    """A server that can be killed; the next one has the same storage."""
+
+    def __init__(self, start_server: Callable[..., Any], model: Path, storage: Path) -> None:
+        self._start_server = start_server
+        self._model = model
+        self._config = f"batch: {{storage_dir: {storage}, max_in_flight: 8}}"
+        self._stack = ExitStack()
+        self.start()
+
+    def start(self) -> None:
+        starting = self._start_server(self._model, f"--api-key={KEY}", config=self._config)
+        self.server = self._stack.enter_context(starting)
+        self.server.http.headers["Authorization"] = f"Bearer {KEY}"
+
+    def kill(self) -> None:
+        os.killpg(self.server.process.pid, signal.SIGKILL)
+        self.stop()
+
+    def stop(self) -> None:
+        self._stack.close()
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(**self.options(**options))
+
+    def options(self, **options: Any) -> dict[str, Any]:
+        return {"base_url": f"{self.server.base_url}/v1", "api_key": KEY, "timeout": 60} | options
+
+
+@pytest.fixture(scope="module")
+def running(start_server, tiny_llama, tmp_path_factory) -> Iterator[Restartable]:
+    restartable = Restartable(start_server, tiny_llama, tmp_path_factory.mktemp("storage"))
+    yield restartable
+    restartable.stop()
+
+
+def chat_body(text: str, tokens: int = 4) -> dict[str, Any]:
+    messages = [{"role": "user", "content": text}]
+    return {"model": "m", "messages": messages, "max_tokens": tokens, "temperature": 0}
+
+
+def jsonl(url: str, bodies: list[dict[str, Any]]) -> bytes:
+    lines = (
+        {"custom_id": f"r{i}", "method": "POST", "url": url, "body": body}
+        for i, body in enumerate(bodies)
+    )
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+def create(client: openai.OpenAI, content: bytes, endpoint: str = CHAT, window: str = "24h"):
+    file = client.files.create(file=("in.jsonl", content), purpose="batch")
+    return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window=window)
+
+
+def until(client: openai.OpenAI, batch_id: str, condition: Callable[[Any], bool]):
+    """The batch once `condition` holds for it; the test's own timeout ends a wait in vain."""
+    while not condition(batch := client.batches.retrieve(batch_id)):
+        assert batch.status not in OVER, batch
+        time.sleep(0.05)
+    return batch
+
+
+def over(batch: Any) -> bool:
+    return batch.status in OVER
+
+
+def lines(client: openai.OpenAI, file_id: str) -> dict[str, Any]:
+    found = [json.loads(line) for line in client.files.content(file_id).text.splitlines()]
+    assert len({line["custom_id"] for line in found}) == len(found)
+    return {line["custom_id"]: line for line in found}
+
+
+def test_a_batch_gives_the_tokens_of_direct_requests_as_offline_work(running):
+    server, bodies = running.server, [chat_body(f"tell me {i}") for i in range(12)]
+    bodies.append(chat_body("too long", tokens=10**9))
+    accepted = server.offline_accepted()
+    with running.client() as client:
+        batch = until(client, create(client, jsonl(CHAT, bodies)).id, over)
+        assert batch.status == "completed"
+        assert batch.request_counts.to_dict() == {"total": 13, "completed": 12, "failed": 1}
+        assert batch.usage.output_tokens == 48
+        assert server.offline_accepted() >= accepted + 12
+        output = lines(client, batch.output_file_id)
+        for i, body in enumerate(bodies[:12]):
+            direct = client.chat.completions.create(**body)
+            answer = output[f"r{i}"]["response"]["body"]
+            assert answer["choices"][0]["message"]["content"] == direct.choices[0].message.content
+        (failed,) = lines(client, batch.error_file_id).values()
+        assert failed["custom_id"] == "r12"
+        assert failed["response"]["status_code"] == 400
+    server.assert_idle_and_balanced()
+
+
+def test_the_other_endpoints(running):
+    completion = {"model": "m", "prompt": "hi", "max_tokens": 4}
+    response = {"model": "m", "input": "hi", "max_output_tokens": 4}
+    with running.client() as client:
+        for endpoint, body in ((COMPLETIONS, completion), ("/v1/responses", response)):
+            batch = until(client, create(client, jsonl(endpoint, [body]), endpoint).id, over)
+            assert (batch.status, batch.request_counts.completed) == ("completed", 1)
+            assert batch.usage.output_tokens == 4
+        with pytest.raises(openai.BadRequestError, match="must be one of"):
+            create(client, jsonl("/v1/embeddings", [{"input": "x"}]), "/v1/embeddings")
+
+
+async def test_the_asynchronous_client_and_a_cancel(running):
+    async with openai.AsyncOpenAI(**running.options()) as client:
+        content = jsonl(CHAT, [chat_body(f"count {i}", tokens=400) for i in range(200)])
+        file = await client.files.create(file=("in.jsonl", content), purpose="batch")
+        batch = await client.batches.create(
+            input_file_id=file.id, endpoint=CHAT, completion_window="1h"
+        )
+        while (await client.batches.retrieve(batch.id)).status != "in_progress":
+            await asyncio.sleep(0.05)
+        assert (await client.batches.cancel(batch.id)).status == "cancelling"
+        while (batch := await client.batches.retrieve(batch.id)).status == "cancelling":
+            await asyncio.sleep(0.05)
+        assert batch.status == "cancelled"
+        assert batch.request_counts.completed < 200
+        assert batch.id in [b.id async for b in client.batches.list(limit=1)]
+        assert (await client.files.delete(file.id)).deleted
+    running.server.assert_idle_and_balanced()
+
+
+def test_the_servers_key_is_asked_for(running):
+    with (
+        running.client(api_key="wrong", max_retries=0) as client,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        client.files.list()
+    for path in ("/v1/files", "/v1/batches", "/offline/v1/files"):
+        answer = running.server.http.get(path, headers={"Authorization": ""})
+        assert answer.status_code == 401
+
+
+def test_a_killed_server_goes_on_where_it_stopped(running):
+    bodies = [chat_body(f"story {i}", tokens=24) for i in range(60)]
+    with running.client() as client:
+        batch_id = create(client, jsonl(CHAT, bodies)).id
+        until(client, batch_id, lambda batch: batch.request_counts.completed >= 5)
+    running.kill()
+    running.start()
+    with running.client() as client:
+        batch = until(client, batch_id, over)
+        assert batch.status == "completed"
+        assert batch.request_counts.to_dict() == {"total": 60, "completed": 60, "failed": 0}
+        assert batch.usage.output_tokens == 60 * 24
+        assert sorted(lines(client, batch.output_file_id)) == sorted(f"r{i}" for i in range(60))
+    assert running.server.offline_accepted() < 60
+    running.server.assert_idle_and_balanced()
