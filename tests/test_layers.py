@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "engine": {"config", "policy", "checkpoint", "batch", "ingress", "profile", *_LEAVES},
     "platform": _LEAVES,
     "jobs": {"strict_yaml", *_LEAVES},
-    "bench": {"jobs", "strict_yaml", *_LEAVES},
+    "bench": {"config", "jobs", "strict_yaml", *_LEAVES},
     "plugin": {"config", "compat", "engine", "ingress", *_LEAVES},
     "doctor": {"config", "compat", "plugin", "__init__", *_LEAVES},
     "cli": {

@@ -6,14 +6,15 @@ cache by accident; `ignore_eos` makes the engine write the trace's number of tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from conserve_sgl.bench.arrivals import Arrival
 
-__all__ = ["TimedRequest", "TokenIds", "timed_requests"]
+__all__ = ["TimedRequest", "TokenIds", "generate_body", "timed_requests"]
 
 
 class TokenIds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,22 +39,43 @@ class TimedRequest(msgspec.Struct, frozen=True):
 
 
 def timed_requests(
-    arrivals: Sequence[Arrival], ids: TokenIds, seed: int | Sequence[int]
+    arrivals: Sequence[Arrival],
+    ids: TokenIds,
+    seed: int | Sequence[int],
+    extra: Mapping[str, Any] | None = None,
 ) -> tuple[TimedRequest, ...]:
-    """One streaming `/generate` request for each arrival; another seed, other prompts."""
+    """One streaming `/generate` request for each arrival; another seed, other prompts.
+
+    `extra` fields go into every body.
+    """
     rng = np.random.default_rng(seed)
-    return tuple(TimedRequest(arrival, _body(arrival, ids, rng)) for arrival in arrivals)
-
-
-def _body(arrival: Arrival, ids: TokenIds, rng: np.random.Generator) -> bytes:
-    return msgspec.json.encode(
-        {
-            "input_ids": rng.integers(ids.low, ids.high, arrival.prompt_tokens).tolist(),
-            "sampling_params": {
-                "max_new_tokens": arrival.output_tokens,
-                "temperature": 0.0,
-                "ignore_eos": True,
-            },
-            "stream": True,
-        }
+    return tuple(
+        TimedRequest(
+            arrival,
+            generate_body(
+                {"input_ids": rng.integers(ids.low, ids.high, arrival.prompt_tokens).tolist()},
+                arrival.output_tokens,
+                extra or {},
+            ),
+        )
+        for arrival in arrivals
     )
+
+
+def generate_body(
+    prompt: Mapping[str, Any],
+    output_tokens: int,
+    extra: Mapping[str, Any],
+    *,
+    ignore_eos: bool = True,
+    stream_interval: int | None = None,
+) -> bytes:
+    """A greedy, streaming request. With `stream_interval` a chunk comes every so many tokens."""
+    sampling: dict[str, Any] = {
+        "max_new_tokens": output_tokens,
+        "temperature": 0.0,
+        "ignore_eos": ignore_eos,
+    }
+    if stream_interval is not None:
+        sampling["stream_interval"] = stream_interval
+    return msgspec.json.encode({**prompt, "sampling_params": sampling, "stream": True, **extra})
