@@ -149,8 +149,9 @@ def run_eval(
     raise typer.Exit(code)
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True})
 def bench(
+    context: typer.Context,
     config: Annotated[
         Path | None, typer.Argument(help="The benchmark, YAML; docs/benchmarks.md explains it.")
     ] = None,
@@ -175,13 +176,20 @@ def bench(
         tuple[Path, Path] | None,
         typer.Option(help="Set the results in two folders side by side."),
     ] = None,
+    micro: Annotated[
+        bool, typer.Option("--micro", help="Time single operations instead, without a server.")
+    ] = False,
 ) -> None:
-    """Measure systems side by side: online requests, and offline work beside them.
+    """Measure systems side by side: conserve bench FILE [-- SGLANG FLAGS for every server].
 
     Exit code 0: measured. 1: a server failed; finished runs are kept. 2: bad input.
     """
     from conserve_sgl.bench.command import compare_folders, run_bench
+    from conserve_sgl.bench.micro import micro_table, run_micros
 
+    if micro:
+        Console().print(micro_table(run_micros()))
+        return
     if compare is not None:
         print(compare_folders(*compare), end="")
         return
@@ -197,6 +205,7 @@ def bench(
         duration_s=duration,
         out=out,
         fresh=fresh,
+        flags=context.args,
     )
 
 

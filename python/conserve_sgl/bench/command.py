@@ -11,6 +11,7 @@ from typing import NoReturn
 import msgspec
 from rich.console import Console
 
+from conserve_sgl.bench.plots import write_plots
 from conserve_sgl.bench.results import Result, SystemResult, by_system, read_folder, write_together
 from conserve_sgl.bench.runner import Runner
 from conserve_sgl.bench.systems import BenchConfig, load_bench
@@ -37,16 +38,20 @@ def run_bench(
     duration_s: float | None = None,
     out: Path | None = None,
     fresh: bool = False,
+    flags: Sequence[str] = (),
 ) -> None:
     """Measure the systems of the benchmark at `path`, and report on all runs in `out`.
 
-    Runs that `out` holds already are kept, unless `fresh`.
+    Runs that `out` holds already are kept, unless `fresh`. `flags` go to every server, after the
+    file's.
 
     Raises:
         InputError: bad input; nothing was started.
         ServerError: a server did not start, died, or served nothing. Finished runs are kept.
     """
     config = _overridden(path, load_bench(path, trace=trace), systems, repeats, duration_s)
+    server = msgspec.structs.replace(config.server, flags=(*config.server.flags, *flags))
+    config = msgspec.structs.replace(config, server=server)
     model = model or config.model
     if model is None:
         raise InputError(path, "names no model; give --model", key="model")
@@ -57,9 +62,10 @@ def run_bench(
     with stop_on_signals():
         runner.run_all(fresh=fresh, on_result=lambda result: _report_on(result, out, console))
     systems_done = _in_order(config, by_system(read_folder(out)))
-    _write(out, systems_done)
+    (out / "table.md").write_text(results_markdown(systems_done), "utf-8")
+    files = ["table.md", "runs.jsonl", "requests.jsonl", *write_plots(systems_done, out)]
     Console().print(terminal_table(systems_done))
-    console.print(f"Written: {out}/table.md, runs.jsonl, requests.jsonl, *.png", soft_wrap=True)
+    console.print(f"Written to {out}: {', '.join(files)}", soft_wrap=True)
 
 
 def compare_folders(a: Path, b: Path) -> str:
@@ -95,17 +101,14 @@ def _report_on(result: Result, out: Path, console: Console) -> None:
     """A line for the run that has just ended; the files are brought up to date, pictures last."""
     results = read_folder(out)
     write_together(out, results)
-    console.print(summary_line(SystemResult([result]), Harvest(by_system(results))))
+    line = summary_line(SystemResult([result]), Harvest(by_system(results)))
+    console.print(line, soft_wrap=True, highlight=False)
 
 
 def _in_order(config: BenchConfig, systems: list[SystemResult]) -> list[SystemResult]:
     """In the order of the configuration; what an earlier run left beside them comes last."""
     names = [system.name for system in config.systems]
     return sorted(systems, key=lambda s: names.index(s.name) if s.name in names else len(names))
-
-
-def _write(out: Path, systems: Sequence[SystemResult]) -> None:
-    (out / "table.md").write_text(results_markdown(systems), "utf-8")
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Bodies for SGLang's `/generate`, of exactly the lengths that an arrival asks for.
 
 Prompts are random token ids, so every one begins differently and none is served from the prefix
-cache by accident; `ignore_eos` makes the engine write the trace's number of tokens.
+cache by accident; only arrivals that name the same blocks share a beginning. `ignore_eos` makes
+the engine write the trace's number of tokens.
 """
 
 from __future__ import annotations
@@ -48,15 +49,21 @@ def timed_requests(
 
     `extra` fields go into every body.
     """
-    rng = np.random.default_rng(seed)
+    draws = [seed] if isinstance(seed, int) else list(seed)
+    rng = np.random.default_rng(draws)
+
+    def prompt(arrival: Arrival) -> list[int]:
+        shared = [
+            np.random.default_rng([*draws, block]).integers(ids.low, ids.high, arrival.block_tokens)
+            for block in arrival.blocks
+        ]
+        own = rng.integers(ids.low, ids.high, arrival.prompt_tokens)
+        return np.concatenate([*shared, own])[: arrival.prompt_tokens].tolist()
+
     return tuple(
         TimedRequest(
             arrival,
-            generate_body(
-                {"input_ids": rng.integers(ids.low, ids.high, arrival.prompt_tokens).tolist()},
-                arrival.output_tokens,
-                extra or {},
-            ),
+            generate_body({"input_ids": prompt(arrival)}, arrival.output_tokens, extra or {}),
         )
         for arrival in arrivals
     )

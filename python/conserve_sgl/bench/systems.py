@@ -108,7 +108,7 @@ class BenchConfig(_Config, kw_only=True):
         Raises:
             ValueError: a name that no system has.
         """
-        known = {system.name for system in self.systems}
+        known = [system.name for system in self.systems]
         for name in names:
             if name not in known:
                 raise ValueError(f"no system is named {name}; there are {', '.join(known)}")
