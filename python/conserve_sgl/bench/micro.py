@@ -26,6 +26,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from conserve_sgl.engine.inbox import ArrivalInbox
     from conserve_sgl.ingress.arrival import ArrivalSender
+    from conserve_sgl.policy import LatencyModel
 
 __all__ = ["MICROS", "SIZES", "Row", "measure", "micro", "micro_table", "run_micros"]
 
@@ -113,44 +114,60 @@ def micro_table(rows: list[Row]) -> Table:
 
 @micro
 def policy_plan() -> Iterator[Row]:
-    """One plan, with so many requests running, an eighth of them online."""
+    """One plan with so many requests running, an eighth of them online: beside them, and with an
+    online prompt waiting, too.
+    """
     from conserve_sgl.config import ConserveConfig
-    from conserve_sgl.policy import FixedCap, StepView
+    from conserve_sgl.policy import OnlineReserve, Prompt, Rows, SlackBudget, StepView
 
-    budget, memory = ConserveConfig().budget, ConserveConfig().memory
-    policy = FixedCap(
-        step_tokens=budget.step_tokens,
-        resident_rows=budget.resident_rows,
-        rows_beside_online=budget.rows_beside_online,
-        kv_reserve=memory.online_reserve,
+    config = ConserveConfig()
+    policy = SlackBudget(
+        _latency_model(),
+        slo=config.slo.objectives(),
+        yield_s=config.slo.yield_ms / 1000,
+        reserve=OnlineReserve(at_most=config.memory.online_reserve),
+        smallest_chunk=16,
     )
-    for n in SIZES:
-        online = max(1, n // 8)
-        view = StepView(
-            now_s=1.0,
-            online_waiting=1,
-            online_waiting_tokens=500,
-            online_decoding=online,
-            offline_waiting=4 * n,
-            offline_decoding=n - online,
-            free_rows=64,
-            free_kv_tokens=100_000,
-            total_kv_tokens=500_000,
-            chunk_tokens=2048,
-        )
-        yield measure("plan a step", n, lambda view=view: policy.plan(view))
+    for name, prompts in (("plan a step", ()), ("plan an online prefill", (Prompt(500),))):
+        for n in SIZES:
+            online = max(1, n // 8)
+            view = StepView(
+                now_s=1.0,
+                free_at_s=1.0,
+                online_prompts=prompts,
+                online_decoding=Rows(online, 500 * online),
+                online_due_s=1.05,
+                offline_due_s=1.1,
+                offline_waiting=4 * n,
+                offline_decoding=Rows(n - online, 500 * (n - online)),
+                free_rows=64,
+                max_rows=512,
+                free_kv_tokens=100_000,
+                total_kv_tokens=500_000,
+                chunk_tokens=2048,
+                can_mix=True,
+            )
+            yield measure(name, n, lambda view=view: policy.plan(view))
 
 
 @micro
-def offline_queue() -> Iterator[Row]:
-    """Taking eight candidates from a backlog and giving them back, as every step does."""
-    from conserve_sgl.policy import OfflineQueue
+def latency_model() -> Iterator[Row]:
+    """Telling the latency model of a step; every 32nd time, so in P99, it fits its costs again."""
+    from conserve_sgl.policy import StepWork
 
-    for n in (256, 4096):
-        queue: OfflineQueue[int] = OfflineQueue(n)
-        for i in range(n):
-            queue.push(i)
-        yield measure("offline queue, out and in", n, lambda q=queue: q.give_back(q.take(8)))
+    model = _latency_model()
+    for n in SIZES:
+        work = StepWork(decode_rows=n, decode_context=500 * n)
+        seconds = model.predict_s(work)
+        yield measure("observe a step", n, lambda w=work, s=seconds: model.observe(w, s))
+
+
+def _latency_model() -> LatencyModel:
+    """Of an H100 with an 8B model, about."""
+    from conserve_sgl.policy import Coefficients, LatencyModel
+
+    costs = Coefficients(step=0.001, token=30e-6, decode=0.006, row=20e-6, context=1e-8)
+    return LatencyModel.of_coefficients(costs, layers=32)
 
 
 @micro
