@@ -7,6 +7,7 @@ tradeoff.png       offline work harvested against online latency
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,15 +22,17 @@ from conserve_sgl.bench.tables import Harvest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import XAxis, YAxis
     from matplotlib.figure import Figure
 
 __all__ = ["write_plots"]
 
 Latency = Callable[[RequestRecord], float | None]
 
-# Dark and distinct in grey, too; conserve is always the blue one.
-_COLORS = ("#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d", "#1b9e77", "#999999")
-_CONSERVE, _BASELINE = "#0b5fa5", "#222222"
+# Stock SGLang alone is black, conserve is blue, in lighter shades where it is there several times.
+_COLORS = ("#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d", "#999999")
+_BLUES = ("#08519c", "#4292c6", "#9ecae1", "#0aa0a0", "#41b6c4", "#7fcdbb")
+_BASELINE = "#222222"
 _ONLINE, _MISS, _INPUT, _OUTPUT = "#2166ac", "#b2182b", "#fddbc7", "#ef8a62"
 _STEP_S = 2.0
 _COLUMNS = 3
@@ -65,18 +68,24 @@ def _bare(axis: Axes) -> None:
     axis.grid(alpha=0.25)
 
 
+def _plain_log(axis: XAxis | YAxis, form: str) -> None:
+    """Plain numbers at 1, 2 and 5 of every decade."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(form)
+
+
 def _colors(systems: Sequence[SystemResult]) -> dict[str, str]:
-    """One for each system, by name; stock SGLang alone is black, the first conserve blue."""
-    colors: dict[str, str] = {}
-    free = iter(_COLORS * (1 + len(systems) // len(_COLORS)))
-    for system in systems:
-        if system.system.is_online_baseline and _BASELINE not in colors.values():
-            colors[system.name] = _BASELINE
-        elif system.system.kind == "conserve" and _CONSERVE not in colors.values():
-            colors[system.name] = _CONSERVE
-        else:
-            colors[system.name] = next(free)
-    return colors
+    """One for each system, by name."""
+    others, blues = itertools.cycle(_COLORS), itertools.cycle(_BLUES)
+    return {
+        system.name: _BASELINE
+        if system.system.is_online_baseline
+        else next(blues if system.system.kind == "conserve" else others)
+        for system in systems
+    }
 
 
 def _caption(systems: Sequence[SystemResult]) -> str:
@@ -88,8 +97,11 @@ def _caption(systems: Sequence[SystemResult]) -> str:
     )
 
 
-def _title(figure: Figure, title: str, systems: Sequence[SystemResult]) -> None:
+def _title(figure: Figure, title: str) -> None:
     figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
+
+
+def _say_caption(figure: Figure, systems: Sequence[SystemResult]) -> None:
     figure.supxlabel(_caption(systems), fontsize=8, color="0.35", x=0.01, ha="left")
 
 
@@ -109,20 +121,25 @@ def _latency_cdfs(systems: Sequence[SystemResult]) -> Figure:
             _cdf(axis, system, latency, colors[system.name])
         axis.axvline(objective_ms, color="0.4", ls=":", lw=1.2)
         axis.annotate(
-            f" objective {objective_ms:g} ms",
-            (objective_ms, 0.02),
+            f"objective {objective_ms:g} ms",
+            (objective_ms, 0.5),
+            xytext=(2, 0),
             xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            rotation=90,
+            va="center",
             fontsize=8,
             color="0.35",
         )
         axis.set(xscale="log", ylim=(0, 1.01), xlabel=f"{name} (ms)")
-        axis.xaxis.set_major_formatter("{x:,.0f}")
+        _plain_log(axis.xaxis, "{x:,.0f}")
         _bare(axis)
         if name == "TTFT":
             axis.set_ylabel("share of requests sent")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
-    _title(figure, "Latency of online requests", systems)
+    _title(figure, "Latency of online requests")
+    _say_caption(figure, systems)
     return figure
 
 
@@ -164,8 +181,8 @@ def _over_time(systems: Sequence[SystemResult]) -> Figure:
             axis.set_axis_off()
     for row, axis in enumerate(grid[:, 0]):
         axis.set_ylabel(("TTFT (ms)", "TPOT (ms)", "tokens/s")[row % 3])
-    _time_legend(figure, places[0])
-    _title(figure, "Over the stream", systems)
+    _time_legend(figure, places[0], _caption(systems))
+    _title(figure, "Over the stream")
     return figure
 
 
@@ -187,8 +204,7 @@ def _column(axes: Sequence[Axes], system: SystemResult, limits: list) -> None:
         _scatter(axis, result.online, latency, system)
         axis.axhline(objective_ms, color="0.3", ls="--", lw=1, label="objective")
         axis.set(yscale="log", ylim=(low, high))
-        axis.yaxis.set_major_formatter("{x:,.0f}")
-        axis.yaxis.set_minor_formatter("")
+        _plain_log(axis.yaxis, "{x:,.0f}")
     lost = [record.due_s for record in result.online if not record.completed]
     axes[0].plot(
         lost,
@@ -218,7 +234,7 @@ def _scatter(
         points = [
             (record.due_s, 1000 * value)
             for record in records
-            if attained(record, system.slo) is met and (value := latency_s(record)) is not None
+            if attained(record, system.slo) == met and (value := latency_s(record)) is not None
         ]
         x, y = zip(*points, strict=True) if points else ((), ())
         axis.scatter(x, y, s=18, marker=marker, color=color, alpha=0.8, lw=0, label=label)
@@ -261,7 +277,7 @@ def _limits(systems: Sequence[SystemResult], latency_s: Latency) -> tuple[float,
     return min([objective_ms, *found]) / 1.5, max([objective_ms, *found]) * 1.5
 
 
-def _time_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+def _time_legend(figure: Figure, axes: Sequence[Axes], caption: str) -> None:
     found: dict[str, object] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -273,6 +289,8 @@ def _time_legend(figure: Figure, axes: Sequence[Axes]) -> None:
         ncols=4,
         fontsize=9,
         frameon=False,
+        title=caption,
+        title_fontsize=8,
     )
 
 
@@ -296,9 +314,7 @@ def _tradeoff(systems: Sequence[SystemResult], harvest: Harvest) -> Figure:
             _point(axis, system, points[system.name], colors[system.name])
         axis.axvline(1, color="0.4", ls=":", lw=1.2)
         axis.set(xscale="log", xlabel=f"P99 {name} over online-only's")
-        axis.xaxis.set_major_formatter("{x:g}x")
-        axis.xaxis.set_minor_formatter("")
-        axis.set_xlim(right=1.6 * max(x for x, _ in points.values()))
+        _plain_log(axis.xaxis, "{x:g}x")
         axis.set_ylim(bottom=0)
         _bare(axis)
     if harvest.idle_tokens_per_s is None:
@@ -308,8 +324,12 @@ def _tradeoff(systems: Sequence[SystemResult], harvest: Harvest) -> Figure:
         for axis in figure.axes:
             axis.axhline(100, color="0.4", ls=":", lw=1.2)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
-    _title(figure, "Offline work against online latency (up and left is better)", systems)
+    title = "system (SLO met)"
+    figure.legend(
+        handles, labels, title=title, loc="outside right center", frameon=False, fontsize=9
+    )
+    _title(figure, "Offline work against online latency (up and left is better)")
+    _say_caption(figure, systems)
     return figure
 
 
@@ -324,14 +344,13 @@ def _dial(
     """Join the systems that differ in one dial, in the order of the file."""
     turned = [points[s.name] for s in systems if s.system.dial is not None]
     if len(turned) > 1:
-        axis.plot(*zip(*turned, strict=True), color=_CONSERVE, lw=1.2, alpha=0.6)
+        axis.plot(*zip(*turned, strict=True), color=_BLUES[0], lw=1.2, alpha=0.6)
 
 
 def _point(axis: Axes, system: SystemResult, at: tuple[float, float], color: str) -> None:
-    met = f"{100 * system.online.slo_attainment:.0f} % SLO"
     conserve = system.system.kind == "conserve"
-    axis.scatter(
-        *at, s=70, marker="o" if conserve else "s", color=color, label=system.name, zorder=3
-    )
-    text = met if system.system.dial is None else f"{system.system.dial}, {met}"
-    axis.annotate(text, at, xytext=(6, 5), textcoords="offset points", fontsize=8, color=color)
+    label = f"{system.name} ({100 * system.online.slo_attainment:.0f} %)"
+    axis.scatter(*at, s=70, marker="o" if conserve else "s", color=color, label=label, zorder=3)
+    if system.system.dial is not None:
+        offset = {"xytext": (7, 5), "textcoords": "offset points"}
+        axis.annotate(system.system.dial, at, fontsize=8, color=color, **offset)
