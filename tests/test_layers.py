@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "engine": {"config", "policy", "checkpoint", "batch", "ingress", "profile", *_LEAVES},
     "platform": _LEAVES,
     "jobs": {"strict_yaml", *_LEAVES},
-    "bench": {"jobs", "strict_yaml", *_LEAVES},
+    # bench/micro.py times parts of the house.
+    "bench": {"config", "policy", "ingress", "engine", "jobs", "strict_yaml", *_LEAVES},
     "plugin": {"batch", "config", "compat", "engine", "ingress", *_LEAVES},
     "doctor": {"config", "compat", "plugin", "__init__", *_LEAVES},
     "cli": {

@@ -198,6 +198,66 @@ def run_batch(
     raise typer.Exit(client.run_batch(job, console=Console(stderr=True)))
 
 
+@app.command(context_settings={"allow_extra_args": True})
+def bench(
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Argument(help="The benchmark, YAML; docs/benchmarks.md explains it.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model, instead of the file's.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="The online trace, instead of the file's.")
+    ] = None,
+    systems: Annotated[
+        str, typer.Option(help="Only these systems, names with commas between.")
+    ] = "",
+    repeats: Annotated[int | None, typer.Option(min=1, help="Instead of the file's.")] = None,
+    duration: Annotated[
+        float | None, typer.Option(min=1, help="Seconds of the stream, instead of the file's.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results. Default: out/bench/NAME.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure again what the folder holds already.")
+    ] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Set the results in two folders side by side."),
+    ] = None,
+    micro: Annotated[
+        bool, typer.Option("--micro", help="Time single operations instead, without a server.")
+    ] = False,
+) -> None:
+    """Measure systems side by side: conserve bench FILE [-- SGLANG FLAGS for every server].
+
+    Exit code 0: measured. 1: a server failed; finished runs are kept. 2: bad input.
+    """
+    from conserve_sgl.bench.command import compare_folders, run_bench
+    from conserve_sgl.bench.micro import micro_table, run_micros
+
+    if micro:
+        Console().print(micro_table(run_micros()))
+        return
+    if compare is not None:
+        print(compare_folders(*compare), end="")
+        return
+    if config is None:
+        raise typer.BadParameter("give the benchmark's YAML file", param_hint="CONFIG")
+    run_bench(
+        config,
+        console=Console(stderr=True),
+        model=model,
+        trace=trace,
+        systems=[name for name in systems.split(",") if name],
+        repeats=repeats,
+        duration_s=duration,
+        out=out,
+        fresh=fresh,
+        flags=context.args,
+    )
+
+
 @app.command(context_settings=_PASS_ON)
 def doctor(context: typer.Context, config: ConfigOption = None) -> None:
     """Check this installation: conserve doctor [--config FILE] [-- SGLANG FLAGS].

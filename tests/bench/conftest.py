@@ -7,9 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import msgspec
 import pytest
 
 from conserve_sgl.bench.client import RequestRecord
+from conserve_sgl.bench.environment import Environment
+from conserve_sgl.bench.metrics import Slo
+from conserve_sgl.bench.results import Result, Run
+from conserve_sgl.bench.systems import SystemConfig
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 
@@ -51,5 +56,53 @@ def record() -> Callable[..., RequestRecord]:
             cached_tokens=2,
             error=error,
         )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def result() -> Callable[..., Result]:
+    """Makes the result of a run of 10 s with the given requests."""
+
+    def make(
+        records: tuple[RequestRecord, ...] = (),
+        *,
+        name: str = "ours",
+        kind: str = "conserve",
+        load: str = "both",
+        repeat: int = 1,
+        **fields: object,
+    ) -> Result:
+        run = Run(
+            system=SystemConfig(name=name, kind=kind, load=load, dial=fields.pop("dial", None)),
+            repeat=repeat,
+            fingerprint="f",
+            model="some/model",
+            seed=1,
+            slo=Slo(ttft_ms=500, tpot_ms=100),
+            started_unix_s=1_700_000_000.0,
+            window_s=10.0,
+            duration_s=10.0,
+            ready_s=3.0,
+            idle_share=None,
+            counters_before={},
+            counters_after={},
+            command=["conserve", "bench"],
+            server_command=["sglang"],
+            server_env={},
+            environment=Environment("a cpu", 2, 8.0, (), "Linux", "3.11", {"sglang": "0"}, "c0"),
+        )
+        return Result(msgspec.structs.replace(run, **fields), tuple(records))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def offline(record: Callable[..., RequestRecord]) -> Callable[..., RequestRecord]:
+    """Makes an offline record: 8 prompt tokens computed by `first_s`, `tokens` got by `end_s`."""
+
+    def make(first_s: float, end_s: float, tokens: int) -> RequestRecord:
+        one = record(0.0, (first_s, end_s), tokens=(1, tokens - 1))
+        return msgspec.structs.replace(one, class_="offline")
 
     return make

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 
 from aiohttp import web
 
@@ -25,22 +26,51 @@ class FakeEngine:
         self.faults = faults
         self.chunk_tokens = chunk_tokens
         self.bodies: list[dict] = []
+        self.headers: list[dict[str, str]] = []
+        self.in_hand = self.most_in_hand = 0
+        self.started_s = time.monotonic()
         self.gate = asyncio.Event()
         self.gate.set()
 
     def app(self) -> web.Application:
         app = web.Application()
         app.router.add_get("/health", self.health)
+        app.router.add_get("/metrics", self.metrics)
+        app.router.add_get("/server_info", self.server_info)
         app.router.add_post("/generate", self.generate)
         return app
 
     async def health(self, _: web.Request) -> web.Response:
         return web.Response()
 
+    async def metrics(self, _: web.Request) -> web.Response:
+        """Idle for half of the time that it is up."""
+        idle_s = 0.5 * (time.monotonic() - self.started_s)
+        text = f'sglang:scheduler_idle_seconds_total{{model_name="a {{b}}"}} {idle_s}\n'
+        return web.Response(text=f"# HELP x y\n{text}sglang:num_retracted_requests_total 3.0\n")
+
+    async def server_info(self, _: web.Request) -> web.Response:
+        state = {
+            "offline_preempted": len(self.bodies),
+            "arrivals_received": 4,
+            "arrival_ms": {"p50": 1.5, "p99": 2.5},
+            "on": True,
+        }
+        return web.json_response({"internal_states": [{"conserve": state}]})
+
     async def generate(self, request: web.Request) -> web.StreamResponse:
+        self.in_hand += 1
+        self.most_in_hand = max(self.most_in_hand, self.in_hand)
+        try:
+            return await self.answer(request)
+        finally:
+            self.in_hand -= 1
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
         fault = self.faults[len(self.bodies) % len(self.faults)]
         body = await request.json()
         self.bodies.append(body)
+        self.headers.append(dict(request.headers))
         await self.gate.wait()
         if fault == "busy":
             return web.json_response({"error": {"message": "come back later"}}, status=503)
@@ -67,7 +97,7 @@ class FakeEngine:
             "output_ids": list(range(done)),
             "meta_info": {
                 "id": "x",
-                "prompt_tokens": len(body["input_ids"]),
+                "prompt_tokens": len(body.get("input_ids", ()) or body["text"].split()),
                 "cached_tokens": CACHED_TOKENS,
                 "completion_tokens": done,
                 "finish_reason": reason,

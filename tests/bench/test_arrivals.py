@@ -167,7 +167,12 @@ def test_mooncake_rows_are_read_and_a_bad_one_is_named(tmp_path: Path) -> None:
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     trace = MooncakeTrace(path=str(path), max_prompt_tokens=1000, max_output_tokens=40)
 
-    assert trace.draw(60) == (Arrival(0.0, 1000, 40), Arrival(3.0, 700, 5))
+    assert trace.draw(60) == (
+        Arrival(0.0, 1000, 40, (1, 2), 512),
+        Arrival(3.0, 700, 5, (1,), 512),
+    )
+    quarter = msgspec.structs.replace(trace, length_divisor=4.0)
+    assert quarter.draw(60)[1] == Arrival(3.0, 175, 1, (1,), 128)
 
     path.write_text(path.read_text() + '{"timestamp": 1, "input_length": "x"}\n')
     with pytest.raises(InputError, match=rf"{path}:3: .*input_length"):

@@ -1,11 +1,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from conserve_sgl.bench.offline import OfflineRecord, read_results, spread, summarize_offline
+from conserve_sgl.bench.client import RequestRecord
+from conserve_sgl.bench.offline import (
+    OfflineRecord,
+    read_results,
+    spread,
+    summarize_backlog,
+    summarize_offline,
+    token_rates,
+)
 from conserve_sgl.errors import InputError
 
 LINE = {
@@ -74,3 +83,31 @@ def test_a_line_that_is_no_result_is_named(tmp_path: Path) -> None:
 
 def test_a_job_without_results_is_empty(tmp_path: Path) -> None:
     assert read_results(tmp_path / "never-made") == ()
+
+
+Make = Callable[..., RequestRecord]
+
+
+def test_tokens_of_a_backlog_count_when_the_client_got_them(record: Make) -> None:
+    # 8 prompt tokens computed from 0 to 2 s, one token at 2 s, four more until 4 s.
+    one = record(0.0, (2.0, 4.0), tokens=(1, 4), error="did not finish in time")
+
+    rates = token_rates([0, 1, 3, 5], [one])
+
+    assert rates.computed == pytest.approx([4, 2, 0])
+    assert rates.cached == pytest.approx([1, 0.5, 0])
+    assert rates.output == pytest.approx([0, (1 + 2) / 2, 1])
+
+
+def test_the_window_of_a_backlog_is_that_of_the_stream(record: Make) -> None:
+    before = record(-4.0, (-3.0, -2.0))
+    across = record(-1.0, (1.0, 3.0), tokens=(1, 2))
+    waiting = record(1.0, (), error="did not finish in time")
+
+    got = summarize_backlog([before, across, waiting], 2.0)
+
+    assert got.input_tokens == pytest.approx(4)
+    assert got.cached_tokens == pytest.approx(1)
+    assert got.output_tokens == pytest.approx(1 + 1)
+    assert got.completed == 0
+    assert got.total_tokens_per_s == pytest.approx(6 / 2)

@@ -36,3 +36,22 @@ def test_no_two_prompts_share_a_beginning_within_a_stream_or_across_seeds() -> N
 
 def test_the_same_seed_gives_the_same_bodies() -> None:
     assert bodies([3, 1]) == bodies([3, 1])
+
+
+def test_prompts_with_the_same_blocks_begin_alike_and_no_further() -> None:
+    shared = [Arrival(0.0, 25, 5, blocks=(7, 8), block_tokens=10) for _ in range(2)]
+    other = Arrival(0.0, 15, 5, blocks=(7, 9), block_tokens=10)
+
+    bodies = [msgspec.json.decode(r.body) for r in timed_requests([*shared, other], IDS, 3)]
+
+    one, two, three = (body["input_ids"] for body in bodies)
+    assert (len(one), len(two), len(three)) == (25, 25, 15)
+    assert one[:20] == two[:20]
+    assert one[20:] != two[20:]
+    assert three[:10] == one[:10]
+    assert three[10:] != one[10:15]
+
+
+def test_extra_fields_go_into_every_body() -> None:
+    for request in timed_requests(ARRIVALS, IDS, 1, {"priority": -100}):
+        assert msgspec.json.decode(request.body)["priority"] == -100

@@ -27,11 +27,18 @@ Natural = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Arrival(msgspec.Struct, frozen=True):
-    """One request of a stream, `at_s` seconds after the stream began."""
+    """One request of a stream, `at_s` seconds after the stream began.
+
+    `blocks` names, from the prompt's beginning, blocks of `block_tokens` tokens each: prompts that
+    begin with the same names begin with the same tokens. A prompt ends within its last block, or
+    goes on after it with tokens of its own.
+    """
 
     at_s: float
     prompt_tokens: int
     output_tokens: int
+    blocks: tuple[int, ...] = ()
+    block_tokens: int = 0
 
 
 class Lengths(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -137,6 +144,8 @@ class _Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             (row.at_s - self.offset_s) * self.stretch,
             scaled(row.prompt_tokens, self.max_prompt_tokens),
             scaled(row.output_tokens, self.max_output_tokens),
+            row.blocks,
+            max(1, round(row.block_tokens / self.length_divisor)) if row.blocks else 0,
         )
 
 
@@ -155,7 +164,11 @@ class AzureTrace(_Trace, frozen=True, forbid_unknown_fields=True, tag="azure", t
 class MooncakeTrace(
     _Trace, frozen=True, forbid_unknown_fields=True, tag="mooncake", tag_field="kind"
 ):
-    """Mooncake's traces: JSON lines of timestamp (ms), input_length, output_length."""
+    """Mooncake's traces: JSON lines of timestamp (ms), input_length, output_length, hash_ids.
+
+    A hash id stands for a block of 512 prompt tokens with all that comes before it; blocks are
+    divided by `length_divisor` as prompts are, so that the share of shared tokens stays.
+    """
 
     def draw(self, duration_s: float, seed: int = 0) -> tuple[Arrival, ...]:  # noqa: ARG002
         """The arrivals of `duration_s` seconds of replay, from `offset_s` on.
@@ -232,10 +245,14 @@ def _tokens(path: Path, line: int, key: str, text: str | None) -> int:
     return int(text)
 
 
+_MOONCAKE_BLOCK_TOKENS = 512
+
+
 class _MooncakeRow(msgspec.Struct, frozen=True):
     timestamp: NotNegative
     input_length: Natural
     output_length: Natural
+    hash_ids: tuple[Natural, ...] = ()
 
 
 def _mooncake_rows(path: Path) -> Iterator[Arrival]:
@@ -246,7 +263,13 @@ def _mooncake_rows(path: Path) -> Iterator[Arrival]:
                 row = decoder.decode(text)
             except msgspec.DecodeError as e:
                 raise InputError(path, f"not a Mooncake request: {e}", line=line) from e
-            yield Arrival(row.timestamp / 1000, row.input_length, row.output_length)
+            yield Arrival(
+                row.timestamp / 1000,
+                row.input_length,
+                row.output_length,
+                row.hash_ids,
+                _MOONCAKE_BLOCK_TOKENS,
+            )
 
 
 def _opened(path: Path) -> TextIO:

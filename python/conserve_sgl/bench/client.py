@@ -1,8 +1,11 @@
-"""Open-loop load: every request leaves when it is due, whatever became of those before it.
+"""Load: online requests in an open loop, offline requests in a closed one.
 
-A closed loop would slow down with the server and hide the very delays that we measure. The client
-shares its cores with the engine, so bodies are encoded ahead and of each streamed chunk only the
-token counts are decoded.
+An online request leaves when it is due, whatever became of those before it: a closed loop would
+slow down with the server and hide the very delays that we measure. Offline work is a backlog, so
+a fixed number of requests is kept in flight.
+
+The client shares its cores with the engine, so online bodies are encoded ahead and of each
+streamed chunk only the token counts are decoded.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -18,11 +22,15 @@ import msgspec
 
 from conserve_sgl.bench.prompts import TimedRequest
 
-__all__ = ["LoadResult", "RequestRecord", "replay"]
+__all__ = ["LoadResult", "RequestRecord", "keep_in_flight", "replay"]
+
+_PAUSE_AFTER_FAULT_S = 0.2
 
 
 class RequestRecord(msgspec.Struct, frozen=True, rename={"class_": "class"}):
     """What the client saw of one request. Times are seconds after the stream began.
+
+    `prompt_tokens` is 0 as long as the server has not said how many there are.
 
     `chunk_times_s[i]` is when the i-th chunk with new tokens came and `chunk_tokens[i]` how many
     it brought. `done_s` is when the last chunk came; None, with `error` set, for a request
@@ -67,28 +75,75 @@ async def replay(
     *,
     drain_s: float,
     class_: str = "online",
+    start_s: float | None = None,
     on_done: Callable[[RequestRecord], None] = lambda _: None,
 ) -> LoadResult:
     """Send `requests` to `base_url`/generate at their arrival times; return when all have ended.
 
     Requests still running `drain_s` seconds after the last arrival are dropped (which aborts them
     in the server) and recorded as errors. Server faults are recorded, never raised. `on_done` is
-    called as each request ends.
+    called as each request ends. `start_s` is when the stream begins, on the clock of
+    `time.perf_counter`; now, when it is not given.
     """
+    if start_s is None:
+        start_s = time.perf_counter()
+    async with _posting(base_url, {}) as post:
+        started_unix_s = time.time() - time.perf_counter() + start_s
+        calls = [_Call(post, r.body, class_, start_s, r.arrival.at_s) for r in requests]
+        await _send_all(calls, start_s, drain_s, on_done)
+    duration_s = time.perf_counter() - start_s
+    return LoadResult(started_unix_s, duration_s, tuple(call.record() for call in calls))
+
+
+async def keep_in_flight(
+    base_url: str,
+    bodies: Iterator[bytes],
+    in_flight: int,
+    stop: asyncio.Event,
+    *,
+    start_s: float,
+    class_: str = "offline",
+    headers: Mapping[str, str],
+) -> tuple[RequestRecord, ...]:
+    """Keep `in_flight` of the endless `bodies` running at `base_url`/generate until `stop` is set.
+
+    Times are seconds after `start_s`, on the clock of `time.perf_counter`, and may be negative.
+    What runs when `stop` is set is dropped; its record holds what it had got by then, and an
+    error. After a fault a place stays empty for a moment, or a refusing server would be flooded.
+    """
+    calls: list[_Call] = []
+
+    async def work(post: Callable[..., Any]) -> None:
+        while True:
+            due_s = time.perf_counter() - start_s
+            call = _Call(post, next(bodies), class_, start_s, due_s)
+            calls.append(call)
+            await call.run()
+            if call.error is not None:
+                await asyncio.sleep(_PAUSE_AFTER_FAULT_S)
+
+    async with _posting(base_url, headers) as post:
+        tasks = [asyncio.create_task(work(post)) for _ in range(in_flight)]
+        try:
+            await stop.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+    return tuple(call.record() for call in calls)
+
+
+@asynccontextmanager
+async def _posting(base_url: str, headers: Mapping[str, str]) -> AsyncIterator[Callable[..., Any]]:
+    """A session's `post`, bound to `/generate`."""
     # Every request may hold a connection of its own: a pool limit would close the loop.
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(
         connector=connector, timeout=timeout, read_bufsize=2**20
     ) as session:
-        post = functools.partial(
-            session.post, f"{base_url}/generate", headers={"Content-Type": "application/json"}
-        )
-        started_unix_s, start_s = time.time(), time.perf_counter()
-        calls = [_Call(post, request, class_, start_s) for request in requests]
-        await _send_all(calls, start_s, drain_s, on_done)
-    duration_s = time.perf_counter() - start_s
-    return LoadResult(started_unix_s, duration_s, tuple(call.record() for call in calls))
+        headers = {"Content-Type": "application/json", **headers}
+        yield functools.partial(session.post, f"{base_url}/generate", headers=headers)
 
 
 async def _send_all(
@@ -131,14 +186,14 @@ class _Call:
     """One request on its way; `record()` is what is known of it so far."""
 
     def __init__(
-        self, post: Callable[..., Any], request: TimedRequest, class_: str, start_s: float
+        self, post: Callable[..., Any], body: bytes, class_: str, start_s: float, due_s: float
     ) -> None:
         self.post = post
-        self.body = request.body
+        self.body = body
         self.class_ = class_
-        self.due_s = request.arrival.at_s
+        self.due_s = due_s
         self.start_s = start_s
-        self.prompt_tokens = request.arrival.prompt_tokens
+        self.prompt_tokens = 0
         self.cached_tokens = 0
         self.sent_s = self.due_s
         self.done_s: float | None = None

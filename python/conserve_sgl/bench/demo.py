@@ -14,7 +14,7 @@ import sys
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -29,6 +29,7 @@ from rich.progress import (
 
 from conserve_sgl.bench.arrivals import Arrival
 from conserve_sgl.bench.client import LoadResult, replay
+from conserve_sgl.bench.command import stop_on_signals
 from conserve_sgl.bench.config import DemoConfig, fill
 from conserve_sgl.bench.environment import Environment, environment
 from conserve_sgl.bench.offline import read_results
@@ -229,12 +230,12 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for results and logs.")],
 ) -> None:
     """Measure an online stream alone and beside an offline job, on one server."""
-    _stop_on_signals()
     console = Console(stderr=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
         demo = Demo(load_yaml(config, DemoConfig), model, out, console)
-        phases = demo.run()
+        with stop_on_signals():
+            phases = demo.run()
         write_results(demo, phases, environment())
     except ConserveError as e:
         console.print(f"demo: {e}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -242,17 +243,6 @@ def main(
     Console().print(rich_table(phases, demo.config.slo))
     console.print(arrival_line(demo.engine_state), end="")
     console.print(f"Written: {out}/table.md, {out}/demo.png, {out}/demo.json")
-
-
-def _stop_on_signals() -> None:
-    """Let every ending run the clean-up, in a background shell (which ignores SIGINT) too."""
-
-    def leave(number: int, _: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, leave)
 
 
 if __name__ == "__main__":

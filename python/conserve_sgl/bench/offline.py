@@ -1,4 +1,6 @@
-"""What an offline job got done, read from the results that it streamed to disk."""
+"""How much offline work was done: by a job, from the results that it streamed to disk, and by
+the benchmark's own backlog, from the chunks that its client saw.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,19 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from conserve_sgl.bench.client import RequestRecord
 from conserve_sgl.errors import InputError
 
 __all__ = [
     "OfflineRecord",
     "OfflineSummary",
+    "TokenRates",
     "rates",
     "read_results",
     "spread",
+    "summarize_backlog",
     "summarize_offline",
+    "token_rates",
 ]
 
 
@@ -60,6 +66,11 @@ class OfflineSummary(msgspec.Struct, frozen=True):
     def input_tokens_per_s(self) -> float:
         """Prompt tokens computed a second, without those from the cache."""
         return self.input_tokens / self.duration_s
+
+    @property
+    def cached_tokens_per_s(self) -> float:
+        """Prompt tokens served from the cache a second."""
+        return self.cached_tokens / self.duration_s
 
     @property
     def output_tokens_per_s(self) -> float:
@@ -118,6 +129,54 @@ def rates(
     starts = [record.started_unix_s for record in records]
     ends = [record.done_unix_s for record in records]
     return spread(edges_unix_s, starts, ends, [getattr(record, field) for record in records])
+
+
+class TokenRates(msgspec.Struct, frozen=True):
+    """Tokens a second in each interval between some edges, each of shape (len(edges) - 1,).
+
+    `computed` are prompt tokens that were not served from the cache, `cached` those that were.
+    """
+
+    computed: np.ndarray
+    cached: np.ndarray
+    output: np.ndarray
+
+
+def token_rates(edges_s: Sequence[float], records: Sequence[RequestRecord]) -> TokenRates:
+    """What was got of `records`, finished or not, by the times that the client saw.
+
+    A prompt's tokens are spread evenly from sending to the first chunk, those of a later chunk
+    over the time since the chunk before. A prompt whose first chunk never came counts nothing.
+    """
+    begun = [record for record in records if record.chunk_times_s]
+    sent = [record.sent_s for record in begun]
+    first = [record.chunk_times_s[0] for record in begun]
+    cached = [record.cached_tokens for record in begun]
+    computed = [record.prompt_tokens - record.cached_tokens for record in begun]
+    times = [time_s for record in begun for time_s in record.chunk_times_s]
+    before = [
+        time_s
+        for record in begun
+        for time_s in (record.chunk_times_s[0], *record.chunk_times_s[:-1])
+    ]
+    tokens = [count for record in begun for count in record.chunk_tokens]
+    return TokenRates(
+        computed=spread(edges_s, sent, first, computed),
+        cached=spread(edges_s, sent, first, cached),
+        output=spread(edges_s, before, times, tokens),
+    )
+
+
+def summarize_backlog(records: Sequence[RequestRecord], duration_s: float) -> OfflineSummary:
+    """The work of `records` in the `duration_s` seconds from the beginning of the stream."""
+    got = token_rates([0.0, duration_s], records)
+    return OfflineSummary(
+        duration_s=duration_s,
+        completed=sum(r.completed and 0 <= r.done_s < duration_s for r in records),
+        input_tokens=duration_s * float(got.computed[0]),
+        cached_tokens=duration_s * float(got.cached[0]),
+        output_tokens=duration_s * float(got.output[0]),
+    )
 
 
 def spread(

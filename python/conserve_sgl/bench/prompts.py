@@ -1,19 +1,21 @@
 """Bodies for SGLang's `/generate`, of exactly the lengths that an arrival asks for.
 
 Prompts are random token ids, so every one begins differently and none is served from the prefix
-cache by accident; `ignore_eos` makes the engine write the trace's number of tokens.
+cache by accident; only arrivals that name the same blocks share a beginning. `ignore_eos` makes
+the engine write the trace's number of tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from conserve_sgl.bench.arrivals import Arrival
 
-__all__ = ["TimedRequest", "TokenIds", "timed_requests"]
+__all__ = ["TimedRequest", "TokenIds", "generate_body", "timed_requests"]
 
 
 class TokenIds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,22 +40,49 @@ class TimedRequest(msgspec.Struct, frozen=True):
 
 
 def timed_requests(
-    arrivals: Sequence[Arrival], ids: TokenIds, seed: int | Sequence[int]
+    arrivals: Sequence[Arrival],
+    ids: TokenIds,
+    seed: int | Sequence[int],
+    extra: Mapping[str, Any] | None = None,
 ) -> tuple[TimedRequest, ...]:
-    """One streaming `/generate` request for each arrival; another seed, other prompts."""
-    rng = np.random.default_rng(seed)
-    return tuple(TimedRequest(arrival, _body(arrival, ids, rng)) for arrival in arrivals)
+    """One streaming `/generate` request for each arrival; another seed, other prompts.
 
+    `extra` fields go into every body.
+    """
+    draws = [seed] if isinstance(seed, int) else list(seed)
+    rng = np.random.default_rng(draws)
 
-def _body(arrival: Arrival, ids: TokenIds, rng: np.random.Generator) -> bytes:
-    return msgspec.json.encode(
-        {
-            "input_ids": rng.integers(ids.low, ids.high, arrival.prompt_tokens).tolist(),
-            "sampling_params": {
-                "max_new_tokens": arrival.output_tokens,
-                "temperature": 0.0,
-                "ignore_eos": True,
-            },
-            "stream": True,
-        }
+    def prompt(arrival: Arrival) -> list[int]:
+        shared = [
+            np.random.default_rng([*draws, block]).integers(ids.low, ids.high, arrival.block_tokens)
+            for block in arrival.blocks
+        ]
+        own = rng.integers(ids.low, ids.high, arrival.prompt_tokens)
+        return np.concatenate([*shared, own])[: arrival.prompt_tokens].tolist()
+
+    return tuple(
+        TimedRequest(
+            arrival,
+            generate_body({"input_ids": prompt(arrival)}, arrival.output_tokens, extra or {}),
+        )
+        for arrival in arrivals
     )
+
+
+def generate_body(
+    prompt: Mapping[str, Any],
+    output_tokens: int,
+    extra: Mapping[str, Any],
+    *,
+    ignore_eos: bool = True,
+    stream_interval: int | None = None,
+) -> bytes:
+    """A greedy, streaming request. With `stream_interval` a chunk comes every so many tokens."""
+    sampling: dict[str, Any] = {
+        "max_new_tokens": output_tokens,
+        "temperature": 0.0,
+        "ignore_eos": ignore_eos,
+    }
+    if stream_interval is not None:
+        sampling["stream_interval"] = stream_interval
+    return msgspec.json.encode({**prompt, "sampling_params": sampling, "stream": True, **extra})

@@ -23,8 +23,8 @@ from conserve_sgl.bench.offline import (
     OfflineRecord,
     OfflineSummary,
     rates,
-    spread,
     summarize_offline,
+    token_rates,
 )
 
 if TYPE_CHECKING:
@@ -219,8 +219,9 @@ def _plot_tokens(axis: Axes, phase: Phase) -> None:
     edges = np.linspace(0, phase.window_s, max(2, round(phase.window_s / 2) + 1))
     unix = edges + phase.started_unix_s
     offline = phase.offline or ()
+    online = token_rates(edges, phase.online)
     layers = (
-        _online_rates(edges, phase.online),
+        online.computed + online.output,
         rates(unix, offline, "completion_tokens"),
         rates(unix, offline, "computed_tokens"),
     )
@@ -232,18 +233,3 @@ def _plot_tokens(axis: Axes, phase: Phase) -> None:
         labels=["online", "offline output", "offline input"],
     )
     axis.set_xlim(0, phase.window_s)
-
-
-def _online_rates(edges: np.ndarray, records: Sequence[RequestRecord]) -> np.ndarray:
-    """Input (spread from sending to the first token) and output tokens a second."""
-    started = [record for record in records if record.chunk_times_s]
-    prefill = spread(
-        edges,
-        [record.sent_s for record in started],
-        [record.chunk_times_s[0] for record in started],
-        [record.prompt_tokens - record.cached_tokens for record in started],
-    )
-    times = [time_s for record in started for time_s in record.chunk_times_s]
-    tokens = [count for record in started for count in record.chunk_tokens]
-    decode, _ = np.histogram(times, bins=edges, weights=tokens)
-    return prefill + decode / np.diff(edges)

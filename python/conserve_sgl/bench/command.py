@@ -1,0 +1,131 @@
+"""What `conserve bench` does, once its arguments are read."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+from rich.console import Console
+
+from conserve_sgl.bench.plots import write_plots
+from conserve_sgl.bench.results import Result, SystemResult, by_system, read_folder, write_together
+from conserve_sgl.bench.runner import Runner
+from conserve_sgl.bench.systems import BenchConfig, load_bench
+from conserve_sgl.bench.tables import (
+    Harvest,
+    comparison,
+    results_markdown,
+    summary_line,
+    terminal_table,
+)
+from conserve_sgl.errors import InputError
+
+__all__ = ["compare_folders", "run_bench", "stop_on_signals"]
+
+
+def run_bench(
+    path: Path,
+    *,
+    console: Console,
+    model: str | None = None,
+    trace: Path | None = None,
+    systems: Sequence[str] = (),
+    repeats: int | None = None,
+    duration_s: float | None = None,
+    out: Path | None = None,
+    fresh: bool = False,
+    flags: Sequence[str] = (),
+) -> None:
+    """Measure the systems of the benchmark at `path`, and report on all runs in `out`.
+
+    Runs that `out` holds already are kept, unless `fresh`. `flags` go to every server, after the
+    file's.
+
+    Raises:
+        InputError: bad input; nothing was started.
+        ServerError: a server did not start, died, or served nothing. Finished runs are kept.
+    """
+    config = _overridden(path, load_bench(path, trace=trace), systems, repeats, duration_s)
+    server = msgspec.structs.replace(config.server, flags=(*config.server.flags, *flags))
+    config = msgspec.structs.replace(config, server=server)
+    model = model or config.model
+    if model is None:
+        raise InputError(path, "names no model; give --model", key="model")
+    out = out or Path("out") / "bench" / path.stem
+    # Read now: a fault in it must not come up after the first server has started.
+    next(config.offline.backlog.bodies([config.seed], {}))
+    runner = Runner(config, model, out, console)
+    with stop_on_signals():
+        runner.run_all(fresh=fresh, on_result=lambda result: _report_on(result, out, console))
+    systems_done = _in_order(config, by_system(read_folder(out)))
+    (out / "table.md").write_text(results_markdown(systems_done), "utf-8")
+    files = ["table.md", "runs.jsonl", "requests.jsonl", *write_plots(systems_done, out)]
+    Console().print(terminal_table(systems_done))
+    console.print(f"Written to {out}: {', '.join(files)}", soft_wrap=True)
+
+
+def compare_folders(a: Path, b: Path) -> str:
+    """Markdown that sets two results side by side.
+
+    Raises:
+        InputError: a folder without results.
+    """
+    first, second = by_system(read_folder(a)), by_system(read_folder(b))
+    return f"A: {a}\nB: {b}\n\n{comparison(first, second)}"
+
+
+def _overridden(
+    path: Path,
+    config: BenchConfig,
+    systems: Sequence[str],
+    repeats: int | None,
+    duration_s: float | None,
+) -> BenchConfig:
+    try:
+        config = config.only(systems) if systems else config
+    except ValueError as e:
+        raise InputError(path, str(e), key="systems") from e
+    if repeats is not None:
+        config = msgspec.structs.replace(config, repeats=repeats)
+    if duration_s is not None:
+        online = msgspec.structs.replace(config.online, duration_s=duration_s)
+        config = msgspec.structs.replace(config, online=online)
+    return config
+
+
+def _report_on(result: Result, out: Path, console: Console) -> None:
+    """A line for the run that has just ended; the files are brought up to date, pictures last."""
+    results = read_folder(out)
+    write_together(out, results)
+    line = summary_line(SystemResult([result]), Harvest(by_system(results)))
+    console.print(line, soft_wrap=True, highlight=False)
+
+
+def _in_order(config: BenchConfig, systems: list[SystemResult]) -> list[SystemResult]:
+    """In the order of the configuration; what an earlier run left beside them comes last."""
+    names = [system.name for system in config.systems]
+    return sorted(systems, key=lambda s: names.index(s.name) if s.name in names else len(names))
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Let every ending run the clean-up, in a background shell (which ignores SIGINT) too."""
+
+    def leave(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: leave,
+        signal.SIGHUP: leave,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

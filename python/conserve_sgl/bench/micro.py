@@ -1,0 +1,244 @@
+"""What single operations of conserve cost, without an engine.
+
+    @micro
+    def yield_check() -> Iterator[Row]:
+        for n in SIZES:
+            yield measure("yield check", n, prepare(n))
+
+is all that a further one takes. Each imports what it measures within itself, so that this module
+stays light.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from conserve_sgl.engine.inbox import ArrivalInbox
+    from conserve_sgl.ingress.arrival import ArrivalSender
+    from conserve_sgl.policy import LatencyModel
+
+__all__ = ["MICROS", "SIZES", "Row", "measure", "micro", "micro_table", "run_micros"]
+
+SIZES = (1, 16, 64, 256)
+"""Numbers of requests that an operation is measured at."""
+
+_BUDGET_S, _LEAST, _MOST = 0.3, 200, 20_000
+
+
+class Row(msgspec.Struct, frozen=True):
+    """How long one operation took, over `iterations` calls. `requests` is how many it handled."""
+
+    name: str
+    requests: int
+    median_us: float
+    p99_us: float
+    iterations: int
+
+
+Micro = Callable[[], Iterator[Row]]
+MICROS: list[Micro] = []
+
+
+def micro(function: Micro) -> Micro:
+    """Register a micro benchmark."""
+    MICROS.append(function)
+    return function
+
+
+def measure(
+    name: str,
+    requests: int,
+    operation: Callable[[], object],
+    *,
+    before: Callable[[], object] | None = None,
+) -> Row:
+    """Time `operation`, each call by itself, for about a third of a second.
+
+    `before` runs ahead of every call and is not timed. The garbage collector is off meanwhile.
+    """
+    for _ in range(min(_LEAST, 50)):
+        _once(operation, before)
+    took: list[int] = []
+    end_s = time.perf_counter() + _BUDGET_S
+    gc.disable()
+    try:
+        while len(took) < _LEAST or (len(took) < _MOST and time.perf_counter() < end_s):
+            took.append(_once(operation, before))
+    finally:
+        gc.enable()
+    median, p99 = np.percentile(took, [50, 99]) / 1000
+    return Row(name, requests, float(median), float(p99), len(took))
+
+
+def _once(operation: Callable[[], object], before: Callable[[], object] | None) -> int:
+    if before is not None:
+        before()
+    start_ns = time.perf_counter_ns()
+    operation()
+    return time.perf_counter_ns() - start_ns
+
+
+def run_micros(on_row: Callable[[Row], None] = lambda _: None) -> list[Row]:
+    """Run every registered one."""
+    rows = []
+    for function in MICROS:
+        for row in function():
+            on_row(row)
+            rows.append(row)
+    return rows
+
+
+def micro_table(rows: list[Row]) -> Table:
+    table = Table(title="Microseconds of one operation")
+    for column in ("operation", "requests", "median us", "P99 us", "calls"):
+        table.add_column(column, justify="left" if column == "operation" else "right")
+    for row in rows:
+        times = f"{row.median_us:,.1f}", f"{row.p99_us:,.1f}"
+        table.add_row(row.name, str(row.requests), *times, str(row.iterations))
+    return table
+
+
+# ----------------------------------------------------------------------- operations
+
+
+@micro
+def policy_plan() -> Iterator[Row]:
+    """One plan with so many requests running, an eighth of them online: beside them, and with an
+    online prompt waiting, too.
+    """
+    from conserve_sgl.config import ConserveConfig
+    from conserve_sgl.policy import OnlineReserve, Prompt, Rows, SlackBudget, StepView
+
+    config = ConserveConfig()
+    policy = SlackBudget(
+        _latency_model(),
+        slo=config.slo.objectives(),
+        yield_s=config.slo.yield_ms / 1000,
+        reserve=OnlineReserve(at_most=config.memory.online_reserve),
+        smallest_chunk=16,
+    )
+    for name, prompts in (("plan a step", ()), ("plan an online prefill", (Prompt(500),))):
+        for n in SIZES:
+            online = max(1, n // 8)
+            view = StepView(
+                now_s=1.0,
+                free_at_s=1.0,
+                online_prompts=prompts,
+                online_decoding=Rows(online, 500 * online),
+                online_due_s=1.05,
+                offline_due_s=1.1,
+                offline_waiting=4 * n,
+                offline_decoding=Rows(n - online, 500 * (n - online)),
+                free_rows=64,
+                max_rows=512,
+                free_kv_tokens=100_000,
+                total_kv_tokens=500_000,
+                chunk_tokens=2048,
+                can_mix=True,
+            )
+            yield measure(name, n, lambda view=view: policy.plan(view))
+
+
+@micro
+def latency_model() -> Iterator[Row]:
+    """Telling the latency model of a step; every 32nd time, so in P99, it fits its costs again."""
+    from conserve_sgl.policy import StepWork
+
+    model = _latency_model()
+    for n in SIZES:
+        work = StepWork(decode_rows=n, decode_context=500 * n)
+        seconds = model.predict_s(work)
+        yield measure("observe a step", n, lambda w=work, s=seconds: model.observe(w, s))
+
+
+def _latency_model() -> LatencyModel:
+    """Of an H100 with an 8B model, about."""
+    from conserve_sgl.policy import Coefficients, LatencyModel
+
+    costs = Coefficients(step=0.001, token=30e-6, decode=0.006, row=20e-6, context=1e-8)
+    return LatencyModel.of_coefficients(costs, layers=32)
+
+
+@micro
+def arrival_inbox() -> Iterator[Row]:
+    """The scheduler's look at the arrival channel: nothing there, and so many arrivals there."""
+    from conserve_sgl.engine.inbox import ArrivalInbox
+    from conserve_sgl.ingress.arrival import ArrivalSender
+
+    with tempfile.TemporaryDirectory() as folder:
+        endpoint = f"ipc://{Path(folder) / 'arrivals'}"
+        sender, inbox = ArrivalSender(endpoint), ArrivalInbox(endpoint)
+        try:
+            yield measure("look for arrivals, none", 0, inbox.poll)
+            for n in (1, 16):
+                yield measure(
+                    "look for arrivals",
+                    n,
+                    inbox.poll,
+                    before=functools.partial(_announce, sender, inbox, n),
+                )
+        finally:
+            sender.close()
+            inbox.close()
+
+
+def _announce(sender: ArrivalSender, inbox: ArrivalInbox, n: int) -> None:
+    for i in range(n):
+        inbox.reached(f"request-{i}")  # or those of the call before would pile up
+        sender.send((f"request-{i}",))
+    time.sleep(0.001)  # until the channel's own threads have handed them over
+
+
+@micro
+def service_class() -> Iterator[Row]:
+    """The HTTP layer around a request: told its class by a header, or by its body of 10 kB."""
+    from conserve_sgl.ingress.middleware import ServiceClassMiddleware
+
+    chat = {"messages": [{"role": "user", "content": "word " * 2000}], "service_tier": "flex"}
+    body = msgspec.json.encode(chat)
+    others = [(f"x-header-{i}".encode(), b"value") for i in range(12)]
+    for name, headers in (
+        ("service class, from a header", [*others, (b"x-sgl-conserve-class", b"offline")]),
+        ("service class, from a body", others),
+    ):
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/chat/completions",
+            "headers": headers,
+        }
+        layer = ServiceClassMiddleware(_nothing, max_offline=10, retry_after_s=1)
+        yield measure(
+            name, 1, lambda s=scope, around=layer: _drive(around(s, _receive(body), None))
+        )
+
+
+async def _nothing(*_: object) -> None:
+    pass
+
+
+def _receive(body: bytes) -> Callable[[], Awaitable[dict[str, object]]]:
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": body}
+
+    return receive
+
+
+def _drive(coroutine: Coroutine[object, None, None]) -> None:
+    """Run a coroutine that never really waits, without an event loop around it."""
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        return
+    raise AssertionError("it waited")

@@ -1,0 +1,195 @@
+"""Whole benchmarks against a fake engine."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from conserve_sgl.bench.command import compare_folders, run_bench
+from conserve_sgl.bench.results import by_system, read_folder
+from conserve_sgl.bench.systems import BenchConfig, SystemConfig
+from conserve_sgl.bench.tables import Harvest
+from conserve_sgl.config import CONFIG_ENV
+from conserve_sgl.errors import InputError, ServerError
+
+LENGTHS = {"median_tokens": 5, "max_tokens": 5}
+
+
+class Bench:
+    """A benchmark in a folder of its own, whose servers are fake engines."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.out = folder, folder / "out"
+        self.console = Console(file=io.StringIO())
+        self.content = {
+            "seed": 1,
+            "slo": {"ttft_ms": 60_000, "tpot_ms": 60_000},
+            "model": "some/tiny-model",
+            "online": {
+                "arrivals": {
+                    "kind": "gamma",
+                    "rate_per_s": 20,
+                    "prompt": LENGTHS,
+                    "output": LENGTHS,
+                },
+                "duration_s": 0.5,
+            },
+            "offline": {
+                "in_flight": 2,
+                "lead_s": 0.1,
+                "backlog": {"kind": "random", "prompt": LENGTHS, "output": LENGTHS},
+            },
+            "systems": [
+                {"name": "online-only", "kind": "stock", "load": "online"},
+                {"name": "offline-only", "kind": "stock", "load": "offline"},
+                {"name": "ours", "kind": "conserve", "conserve": {"offline": {}}},
+            ],
+        }
+
+    def run(self, **options: object) -> None:
+        path = self.folder / "bench.yaml"
+        path.write_text(yaml.safe_dump(self.content))
+        run_bench(path, console=self.console, out=self.out, **options)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, fake_engine_path: Path) -> list[str]:
+    """The systems whose servers were started, as fake engines; `broken` ones do not come up."""
+    names: list[str] = []
+
+    def argv(_: BenchConfig, system: SystemConfig, _model: str, port: int) -> list[str]:
+        names.append(system.name)
+        port_text = "no-port" if system.name == "broken" else str(port)
+        return [sys.executable, str(fake_engine_path), port_text]
+
+    monkeypatch.setattr(BenchConfig, "server_argv", argv)
+    return names
+
+
+@pytest.fixture
+def bench(tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A benchmark whose pictures, which take a second or two, are not drawn."""
+    del started  # only there to be in place
+    monkeypatch.setattr("conserve_sgl.bench.command.write_plots", lambda *_: ["a.png"])
+    return Bench(tmp_path)
+
+
+def test_every_system_is_measured_under_its_load(bench: Bench, started: list[str]) -> None:
+    bench.run()
+
+    assert started == ["online-only", "offline-only", "ours"]
+    systems = {system.name: system for system in by_system(read_folder(bench.out))}
+    assert systems["online-only"].offline is None
+    assert systems["offline-only"].online is None
+    assert systems["offline-only"].offline.output_tokens > 0
+    ours, base = systems["ours"], systems["online-only"]
+    due = [[r.due_s for r in s.results[0].online] for s in (ours, base)]
+    assert due[0] == due[1] != []
+    assert ours.online.slo_attainment == 1.0
+    assert ours.offline.input_tokens > 0
+    assert base.idle_share == pytest.approx(0.5, abs=0.25)
+    assert Harvest(list(systems.values())).efficiency(ours) > 0
+    assert ours.counters["offline_preempted"] > 0
+
+
+def test_everything_is_written(bench: Bench) -> None:
+    bench.run(systems=["ours"])
+
+    folder = bench.out / "runs" / "ours.1"
+    assert yaml.safe_load((folder / "conserve.yaml").read_text()) == {"offline": {}}
+    assert {path.name for path in folder.iterdir()} == {
+        "conserve.yaml",
+        "requests.jsonl",
+        "run.json",
+        "server.log",
+    }
+    written = {path.name for path in bench.out.iterdir()}
+    assert written == {"requests.jsonl", "runs", "runs.jsonl", "table.md"}
+    assert "tiny-model" in (bench.out / "table.md").read_text()
+    assert "table.md, runs.jsonl, requests.jsonl, a.png" in bench.console.file.getvalue()
+
+
+def test_only_conserve_gets_a_configuration(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CONFIG_ENV, "/of/the/shell")
+    bench.run(systems=["online-only", "ours"])
+
+    env = {r.run.system.name: r.run.server_env[CONFIG_ENV] for r in read_folder(bench.out)}
+
+    assert env["online-only"] == ""
+    assert env["ours"] == str((bench.out / "runs" / "ours.1" / "conserve.yaml").resolve())
+
+
+def test_finished_runs_are_kept_and_the_others_made_up_for(
+    bench: Bench, started: list[str]
+) -> None:
+    bench.content["systems"].pop(1)
+    bench.run(systems=["ours"])
+    bench.run(repeats=2)
+
+    assert started == ["ours", "online-only", "online-only", "ours"]
+    assert [r.run.repeat for r in read_folder(bench.out)] == [1, 1, 2, 2]
+
+
+def test_runs_of_another_configuration_are_not_mixed_with_these(
+    bench: Bench, started: list[str]
+) -> None:
+    bench.run(systems=["ours"])
+    bench.content["seed"] = 2
+
+    with pytest.raises(InputError, match="measured under another configuration"):
+        bench.run()
+
+    assert started == ["ours"]
+    bench.run(systems=["ours"], fresh=True)
+    assert [r.run.seed for r in read_folder(bench.out)] == [2]
+
+
+def test_a_server_that_does_not_start_leaves_what_was_measured(bench: Bench) -> None:
+    bench.content["systems"].append({"name": "broken", "kind": "stock"})
+
+    with pytest.raises(ServerError, match="no-port"):
+        bench.run(systems=["online-only", "broken"])
+
+    assert [r.run.system.name for r in read_folder(bench.out)] == ["online-only"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda c: c.pop("model"), "names no model"),
+        (lambda c: c["offline"].update(backlog=JSONL), "cannot be read"),
+        (lambda c: c["systems"][2].update(conserve={"x": 1}), r"systems\[2\]\.conserve\.x"),
+    ],
+)
+def test_bad_input_is_refused_before_a_server_starts(
+    bench: Bench, started: list[str], change: Callable[[dict], object], reason: str
+) -> None:
+    change(bench.content)
+
+    with pytest.raises(InputError, match=reason):
+        bench.run()
+
+    assert started == []
+    assert not bench.out.exists()
+
+
+JSONL = {"kind": "jsonl", "path": "none.jsonl", "field": "q", "max_tokens": 3}
+
+
+def test_a_duration_and_flags_may_be_given(bench: Bench) -> None:
+    bench.run(systems=["online-only"], duration_s=0.3, flags=["--dtype=float32"])
+
+    (result,) = read_folder(bench.out)
+    assert result.run.window_s == 0.3
+
+
+def test_two_folders_are_compared(bench: Bench) -> None:
+    bench.run(systems=["ours"])
+
+    assert "| ours | SLO met | 100 % | 100 % | 1.00x |" in compare_folders(bench.out, bench.out)
