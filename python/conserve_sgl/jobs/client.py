@@ -30,7 +30,7 @@ import aiohttp
 import msgspec
 
 from conserve_sgl.errors import JobError
-from conserve_sgl.jobs.schema import Retry
+from conserve_sgl.jobs.schema import Job, Retry
 
 __all__ = ["Attempts", "BadReply", "Client", "Clock", "Endpoint", "LineFailed", "Stopped", "Target"]
 
