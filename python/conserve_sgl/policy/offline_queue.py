@@ -24,7 +24,7 @@ from array import array
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice, takewhile
+from itertools import chain, islice
 from math import ceil, floor, frexp, inf, ldexp
 from typing import Generic, TypeVar
 from zlib import crc32
@@ -369,9 +369,12 @@ class OfflineQueue(Generic[T]):
 
     def remove_rid(self, prefix: str) -> list[T]:
         """The same for ids that start with `prefix`, without looking at every request."""
-        start = bisect_left(self._rids, (prefix,))
-        named = takewhile(lambda one: one[0].startswith(prefix), islice(self._rids, start, None))
-        return self._remove([entry for *_, entry in named if id(entry.of) not in self._taken])
+        at = bisect_left(self._rids, (prefix,))
+        named = []
+        while at < len(self._rids) and self._rids[at][0].startswith(prefix):
+            named.append(self._rids[at][2])
+            at += 1
+        return self._remove([entry for entry in named if id(entry.of) not in self._taken])
 
     def _remove(self, entries: list[_Entry[T]]) -> list[T]:
         for entry in entries:
