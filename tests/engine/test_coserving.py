@@ -109,7 +109,7 @@ def test_one_offline_request_too_many_is_told_to_come_back(server):
     assert statuses.count(200) >= 24
     assert statuses.count(429) == 40 - statuses.count(200) > 0
     refused = [answer for answer in answers if answer.status_code == 429]
-    assert {answer.headers["retry-after"] for answer in refused} == {"3"}
+    assert all(3 <= int(answer.headers["retry-after"]) <= 60 for answer in refused)
     server.assert_idle_and_balanced()
 
 
@@ -117,7 +117,7 @@ def test_more_prompts_in_one_request_than_the_queue_holds(server):
     body = {"text": [f"p{i}" for i in range(60)], "sampling_params": {"max_new_tokens": 4}}
     answer = server.http.post("/generate", headers=OFFLINE, json=body)
     assert answer.status_code == 429
-    assert answer.headers["retry-after"] == "3"
+    assert 3 <= int(answer.headers["retry-after"]) <= 60
     server.assert_idle_and_balanced()
 
 

@@ -8,7 +8,8 @@ from math import ceil
 __all__ = ["Drain"]
 
 _WINDOW_S = 60.0
-_LONGEST_S = 300
+# OpenAI's client takes a longer one for a mistake, and comes back at once.
+_LONGEST_S = 60
 
 
 class Drain:
@@ -19,7 +20,7 @@ class Drain:
 
     Args:
         shortest_s: the shortest wait, and the wait while nobody knows how fast places become
-            free. The longest one is five minutes, or this if it is longer.
+            free. The longest one is a minute, or this if it is longer.
     """
 
     def __init__(self, shortest_s: int) -> None:
