@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -111,3 +112,12 @@ def test_the_page_lists_every_metric_with_its_type_and_key(checkout):
     assert sorted(rows) == sorted(expected)
     named = set(re.findall(r"conserve:\w+", page))
     assert named == {name for name, *_ in expected}
+
+
+def test_the_dashboard_asks_only_for_metrics_that_there_are(checkout):
+    dashboard = json.loads((checkout / "docs" / "grafana.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    there = {m.name for m in METRICS} | {f"{ARRIVAL_LATENCY.name}_bucket", OF_HTTP}
+    named = {name for expr in asked for name in re.findall(r"conserve:\w+", expr)}
+    assert named <= there
+    assert len(named) > 10
