@@ -90,7 +90,7 @@ async def test_the_asynchronous_client(server):
 
 
 def test_a_large_file_is_the_same_when_it_comes_back(client):
-    content = bytes(range(256)) * 20_000  # with every boundary-like byte
+    content = bytes(range(256)) * 80_000  # with every boundary-like byte
     file = upload(client, content)
     assert client.files.content(file.id).read() == content
 

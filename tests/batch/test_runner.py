@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import pytest
 
 from batch.lines import CHAT, jsonl, request, requests
+from conserve_sgl.batch.results import Results
+from conserve_sgl.batch.store import Store
+from conserve_sgl.errors import JobError, StorageError
 
 
 def create(client, content: bytes, endpoint: str = CHAT, window: str = "24h", **options):
@@ -279,6 +283,57 @@ def test_counts_are_live(server, client):
     now = server.wait_until(four_are_done)
     assert (now.status, now.request_counts.total, now.usage.total_tokens) == ("in_progress", 5, 12)
     assert client.batches.list().data[0].request_counts.completed == 4
+
+
+def test_results_wait_for_a_full_disk(server, client, monkeypatch):
+    full = threading.Event()
+    full.set()
+    add = Results.add
+
+    def add_if_there_is_room(self, line) -> None:
+        if full.is_set():
+            raise JobError("no space left")
+        add(self, line)
+
+    monkeypatch.setattr(Results, "add", add_if_there_is_room)
+    batch = create(client, requests(5))
+    server.wait_until(lambda: len(server.engine.answered) == 5)
+    server.clock.now_s += 60
+    assert client.batches.retrieve(batch.id).request_counts.completed == 0
+    full.clear()
+    batch = ended(server, client, batch, "completed")
+    assert batch.request_counts.completed == 5
+    assert set(server.engine.answered.values()) == {1}
+
+
+def test_states_wait_for_a_full_disk(server, client, monkeypatch):
+    file = client.files.create(file=("in.jsonl", requests(3)), purpose="batch")
+    faults = [StorageError("database or disk is full")] * 3
+    update = Store.update_batch
+
+    async def update_if_there_is_room(self, record) -> None:
+        if faults:
+            raise faults.pop()
+        await update(self, record)
+
+    monkeypatch.setattr(Store, "update_batch", update_if_there_is_room)
+    batch = client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+    assert ended(server, client, batch, "completed").request_counts.completed == 3
+    assert faults == []
+
+
+def test_a_fault_of_ours_fails_the_batch_and_keeps_what_was_done(server, client, monkeypatch):
+    batch_of = Results.add
+
+    def add(self, line) -> None:
+        if line.custom_id == "r2":
+            raise ZeroDivisionError
+        batch_of(self, line)
+
+    monkeypatch.setattr(Results, "add", add)
+    batch = ended(server, client, create(client, requests(4)), "failed")
+    assert batch.errors.data[0].code == "internal_error"
+    assert len(lines(client, batch.output_file_id)) == batch.request_counts.completed > 0
 
 
 # ------------------------------------------------------------------ restarts

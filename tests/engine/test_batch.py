@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -155,6 +157,18 @@ def test_the_servers_key_is_asked_for(running):
     for path in ("/v1/files", "/v1/batches", "/offline/v1/files"):
         answer = running.server.http.get(path, headers={"Authorization": ""})
         assert answer.status_code == 401
+
+
+def test_run_batch(running, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(jsonl(CHAT, [chat_body(f"say {i}") for i in range(10)]))
+    accepted = running.server.offline_accepted()
+    command = [sys.executable, "-m", "conserve_sgl.cli", "run-batch", "-i", "in.jsonl"]
+    command += ["-o", "out.jsonl", "--endpoint", running.server.base_url]
+    environment = os.environ | {"CONSERVE_API_KEY": KEY}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 10
+    assert running.server.offline_accepted() == accepted + 10
 
 
 def test_a_killed_server_goes_on_where_it_stopped(running):

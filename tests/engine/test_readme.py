@@ -42,7 +42,7 @@ def test_scripts_and_files_that_are_named_are_there(checkout, readme, commands):
 
 def test_commands_of_ours_exist(commands):
     ours = [command for command in commands if command[0] == "conserve"]
-    assert {command[1] for command in ours} == {"serve", "eval", "doctor"}
+    assert {command[1] for command in ours} == {"serve", "eval", "run-batch", "doctor"}
     for _, name, *_ in ours:
         help_text = subprocess.run(
             [sys.executable, "-m", "conserve_sgl.cli", name, "--help"], capture_output=True
@@ -55,7 +55,7 @@ def test_the_configuration_shown_is_the_default(readme, tmp_path):
     path = tmp_path / "shown.yaml"
     path.write_text(shown)
     assert ConserveConfig.load(path) == ConserveConfig()
-    assert set(yaml.safe_load(shown)) == {"slo", "offline", "memory"}
+    assert set(yaml.safe_load(shown)) == {"slo", "offline", "memory", "batch"}
 
 
 @pytest.mark.engine

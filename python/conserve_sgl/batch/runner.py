@@ -260,6 +260,8 @@ class Runner:
             finally:
                 await self._close_run(job, run)
         if run.ending is Ending.BROKEN:
+            if not isinstance(run.fault, OSError):
+                raise run.fault
             await self._end(job, "failed", [_unreadable(run.fault)])
         elif run.ending in (Ending.COMPLETED, Ending.EXPIRED):
             ending = run.ending.value
@@ -387,7 +389,10 @@ class Runner:
             job.record = job.counted()
             job.run = None
             os.close(run.source)
-            await self._in_thread(run.results.close)
+            try:
+                await self._in_thread(run.results.close)
+            except OSError as e:  # what is missing is seen when they are opened again
+                logger.error("%s: %s", job.id, e)
 
     def _open_results(self, job: _Job) -> Results:
         output, errors = (
