@@ -39,6 +39,7 @@ __all__ = ["Runner"]
 
 _WARMUP, _ONLINE, _OFFLINE = range(3)  # each draws other prompts from the seed
 _QUIET_LEAD_S = 0.5
+_DYING_S = 5.0
 
 OnStep = Callable[[str], None]
 Measured = tuple[LoadResult, tuple[RequestRecord, ...], Reading, Reading]
@@ -186,6 +187,8 @@ class Runner:
             first = others.exceptions[0]
             if not isinstance(first, aiohttp.ClientError | OSError):
                 raise
+            server.wait(_DYING_S)  # its end says more than a connection that failed
+            server.check()
             reason = f"the server of {system.name} stopped answering: {first!r}"
             raise ServerError(reason) from first
 
