@@ -1,12 +1,14 @@
 """Speaks as much of SGLang's HTTP as the benchmark needs, with no engine behind it.
 
-In a test's own process: `FakeEngine().app()`. As a server: `python fake_engine.py PORT`.
+In a test's own process: `FakeEngine().app()`. As a server: `python fake_engine.py PORT`, with a
+number behind it one that dies at that request.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 
@@ -108,8 +110,23 @@ class FakeEngine:
         await response.write(b"data: " + json.dumps(data).encode() + b"\n\n")
 
 
+class Mortal(FakeEngine):
+    """Dies at its `last` request."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self.last = last
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        if len(self.bodies) >= self.last:
+            print("out of memory", flush=True)
+            os._exit(3)
+        return await super().answer(request)
+
+
 async def app() -> web.Application:
-    return FakeEngine().app()
+    mortal = [int(word) for word in sys.argv[2:3] if word.isdigit()]
+    return (Mortal(*mortal) if mortal else FakeEngine()).app()
 
 
 if __name__ == "__main__":

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -52,21 +56,27 @@ class Bench:
             ],
         }
 
-    def run(self, **options: object) -> None:
+    def write(self) -> Path:
         path = self.folder / "bench.yaml"
         path.write_text(yaml.safe_dump(self.content))
-        run_bench(path, console=self.console, out=self.out, **options)
+        return path
+
+    def run(self, **options: object) -> None:
+        run_bench(self.write(), console=self.console, out=self.out, **options)
 
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, fake_engine_path: Path) -> list[str]:
-    """The systems whose servers were started, as fake engines; `broken` ones do not come up."""
+    """The systems whose servers were started, as fake engines; `broken` ones do not come up, and
+    `mortal` ones die within the window.
+    """
     names: list[str] = []
 
     def argv(_: BenchConfig, system: SystemConfig, _model: str, port: int) -> list[str]:
         names.append(system.name)
         port_text = "no-port" if system.name == "broken" else str(port)
-        return [sys.executable, str(fake_engine_path), port_text]
+        dies = ["12"] if system.name == "mortal" else []
+        return [sys.executable, str(fake_engine_path), port_text, *dies]
 
     monkeypatch.setattr(BenchConfig, "server_argv", argv)
     return names
@@ -157,6 +167,57 @@ def test_a_server_that_does_not_start_leaves_what_was_measured(bench: Bench) -> 
         bench.run(systems=["online-only", "broken"])
 
     assert [r.run.system.name for r in read_folder(bench.out)] == ["online-only"]
+
+
+def test_a_server_that_dies_under_load_ends_the_benchmark_at_once(bench: Bench) -> None:
+    bench.content["systems"] = [{"name": "mortal", "kind": "stock"}]
+    bench.content["online"]["duration_s"] = 600.0  # the test's own time limit is shorter
+
+    with pytest.raises(ServerError, match=r"(?s)ended with status 3.*out of memory"):
+        bench.run()
+
+    with pytest.raises(InputError, match="no finished run"):
+        read_folder(bench.out)
+
+
+BENCH_IN_A_PROCESS = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from conserve_sgl.bench.command import run_bench
+from conserve_sgl.bench.systems import BenchConfig
+folder, engine = map(Path, sys.argv[1:])
+BenchConfig.server_argv = lambda _, system, model, port: [
+    sys.executable, str(engine), str(port), "1000000", str(folder)]
+run_bench(folder / "bench.yaml", console=Console(), out=folder / "out")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_nothing_running(
+    bench: Bench, fake_engine_path: Path, number: signal.Signals
+) -> None:
+    bench.content["online"]["duration_s"] = 600.0
+    bench.write()
+    argv = [sys.executable, "-c", BENCH_IN_A_PROCESS, str(bench.folder), str(fake_engine_path)]
+    log = bench.out / "runs" / "online-only.1" / "server.log"
+
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        while not (log.exists() and "Running on" in log.read_text()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        process.communicate(timeout=120)
+
+    assert process.returncode != 0
+    assert not any(str(bench.folder) in command for command in running_commands())
+    assert not (log.parent / "run.json").exists()
+
+
+def running_commands() -> Iterator[str]:
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            yield entry.read_text(errors="replace")
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,17 @@ def test_the_terminal_shows_every_system(systems: list[SystemResult]) -> None:
     assert "80 %" in capture.get()
 
 
+def test_requests_that_failed_are_told_with_the_first_reason(
+    result: Make, record: Callable[..., RequestRecord]
+) -> None:
+    refused = record(0.0, (), error="HTTP 429: the queue is full")
+    cut_off = record(0.0, (), error="did not finish in time")
+
+    text = results_markdown(by_system([result((record(), cut_off, refused, refused))]))
+
+    assert "- ours: 2 of 4 online requests failed; first: HTTP 429: the queue is full" in text
+
+
 def test_two_results_side_by_side(
     systems: list[SystemResult], result: Make, record: Callable[..., RequestRecord]
 ) -> None:

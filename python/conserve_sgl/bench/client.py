@@ -22,7 +22,10 @@ import msgspec
 
 from conserve_sgl.bench.prompts import TimedRequest
 
-__all__ = ["LoadResult", "RequestRecord", "keep_in_flight", "replay"]
+__all__ = ["UNFINISHED", "LoadResult", "RequestRecord", "keep_in_flight", "replay"]
+
+UNFINISHED = "did not finish in time"
+"""The error of a request that was dropped at the end of a run: no fault of the server's."""
 
 _PAUSE_AFTER_FAULT_S = 0.2
 
@@ -200,7 +203,7 @@ class _Call:
         self.chunk_times_s: list[float] = []
         self.chunk_tokens: list[int] = []
         self.tokens = 0
-        self.error: str | None = "did not finish in time"
+        self.error: str | None = UNFINISHED
 
     async def run(self) -> None:
         """Send the request and read its stream to the end; a fault becomes `error`."""

@@ -16,6 +16,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,6 +152,38 @@ def policy_plan() -> Iterator[Row]:
 
 
 @micro
+def yield_check() -> Iterator[Row]:
+    """What happens between two layer slices: a look at the arrivals, and how far to go on."""
+    from conserve_sgl.config import ConserveConfig
+    from conserve_sgl.policy.slicing import SliceView, Slicing, YieldMode
+
+    config = ConserveConfig()
+    slo, yield_s = config.slo.objectives(), config.slo.yield_ms / 1000
+    with _arrival_channel() as (_, inbox):
+        for mode in YieldMode:
+            slicing = Slicing(yield_s=yield_s, mode=mode, slo=slo)
+
+            def check(slicing: Slicing = slicing) -> int:
+                inbox.poll()
+                now_s = time.monotonic()
+                arrived_s = inbox.oldest_sent_s()
+                view = SliceView(now_s=now_s, layers_left=16, layer_s=0.001, arrival_s=arrived_s)
+                return slicing.next_layers(view)
+
+            yield measure(f"yield check, {mode.value}", 1, check)
+
+
+@micro
+def victims() -> Iterator[Row]:
+    """Choosing who gives way among so many offline requests."""
+    from conserve_sgl.policy.victims import Candidate, choose_victims
+
+    for n in SIZES:
+        held = [Candidate(index=i, total_tokens=500 + i, checkpointed_tokens=400) for i in range(n)]
+        yield measure("choose victims", n, lambda held=held: choose_victims(held, 2000))
+
+
+@micro
 def latency_model() -> Iterator[Row]:
     """Telling the latency model of a step; every 32nd time, so in P99, it fits its costs again."""
     from conserve_sgl.policy import StepWork
@@ -173,6 +206,15 @@ def _latency_model() -> LatencyModel:
 @micro
 def arrival_inbox() -> Iterator[Row]:
     """The scheduler's look at the arrival channel: nothing there, and so many arrivals there."""
+    with _arrival_channel() as (sender, inbox):
+        yield measure("look for arrivals, none", 0, inbox.poll)
+        for n in (1, 16):
+            announce = functools.partial(_announce, sender, inbox, n)
+            yield measure("look for arrivals", n, inbox.poll, before=announce)
+
+
+@contextmanager
+def _arrival_channel() -> Iterator[tuple[ArrivalSender, ArrivalInbox]]:
     from conserve_sgl.engine.inbox import ArrivalInbox
     from conserve_sgl.ingress.arrival import ArrivalSender
 
@@ -180,14 +222,7 @@ def arrival_inbox() -> Iterator[Row]:
         endpoint = f"ipc://{Path(folder) / 'arrivals'}"
         sender, inbox = ArrivalSender(endpoint), ArrivalInbox(endpoint)
         try:
-            yield measure("look for arrivals, none", 0, inbox.poll)
-            for n in (1, 16):
-                yield measure(
-                    "look for arrivals",
-                    n,
-                    inbox.poll,
-                    before=functools.partial(_announce, sender, inbox, n),
-                )
+            yield sender, inbox
         finally:
             sender.close()
             inbox.close()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import msgspec
 import yaml
 from rich.console import Console
@@ -38,8 +39,11 @@ __all__ = ["Runner"]
 
 _WARMUP, _ONLINE, _OFFLINE = range(3)  # each draws other prompts from the seed
 _QUIET_LEAD_S = 0.5
+_DYING_S = 5.0
 
 OnStep = Callable[[str], None]
+Measured = tuple[LoadResult, tuple[RequestRecord, ...], Reading, Reading]
+"""The online stream, the offline requests, and the server before and after the window."""
 
 
 class Runner:
@@ -133,7 +137,7 @@ class Runner:
                 self.config.server.ready_timeout_s, lambda _: step("starting the server")
             )
             step("warming up")
-            load, offline, before, after = asyncio.run(self._measure(system, server.base_url, step))
+            load, offline, before, after = self._measured(system, server, step)
             server.check()
         step("stopping the server")
         records = (*load.records, *offline)
@@ -172,16 +176,31 @@ class Runner:
 
     # ---------------------------------------------------------------- one system
 
-    async def _measure(
-        self, system: SystemConfig, url: str, step: OnStep
-    ) -> tuple[LoadResult, tuple[RequestRecord, ...], Reading, Reading]:
+    def _measured(self, system: SystemConfig, server: ServerProcess, step: OnStep) -> Measured:
+        try:
+            return asyncio.run(self._measure(system, server, step))
+        except ExceptionGroup as faults:  # of the tasks that stop each other when one fails
+            ours, others = faults.split(ServerError)
+            if ours is not None:
+                raise ours.exceptions[0] from None
+            assert others is not None  # what is not in one half is in the other
+            first = others.exceptions[0]
+            if not isinstance(first, aiohttp.ClientError | OSError):
+                raise
+            server.wait(_DYING_S)  # its end says more than a connection that failed
+            server.check()
+            reason = f"the server of {system.name} stopped answering: {first!r}"
+            raise ServerError(reason) from first
+
+    async def _measure(self, system: SystemConfig, server: ServerProcess, step: OnStep) -> Measured:
+        url = server.base_url
         await self._warm_up(system, url)
         requests = self._online(system, self.arrivals, _ONLINE) if system.load != "offline" else ()
         lead_s = self.config.offline.lead_s if system.load != "online" else _QUIET_LEAD_S
         start_s = time.perf_counter() + lead_s
         stop = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
-            ticking = tasks.create_task(self._tick(step, start_s))
+            ticking = tasks.create_task(self._watch(server, step, start_s))
             window = tasks.create_task(self._read_around_window(url, start_s))
             offline = tasks.create_task(self._offline(system, url, start_s, stop))
             drain_s = self.config.online.drain_s
@@ -223,8 +242,10 @@ class Runner:
             url, bodies, load.in_flight, stop, start_s=start_s, headers=system.offline_headers
         )
 
-    async def _tick(self, step: OnStep, start_s: float) -> None:
+    async def _watch(self, server: ServerProcess, step: OnStep, start_s: float) -> None:
+        """Show what the run is at; raises ServerError as soon as the server has ended."""
         while True:
+            server.check()
             since_s = time.perf_counter() - start_s
             window_s = self.config.online.duration_s
             step(

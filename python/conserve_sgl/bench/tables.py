@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
 
+from conserve_sgl.bench.client import UNFINISHED
 from conserve_sgl.bench.results import Interval, SystemResult
 
 __all__ = ["Harvest", "comparison", "results_markdown", "summary_line", "terminal_table"]
@@ -70,6 +71,7 @@ def results_markdown(systems: Sequence[SystemResult]) -> str:
         _conditions(systems),
         _intervals(systems),
         _counters(systems),
+        _faults(systems),
         _sender(systems),
     ]
     return "\n".join(part for part in parts if part)
@@ -168,6 +170,19 @@ def _counters(systems: Sequence[SystemResult]) -> str:
     if not rows:
         return ""
     return f"What the servers counted within the window, mean of repeats:\n\n{_markdown(rows)}"
+
+
+def _faults(systems: Sequence[SystemResult]) -> str:
+    """Requests that failed, apart from those that were cut off at the end of a run."""
+    lines = []
+    for system in systems:
+        for class_ in ("online", "offline"):
+            records = [r for result in system.results for r in getattr(result, class_)]
+            errors = [r.error for r in records if r.error not in (None, UNFINISHED)]
+            if errors:
+                share = f"{len(errors)} of {len(records)} {class_} requests failed"
+                lines.append(f"- {system.name}: {share}; first: {errors[0]}\n")
+    return "".join(lines)
 
 
 def _sender(systems: Sequence[SystemResult]) -> str:
