@@ -199,6 +199,9 @@ class _Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LatencyModel:
     """Predicts step times; `observe` is the only thing that changes it.
 
+    `coefficients` are the costs of now, and `bias` the median relative error of the last observed
+    steps (above 0, they were slower than said); both are of the last fit.
+
     Args:
         samples: the profile, steps measured on this engine.
         layers: decoder layers of the model.
@@ -338,6 +341,7 @@ class LatencyModel:
         self.coefficients = Coefficients(*costs.tolist())
         quantiles = {kind: ErrorQuantiles.of(self._errors[kind]) for kind in StepKind}
         self._upper = tuple(1 + max(quantiles[kind].upper, 0.0) for kind in StepKind)
+        self.bias = _quantile(sorted(self._signed), 0.5) if self._signed else 0.0
 
     # ---------------------------------------------------------------- reporting
 
@@ -345,11 +349,6 @@ class LatencyModel:
         """Of the recent steps of one kind, or of all; before any were observed, the profile's."""
         kinds = StepKind if kind is None else (kind,)
         return ErrorQuantiles.of(e for k in kinds for e in self._errors[k])
-
-    @property
-    def bias(self) -> float:
-        """Median relative error of the last observed steps; above 0, they were slower than said."""
-        return _quantile(sorted(self._signed), 0.5) if self._signed else 0.0
 
     @property
     def is_biased(self) -> bool:
