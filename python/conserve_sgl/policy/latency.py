@@ -339,9 +339,9 @@ class LatencyModel:
     def _use(self, costs: np.ndarray) -> None:
         self._costs = costs
         self.coefficients = Coefficients(*costs.tolist())
-        quantiles = {kind: ErrorQuantiles.of(self._errors[kind]) for kind in StepKind}
-        self._upper = tuple(1 + max(quantiles[kind].upper, 0.0) for kind in StepKind)
-        self.bias = _quantile(sorted(self._signed), 0.5) if self._signed else 0.0
+        above = (_quantile(sorted(self._errors[kind]), _UPPER) for kind in StepKind)
+        self._upper = tuple(1 + max(share, 0.0) for share in above)
+        self.bias = _quantile(sorted(self._signed), 0.5)
 
     # ---------------------------------------------------------------- reporting
 
@@ -484,8 +484,8 @@ def _grid() -> list[StepWork]:
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:
-    """The smallest of `ordered` that at least `share` of them do not exceed."""
-    return ordered[max(math.ceil(share * len(ordered)) - 1, 0)]
+    """The smallest of `ordered` that at least `share` of them do not exceed; 0 of none."""
+    return ordered[max(math.ceil(share * len(ordered)) - 1, 0)] if ordered else 0.0
 
 
 def _positive_root(a: float, b: float, c: float) -> float:
