@@ -139,6 +139,7 @@ class Coefficients(msgspec.Struct, frozen=True):
         early_token: of each of the first PREFILL_KNEE_TOKENS prompt tokens, on top.
         attention: of each query-key pair of a prompt.
         decode: of a step with decode rows in it.
+        batch: of a step with two decode rows or more, on top: one row multiplies vectors.
         row: of each decode row.
         early_row: of each of the first DECODE_KNEE_ROWS decode rows, on top.
         context: of each token of KV that a decode row reads.
@@ -152,6 +153,7 @@ class Coefficients(msgspec.Struct, frozen=True):
     early_token: float = 0.0
     attention: float = 0.0
     decode: float = 0.0
+    batch: float = 0.0
     row: float = 0.0
     early_row: float = 0.0
     context: float = 0.0
@@ -251,6 +253,8 @@ class LatencyModel:
             early = rows if rows < DECODE_KNEE_ROWS else DECODE_KNEE_ROWS
             seconds += k.decode + k.row * rows + k.early_row * early
             seconds += k.context * work.decode_context
+            if rows > 1:
+                seconds += k.batch
         return seconds
 
     def upper_s(self, work: StepWork) -> float:
@@ -387,6 +391,7 @@ def _features(work: StepWork) -> list[float]:
         float(min(tokens, PREFILL_KNEE_TOKENS)),
         float(work.prefill_attention),
         float(rows > 0),
+        float(rows > 1),
         float(rows),
         float(min(rows, DECODE_KNEE_ROWS)),
         float(work.decode_context),
