@@ -3,8 +3,8 @@
 The step time is a sum of a few named costs (`Coefficients`), linear in the work but for two knees
 where a step turns from memory bound to compute bound; ConServe (arXiv 2410.01228v2) and Sarathi
 fit the same form without the knees. Costs are found by non-negative least squares, which drops
-those that do not help, with every residual divided by the time measured: a decode step of 5 ms
-counts as much as a prefill of 500 ms.
+those that do not help, with every residual divided by the time measured (or predicted, whichever
+is longer): a decode step of 5 ms counts as much as a prefill of 500 ms.
 
 What is fitted is a profile (steps measured once, kept) together with the steps observed since,
 which fade. Prefill, decode and mixed steps fade apart, so an hour of decoding does not forget what
@@ -222,7 +222,8 @@ class LatencyModel:
         for kind, error in _cross_validated(self.samples):
             self._errors[kind].append(error)
         self._recent = {kind: _Moments() for kind in StepKind}
-        self._profile = {kind: _Moments.of_profile(self.samples, kind) for kind in StepKind}
+        first = _fit(self.samples)
+        self._profile = {k: _Moments.of_profile(self.samples, k, first) for k in StepKind}
         self._profile_costs = _solve(self._profile.values())
         self._speed = dict.fromkeys(StepKind, 1.0)
         self._signed = deque[float](maxlen=_BIAS_STEPS)
@@ -335,10 +336,11 @@ class LatencyModel:
             keep = (1 - 1 / _BIAS_STEPS) ** len(steps)
             speed = float(np.median(seconds / by_profile))
             self._speed[kind] = keep * self._speed[kind] + (1 - keep) * speed
-        error = np.abs(seconds / np.maximum(rows @ self._costs, 1e-9) - 1)
+        predicted = rows @ self._costs
+        error = np.abs(seconds / np.maximum(predicted, 1e-9) - 1)
         trust = np.minimum(1.0, _OUTLIER / np.maximum(error, _OUTLIER))
         self._recent[kind].fade(len(steps))
-        self._recent[kind].add(rows, seconds, trust)
+        self._recent[kind].add(rows, seconds, np.maximum(seconds, predicted), trust)
 
     def _use(self, costs: np.ndarray) -> None:
         self._costs = costs
@@ -416,20 +418,28 @@ class _Moments:
         self.steps = 0.0
 
     @classmethod
-    def of_profile(cls, samples: Sequence[StepSample], kind: StepKind) -> _Moments:
-        """Of the profile's steps of one kind, which together count as `_PROFILE_WEIGHT`."""
+    def of_profile(
+        cls, samples: Sequence[StepSample], kind: StepKind, costs: np.ndarray | None = None
+    ) -> _Moments:
+        """Of the profile's steps of one kind, which together count as `_PROFILE_WEIGHT`.
+
+        `costs` [k] of an earlier fit, if there is one, say what the steps should have taken.
+        """
         moments = cls()
         if steps := [s for s in samples if s.work.kind is kind]:
             rows, seconds = _matrix(steps)
-            moments.add(rows, seconds, np.full(len(steps), _PROFILE_WEIGHT / len(steps)))
+            scale_s = seconds if costs is None else np.maximum(seconds, rows @ costs)
+            moments.add(rows, seconds, scale_s, np.full(len(steps), _PROFILE_WEIGHT / len(steps)))
         return moments
 
-    def add(self, rows: np.ndarray, seconds: np.ndarray, weights: np.ndarray) -> None:
-        """Add steps: features [n, k], times [n], weights [n]."""
-        relative = rows / seconds[:, None]
+    def add(
+        self, rows: np.ndarray, seconds: np.ndarray, scale_s: np.ndarray, weights: np.ndarray
+    ) -> None:
+        """Add steps: features [n, k], times [n], what errors are divided by [n], weights [n]."""
+        relative = rows / scale_s[:, None]
         weighted = relative * weights[:, None]
         self.gram += weighted.T @ relative
-        self.target += weighted.sum(axis=0)
+        self.target += weighted.T @ (seconds / scale_s)
         self.steps += float(weights.sum())
 
     def fade(self, steps: int) -> None:
@@ -465,12 +475,17 @@ def _solve(parts: Iterable[_Moments]) -> np.ndarray:
     return np.where(np.diag(gram) > 0, costs / scale, 0.0)
 
 
+def _fit(samples: Sequence[StepSample], costs: np.ndarray | None = None) -> np.ndarray:
+    """Costs [k] of a profile; `costs` of an earlier fit keep lucky short times from ruling it."""
+    return _solve(_Moments.of_profile(samples, kind, costs) for kind in StepKind)
+
+
 def _cross_validated(samples: Sequence[StepSample]) -> list[tuple[StepKind, float]]:
     """Relative errors of each half of the samples under costs fitted to the other half."""
     errors: list[tuple[StepKind, float]] = []
     for held_out in (0, 1):
         fitted = [s for i, s in enumerate(samples) if i % 2 != held_out] or samples
-        costs = _solve(_Moments.of_profile(fitted, kind) for kind in StepKind)
+        costs = _fit(fitted, _fit(fitted))
         for sample in samples[held_out::2]:
             predicted_s = float(costs @ _features(sample.work))
             if predicted_s > 0:
