@@ -30,6 +30,7 @@ CPU = Coefficients(
     early_token=2e-4,
     attention=2e-7,
     decode=0.01,
+    batch=0.004,
     row=3e-3,
     early_row=2e-3,
     context=1e-6,

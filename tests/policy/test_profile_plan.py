@@ -25,6 +25,7 @@ COSTS = Coefficients(
     early_token=1e-5,
     attention=2e-9,
     decode=1e-3,
+    batch=2e-3,
     row=2e-5,
     early_row=5e-5,
     context=5e-8,

@@ -23,7 +23,7 @@ IDENTITY = EngineIdentity(
 def steps(slower: float = 1.0) -> list[StepSample]:
     """Prefills and decodes of a machine that does exactly what a latency model can say."""
     prefills = [StepWork.of([(n, c)]) for n in (16, 64, 256, 1024) for c in (0, 512)]
-    decodes = [StepWork.of((), [300] * n) for n in (1, 2, 4, 8, 16, 32)]
+    decodes = [StepWork.of((), [c] * n) for n in (1, 2, 4, 8, 16, 32) for c in (200, 400)]
     return [
         *(StepSample(w, slower * (0.004 + 3e-5 * w.prefill_tokens)) for w in prefills),
         *(StepSample(w, slower * (0.005 + 2e-5 * w.decode_rows)) for w in decodes),

@@ -121,6 +121,7 @@ class ConserveScheduler(Scheduler):
             reserve=OnlineReserve(at_most=self._config.memory.online_reserve),
             smallest_chunk=max(self.page_size, 32),
         )
+        self._biased = False
         self._step_log = StepLog.of_environment() if self.tp_group.is_first_rank else StepLog()
 
     def init_ipc_channels(self, port_args: Any) -> None:
@@ -268,6 +269,13 @@ class ConserveScheduler(Scheduler):
         for step in steps:
             self.latency.observe(step.work, step.seconds)
             self._step_log.write(step)
+        if self.latency.is_biased is not self._biased:
+            self._biased = self.latency.is_biased
+            logger.warning(
+                "the latency model is %s: the last steps differ from it by %+.0f%% in the median",
+                "off" if self._biased else "right again",
+                self.latency.bias * 100,
+            )
 
     def _observe(self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None) -> StepView:
         now_s = time.monotonic()

@@ -3,8 +3,8 @@
 The step time is a sum of a few named costs (`Coefficients`), linear in the work but for two knees
 where a step turns from memory bound to compute bound; ConServe (arXiv 2410.01228v2) and Sarathi
 fit the same form without the knees. Costs are found by non-negative least squares, which drops
-those that do not help, with every residual divided by the time measured: a decode step of 5 ms
-counts as much as a prefill of 500 ms.
+those that do not help, with every residual divided by the time measured (or predicted, whichever
+is longer): a decode step of 5 ms counts as much as a prefill of 500 ms.
 
 What is fitted is a profile (steps measured once, kept) together with the steps observed since,
 which fade. Prefill, decode and mixed steps fade apart, so an hour of decoding does not forget what
@@ -139,6 +139,7 @@ class Coefficients(msgspec.Struct, frozen=True):
         early_token: of each of the first PREFILL_KNEE_TOKENS prompt tokens, on top.
         attention: of each query-key pair of a prompt.
         decode: of a step with decode rows in it.
+        batch: of a step with two decode rows or more, on top: one row multiplies vectors.
         row: of each decode row.
         early_row: of each of the first DECODE_KNEE_ROWS decode rows, on top.
         context: of each token of KV that a decode row reads.
@@ -152,6 +153,7 @@ class Coefficients(msgspec.Struct, frozen=True):
     early_token: float = 0.0
     attention: float = 0.0
     decode: float = 0.0
+    batch: float = 0.0
     row: float = 0.0
     early_row: float = 0.0
     context: float = 0.0
@@ -199,6 +201,9 @@ class _Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LatencyModel:
     """Predicts step times; `observe` is the only thing that changes it.
 
+    `coefficients` are the costs of now, and `bias` the median relative error of the last observed
+    steps (above 0, they were slower than said); both are of the last fit.
+
     Args:
         samples: the profile, steps measured on this engine.
         layers: decoder layers of the model.
@@ -217,7 +222,8 @@ class LatencyModel:
         for kind, error in _cross_validated(self.samples):
             self._errors[kind].append(error)
         self._recent = {kind: _Moments() for kind in StepKind}
-        self._profile = {kind: _Moments.of_profile(self.samples, kind) for kind in StepKind}
+        first = _fit(self.samples)
+        self._profile = {k: _Moments.of_profile(self.samples, k, first) for k in StepKind}
         self._profile_costs = _solve(self._profile.values())
         self._speed = dict.fromkeys(StepKind, 1.0)
         self._signed = deque[float](maxlen=_BIAS_STEPS)
@@ -248,6 +254,8 @@ class LatencyModel:
             early = rows if rows < DECODE_KNEE_ROWS else DECODE_KNEE_ROWS
             seconds += k.decode + k.row * rows + k.early_row * early
             seconds += k.context * work.decode_context
+            if rows > 1:
+                seconds += k.batch
         return seconds
 
     def upper_s(self, work: StepWork) -> float:
@@ -328,16 +336,18 @@ class LatencyModel:
             keep = (1 - 1 / _BIAS_STEPS) ** len(steps)
             speed = float(np.median(seconds / by_profile))
             self._speed[kind] = keep * self._speed[kind] + (1 - keep) * speed
-        error = np.abs(seconds / np.maximum(rows @ self._costs, 1e-9) - 1)
+        predicted = rows @ self._costs
+        error = np.abs(seconds / np.maximum(predicted, 1e-9) - 1)
         trust = np.minimum(1.0, _OUTLIER / np.maximum(error, _OUTLIER))
         self._recent[kind].fade(len(steps))
-        self._recent[kind].add(rows, seconds, trust)
+        self._recent[kind].add(rows, seconds, np.maximum(seconds, predicted), trust)
 
     def _use(self, costs: np.ndarray) -> None:
         self._costs = costs
         self.coefficients = Coefficients(*costs.tolist())
-        quantiles = {kind: ErrorQuantiles.of(self._errors[kind]) for kind in StepKind}
-        self._upper = tuple(1 + max(quantiles[kind].upper, 0.0) for kind in StepKind)
+        above = (_quantile(sorted(self._errors[kind]), _UPPER) for kind in StepKind)
+        self._upper = tuple(1 + max(share, 0.0) for share in above)
+        self.bias = _quantile(sorted(self._signed), 0.5)
 
     # ---------------------------------------------------------------- reporting
 
@@ -345,11 +355,6 @@ class LatencyModel:
         """Of the recent steps of one kind, or of all; before any were observed, the profile's."""
         kinds = StepKind if kind is None else (kind,)
         return ErrorQuantiles.of(e for k in kinds for e in self._errors[k])
-
-    @property
-    def bias(self) -> float:
-        """Median relative error of the last observed steps; above 0, they were slower than said."""
-        return _quantile(sorted(self._signed), 0.5) if self._signed else 0.0
 
     @property
     def is_biased(self) -> bool:
@@ -388,6 +393,7 @@ def _features(work: StepWork) -> list[float]:
         float(min(tokens, PREFILL_KNEE_TOKENS)),
         float(work.prefill_attention),
         float(rows > 0),
+        float(rows > 1),
         float(rows),
         float(min(rows, DECODE_KNEE_ROWS)),
         float(work.decode_context),
@@ -412,20 +418,28 @@ class _Moments:
         self.steps = 0.0
 
     @classmethod
-    def of_profile(cls, samples: Sequence[StepSample], kind: StepKind) -> _Moments:
-        """Of the profile's steps of one kind, which together count as `_PROFILE_WEIGHT`."""
+    def of_profile(
+        cls, samples: Sequence[StepSample], kind: StepKind, costs: np.ndarray | None = None
+    ) -> _Moments:
+        """Of the profile's steps of one kind, which together count as `_PROFILE_WEIGHT`.
+
+        `costs` [k] of an earlier fit, if there is one, say what the steps should have taken.
+        """
         moments = cls()
         if steps := [s for s in samples if s.work.kind is kind]:
             rows, seconds = _matrix(steps)
-            moments.add(rows, seconds, np.full(len(steps), _PROFILE_WEIGHT / len(steps)))
+            scale_s = seconds if costs is None else np.maximum(seconds, rows @ costs)
+            moments.add(rows, seconds, scale_s, np.full(len(steps), _PROFILE_WEIGHT / len(steps)))
         return moments
 
-    def add(self, rows: np.ndarray, seconds: np.ndarray, weights: np.ndarray) -> None:
-        """Add steps: features [n, k], times [n], weights [n]."""
-        relative = rows / seconds[:, None]
+    def add(
+        self, rows: np.ndarray, seconds: np.ndarray, scale_s: np.ndarray, weights: np.ndarray
+    ) -> None:
+        """Add steps: features [n, k], times [n], what errors are divided by [n], weights [n]."""
+        relative = rows / scale_s[:, None]
         weighted = relative * weights[:, None]
         self.gram += weighted.T @ relative
-        self.target += weighted.sum(axis=0)
+        self.target += weighted.T @ (seconds / scale_s)
         self.steps += float(weights.sum())
 
     def fade(self, steps: int) -> None:
@@ -461,12 +475,17 @@ def _solve(parts: Iterable[_Moments]) -> np.ndarray:
     return np.where(np.diag(gram) > 0, costs / scale, 0.0)
 
 
+def _fit(samples: Sequence[StepSample], costs: np.ndarray | None = None) -> np.ndarray:
+    """Costs [k] of a profile; `costs` of an earlier fit keep lucky short times from ruling it."""
+    return _solve(_Moments.of_profile(samples, kind, costs) for kind in StepKind)
+
+
 def _cross_validated(samples: Sequence[StepSample]) -> list[tuple[StepKind, float]]:
     """Relative errors of each half of the samples under costs fitted to the other half."""
     errors: list[tuple[StepKind, float]] = []
     for held_out in (0, 1):
         fitted = [s for i, s in enumerate(samples) if i % 2 != held_out] or samples
-        costs = _solve(_Moments.of_profile(fitted, kind) for kind in StepKind)
+        costs = _fit(fitted, _fit(fitted))
         for sample in samples[held_out::2]:
             predicted_s = float(costs @ _features(sample.work))
             if predicted_s > 0:
@@ -485,8 +504,8 @@ def _grid() -> list[StepWork]:
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:
-    """The smallest of `ordered` that at least `share` of them do not exceed."""
-    return ordered[max(math.ceil(share * len(ordered)) - 1, 0)]
+    """The smallest of `ordered` that at least `share` of them do not exceed; 0 of none."""
+    return ordered[max(math.ceil(share * len(ordered)) - 1, 0)] if ordered else 0.0
 
 
 def _positive_root(a: float, b: float, c: float) -> float:

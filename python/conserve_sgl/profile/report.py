@@ -28,6 +28,7 @@ _MEANING = {
     "early_token": "a prompt token below the knee, on top",
     "attention": "a million query-key pairs of a prompt",
     "decode": "a step with decode rows",
+    "batch": "a step with two decode rows or more, on top",
     "row": "a decode row",
     "early_row": "a decode row below the knee, on top",
     "context": "a thousand tokens of KV that decode reads",
