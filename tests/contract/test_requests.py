@@ -30,7 +30,9 @@ def ingress(monkeypatch) -> Ingress:
 
     monkeypatch.setattr("conserve_sgl.ingress.hooks.ArrivalSender", Sender)
     ingress = Ingress(ConserveConfig(), is_health_check_generate_req)
-    args = SimpleNamespace(default_priority_value=None, schedule_low_priority_values_first=False)
+    args = SimpleNamespace(
+        default_priority_value=None, schedule_low_priority_values_first=False, enable_metrics=False
+    )
     manager = SimpleNamespace(server_args=args)
     ingress.after_init_ipc_channels(None, manager, SimpleNamespace(instance_id="x"))
     return ingress

@@ -32,10 +32,14 @@ def server(request, start_server, tiny_llama) -> Iterator:
         yield server
 
 
+THINKING_S = 0.1  # between two online requests; the offline work of these tests lives on it
+
+
 def _online_stream(server, until) -> list[str]:
     """Short online requests one after the other until `until()`; their answers."""
     answers = []
     while not until():
+        time.sleep(THINKING_S)
         prompt = SHORT_PROMPTS[len(answers) % len(SHORT_PROMPTS)]
         answers.append(server.generate(prompt)["text"])
     return answers
@@ -244,6 +248,7 @@ def test_an_online_prompt_gets_kv_from_offline_rows_in_the_same_step(server):
         while not offline.done():
             server.generate(f"{answers} " + "words of a prompt that needs room, " * 40)
             answers += 1
+            time.sleep(THINKING_S)
         offline.result()
     assert answers > 3
     assert server.state()["offline_preempted"] > before

@@ -70,6 +70,11 @@ class TestWithoutOnline:
         granted = plan(offline_decoding=Rows(60, 6000), yield_s=0.001).offline_decode_rows
         assert granted == 12  # 2 * 33 ms
 
+    @pytest.mark.parametrize("margin", [1.0, 2.5, 50.0])
+    def test_a_row_always_moves_however_unsure_the_model_is(self, margin):
+        granted = plan(offline_parked=Rows(8, 800), margin=margin, yield_s=0.001)
+        assert granted.offline_decode_rows >= 1
+
     def test_a_prompt_always_moves(self):
         assert plan(yield_s=0.001, offline_chunk=Prompt(500)).offline_prefill_tokens >= 16
 

@@ -16,7 +16,8 @@ TAGS = st.builds(
     job=st.text(max_size=128),
     deadline_s=st.none() | st.floats(-1e9, 1e9),
 )
-PARAMS = st.none() | st.dictionaries(st.text(min_size=1), st.integers() | st.text(), max_size=3)
+INTEGERS = st.integers(-(2**63), 2**64 - 1)  # msgpack's, which SGLang's processes speak
+PARAMS = st.none() | st.dictionaries(st.text(min_size=1), INTEGERS | st.text(), max_size=3)
 
 
 @given(TAGS, PARAMS)

@@ -123,7 +123,7 @@ class SlackBudget:
         floor_s = 0.0
         if not view.online_decoding.count:
             one_row = StepWork(decode_rows=1, decode_context=rows.mean_context_tokens)
-            floor_s = _FLOOR_STEPS * self._times.predict_s(one_row)
+            floor_s = _FLOOR_STEPS * self._times.upper_s(one_row)
         allowance_s = self._slo.ttft_allowance_s(self._typical_prefill_s)
         return max(min(self._yield_s, allowance_s), floor_s)
 
@@ -172,6 +172,8 @@ class SlackBudget:
             return view.max_rows
         context = (decoding.context_tokens + parked.context_tokens) // resident
         fit = self._most_rows(step, resident, context)
+        if not view.online_present:
+            fit = max(fit, 1)  # whatever the model says: nobody else would ever run
         keeps = decoding.count <= fit < resident
         if keeps and fit * _ROWS_KEPT_SHARE < decoding.count:
             return decoding.count
