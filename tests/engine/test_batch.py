@@ -17,7 +17,8 @@ from typing import Any
 import openai
 import pytest
 
-pytestmark = pytest.mark.engine
+# Less than the suite's limit: a server that stands still is found while its fixture can stop it.
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 
 KEY = "secret"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
