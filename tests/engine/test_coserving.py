@@ -63,7 +63,7 @@ def test_offline_tokens_are_those_of_a_run_alone(server):
     server.assert_idle_and_balanced()
 
 
-def test_rows_sit_out_and_chunks_give_way(server):
+def test_rows_sit_out_while_online_rows_decode(server):
     before = server.state()
     with ThreadPoolExecutor(1) as pool:
         offline = pool.submit(
@@ -74,8 +74,7 @@ def test_rows_sit_out_and_chunks_give_way(server):
         )
         _online_stream(server, offline.done)
     after = server.state()
-    for count in ("offline_rows_parked", "offline_chunks_parked"):
-        assert after[count] > before[count], count
+    assert after["offline_rows_parked"] > before["offline_rows_parked"]
     assert after["offline_parked"] == 0
     server.assert_idle_and_balanced()
 
