@@ -24,6 +24,9 @@ class Sender:
         self.sent += [rids] if rids else []
 
 
+MANAGER = SimpleNamespace(preferred_sampling_params=None)
+
+
 @pytest.fixture
 def ingress(monkeypatch) -> Ingress:
     from sglang.srt.managers.utils import is_health_check_generate_req
@@ -77,7 +80,7 @@ def rids(request: Any) -> tuple[str, ...]:
 )
 def test_a_request_is_announced_under_the_ids_that_it_will_have(ingress, make, fields):
     request = make(**fields)
-    ingress.before_init_req_state(None, request)
+    ingress.before_init_req_state(MANAGER, request)
     assert ingress._sender.sent == [rids(request)]
     assert request.priority == 0
 
@@ -85,11 +88,11 @@ def test_a_request_is_announced_under_the_ids_that_it_will_have(ingress, make, f
 @pytest.mark.parametrize("text", ["a", ["a", "b"]], ids=["one prompt", "several prompts"])
 def test_several_samples_are_announced_one_by_one(ingress, text):
     request = generate(text=text, sampling_params={"n": 2})
-    ingress.before_init_req_state(None, request)
+    ingress.before_init_req_state(MANAGER, request)
     assert ingress._sender.sent == []
     sample = request[0]
     sample.regenerate_rid()
-    ingress.before_init_req_state(None, sample)
+    ingress.before_init_req_state(MANAGER, sample)
     assert ingress._sender.sent == [(sample.rid,)]
 
 
@@ -97,7 +100,7 @@ def test_several_samples_are_announced_one_by_one(ingress, text):
 @pytest.mark.parametrize("make", [generate, embed])
 def test_every_part_of_an_offline_request_is_offline(ingress, make):
     request = make(text=["a", "b"])
-    ingress.before_init_req_state(None, request)
+    ingress.before_init_req_state(MANAGER, request)
     assert [request[i].priority for i in range(2)] == [-1, -1]
     assert ingress._sender.sent == []
 
@@ -105,18 +108,18 @@ def test_every_part_of_an_offline_request_is_offline(ingress, make):
 @pytest.mark.usefixtures("offline")
 def test_a_sample_of_an_offline_request_stays_offline(ingress):
     request = generate(text="a", sampling_params={"n": 2})
-    ingress.before_init_req_state(None, request)
+    ingress.before_init_req_state(MANAGER, request)
     sample = request[0]
     # The samples are made in the task of the request, and also where no tag is at hand.
     asked_class.set(None)
-    ingress.before_init_req_state(None, sample)
+    ingress.before_init_req_state(MANAGER, sample)
     assert sample.priority == -1
 
 
 def test_sglang_s_own_probe_is_known_as_one(ingress):
     from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 
-    ingress.before_init_req_state(None, generate(text="a", rid=f"{HEALTH_CHECK_RID_PREFIX}_1"))
+    ingress.before_init_req_state(MANAGER, generate(text="a", rid=f"{HEALTH_CHECK_RID_PREFIX}_1"))
     assert ingress._sender.sent == []
 
 

@@ -29,6 +29,7 @@ SIGNATURES_BY_MODULE = {
         "Scheduler.init_chunked_prefill": "(self)",
         "Scheduler.init_schedule_policy": "(self)",
         "Scheduler.init_invariant_checker": "(self)",
+        "Scheduler.init_metrics_reporter": "(self)",
         "Scheduler.ingest_requests": "(self, stop_at_pause=False)",
         "Scheduler._add_request_to_queue": "(self, req, is_retracted=False)",
         "Scheduler._release_aborted_request": "(self, req)",
