@@ -22,7 +22,7 @@ def _serve(model: Path, config: Path, *flags: str) -> subprocess.CompletedProces
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     path = tmp_path / "conserve.yaml"
-    path.write_text("budget: {step_tokens: 64}\n")
+    path.write_text("slo: {yield_ms: 64.0}\n")
     return path
 
 
@@ -33,7 +33,7 @@ def test_a_flag_that_conflicts(tiny_llama, config):
 
 
 def test_a_configuration_that_is_wrong(tiny_llama, config):
-    config.write_text("budget:\n  step_tokens: 64\n  steps: 1\n")
+    config.write_text("slo:\n  yield_ms: 64.0\n  steps: 1\n")
     done = _serve(tiny_llama, config)
     assert done.returncode == 2
-    assert f"{config}:3: budget.steps: unknown key" in done.stderr
+    assert f"{config}:3: slo.steps: unknown key" in done.stderr

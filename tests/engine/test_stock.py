@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.engine
 
 FLAGS = ("--chunked-prefill-size=256",)
-CONFIG = "budget: {step_tokens: 64, resident_rows: 6, rows_beside_online: 1}"
+CONFIG = "slo: {ttft: 1x, tpot: 1x, yield_ms: 1.0}"
 OFFLINE = {"x-sgl-conserve-class": "offline"}
 SAMPLING = {"max_new_tokens": 24}
 
