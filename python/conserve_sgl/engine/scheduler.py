@@ -178,7 +178,7 @@ class ConserveScheduler(Scheduler):
         self.policy.is_offline = self.is_offline
         self._checkpoints = Checkpointer(
             self.tree_cache,
-            (ConserveConfig.from_environment() or ConserveConfig()).checkpoint,
+            self._config.checkpoint,
             max_total_tokens=self.max_total_num_tokens,
             is_offline=self.is_offline,
         )

@@ -151,7 +151,7 @@ class LayerSlices:
         if not supported:
             logger.warning(
                 "conserve: %s has no forward_split_prefill, so an offline prefill is not sliced: "
-                "an online arrival waits for a whole prefill step, which budget.step_tokens and "
+                "an online arrival waits for a whole prefill step, which slo.yield_ms and "
                 "--chunked-prefill-size bound",
                 type(self._runner.model).__name__,
             )
