@@ -86,6 +86,9 @@ class FakeEngine:
         for done in range(self.chunk_tokens, total + 1, self.chunk_tokens):
             if done == total and fault == "drop":
                 return
+            if done == total and fault == "stall":
+                self.gate.clear()
+                await self.gate.wait()
             if done == total and fault == "error":
                 await self._send(response, {"error": {"message": "out of luck", "code": 400}})
                 continue

@@ -100,6 +100,19 @@ async def test_requests_that_do_not_end_are_given_up_and_recorded(fake_engine: M
     assert [record.error for record in result.records] == ["did not finish in time"] * 3
 
 
+async def test_one_given_up_in_the_middle_keeps_what_it_got(
+    fake_engine: ModuleType,
+) -> None:
+    engine = fake_engine.FakeEngine(faults=("stall",))
+
+    async with serving(engine) as url:
+        (record,) = (await replay(url, stream(1), drain_s=0.3)).records
+        engine.gate.set()
+
+    assert record.error == "did not finish in time"
+    assert record.chunk_tokens == (1, 1, 1)
+
+
 async def test_each_end_is_told_once(fake_engine: ModuleType) -> None:
     told: list[RequestRecord] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import pytest
 from conserve_sgl.bench.server import ServerProcess, free_port
 
 READY_S = 180
+THINKING_S = 0.1  # between two online requests: without it, offline work may wait for their end
 TINY_FLAGS = (
     "--dtype=float32",
     "--max-total-tokens=4096",
@@ -44,6 +46,16 @@ class Server:
         with ThreadPoolExecutor(len(texts)) as pool:
             answers = pool.map(lambda text: self.generate(text, **body), texts)
             return [answer["text"] for answer in answers]
+
+    def beside_online(self, work: Callable[[], Any], text: str, **body: Any) -> Any:
+        """The result of `work`, with online requests for `text` all along, whose answer stays."""
+        alone = self.generate(text, **body)["text"]
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(work)
+            while not future.done():
+                time.sleep(THINKING_S)
+                assert self.generate(text, **body)["text"] == alone
+            return future.result()
 
     def state(self) -> dict[str, Any]:
         """What the scheduler says of itself under `conserve`."""

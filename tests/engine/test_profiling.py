@@ -76,7 +76,8 @@ def test_nothing_of_the_profile_can_be_matched_by_a_request(server):
     assert answer["meta_info"]["cached_tokens"] == 0
 
 
-def test_the_next_start_uses_the_stored_profile(start_server, tiny_llama, folder, profile):
+def test_the_next_start_uses_the_stored_profile(start_server, tiny_llama, folder, server, profile):
+    server.process.stop()  # one engine at a time
     env = {"CONSERVE_PROFILE_DIR": str(folder)}
     with start_server(tiny_llama, config="", env=env) as server:
         assert server.state()["profiles_measured"] == 0

@@ -218,10 +218,11 @@ class _Call:
             if response.status != 200:
                 self.error = f"HTTP {response.status}: {(await response.text())[:500]}"
                 return
-            self.error = "the stream ended before the answer did"
             async for line in response.content:
                 if line.startswith(b"data: {"):
                     self._take(_CHUNK.decode(line[6:]))
+            if self.error == UNFINISHED:
+                self.error = "the stream ended before the answer did"
 
     def _take(self, chunk: _Chunk) -> None:
         if chunk.error is not None:
