@@ -1,19 +1,28 @@
 """What coming back costs a preempted request: its context from the host cache, or computed again.
 
+    python -m conserve_sgl.bench.resume --model DIR
+
 The server is a real one with HiCache and a device pool that holds little more than one context,
-so that computing the next context moves the previous one to the host.
+so that computing the next context moves the previous one to the host. Prints Markdown:
+milliseconds to the first token, over HTTP.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
+import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import httpx
 import msgspec
 
-__all__ = ["CONTEXT_TOKENS", "ResumeRow", "measure_resume", "server_flags"]
+from conserve_sgl.bench.server import ServerProcess, free_port
+
+__all__ = ["CONTEXT_TOKENS", "ResumeRow", "main", "measure_resume", "server_flags", "table"]
 
 CONTEXT_TOKENS = (1024, 4096, 8000)
 """Contexts that are measured; the last fits a model with 8,192 positions."""
@@ -21,6 +30,7 @@ CONTEXT_TOKENS = (1024, 4096, 8000)
 _POOL_MARGIN_TOKENS = 640
 _FIRST_TOKEN_ID, _TOKEN_IDS = 1000, 20_000
 _TIMEOUT_S = 300
+_READY_S = 180.0
 
 
 class ResumeRow(msgspec.Struct, frozen=True):
@@ -98,3 +108,43 @@ def _first_token(http: httpx.Client, input_ids: list[int]) -> tuple[float, dict]
     answer = http.post("/generate", json={"input_ids": input_ids, "sampling_params": sampling})
     took_ms = (time.perf_counter() - start) * 1e3
     return took_ms, answer.raise_for_status().json()["meta_info"]
+
+
+def table(rows: Sequence[ResumeRow]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| context tokens | computed again | resumed | times cheaper | found | of these on the host |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {r.context_tokens:,} | {r.recompute_ms:,.0f} ms | {r.resume_ms:,.0f} ms "
+        f"| {r.times_cheaper:.1f} | {r.found_tokens:,} | {r.found_on_host:,} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command; see the module's text."""
+    parser = argparse.ArgumentParser(description="Resuming a context against computing it again.")
+    parser.add_argument("--model", required=True, type=Path)
+    parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXT_TOKENS))
+    args = parser.parse_args(argv)
+    port = free_port()
+    serve = (sys.executable, "-m", "conserve_sgl.cli", "serve")
+    model = (f"--model-path={args.model}", f"--port={port}", "--chunked-prefill-size=512")
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "conserve.yaml")
+        config.write_text("slices: {enabled: false}")
+        server = ServerProcess(
+            [*serve, f"--config={config}", "--", *model, *server_flags(args.contexts)],
+            port=port,
+            log_path=Path(folder, "log"),
+        )
+        with server:
+            server.wait_healthy(_READY_S)
+            print(table(list(measure_resume(server.base_url, args.contexts))))
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ from sglang.srt.managers.scheduler_components.invariant_checker import Scheduler
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
-from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule
+from sglang.srt.runtime_context import get_exec, get_schedule
 from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.common import DynamicGradMode, broadcast_pyobj, get_device_name
@@ -37,7 +37,6 @@ __all__ = [
     "broadcast_pyobj",
     "get_device_name",
     "get_exec",
-    "get_parallel",
     "get_schedule",
     "release_kv_cache",
     "sglang_version",

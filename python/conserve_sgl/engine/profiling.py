@@ -36,12 +36,12 @@ from conserve_sgl.engine.host import (
     SamplingParams,
     ScheduleBatch,
     Scheduler,
-    broadcast_pyobj,
     get_device_name,
     get_exec,
     release_kv_cache,
     sglang_version,
 )
+from conserve_sgl.engine.ranks import from_rank_zero
 from conserve_sgl.errors import InputError
 from conserve_sgl.policy.latency import LatencyModel, StepKind, StepSample
 from conserve_sgl.policy.profile_plan import ProfileLimits, StepShape, plan_profile
@@ -68,7 +68,7 @@ def load_or_measure(scheduler: Scheduler, counts: Counter[str] | None = None) ->
     counts = Counter() if counts is None else counts
     counts.update(profiles_measured=0, profiles_rejected=0)
     identity, store = identity_of(scheduler), ProfileStore.of_environment()
-    profile = _from_rank_zero(scheduler, lambda: _load(store, identity, counts))
+    profile = from_rank_zero(scheduler.tp_group, lambda: _load(store, identity, counts))
     if profile is None:
         samples = measure(scheduler)
         profile = Profile(
@@ -118,15 +118,6 @@ def _log_fit(model: LatencyModel) -> None:
                 errors.p95 * 100,
                 errors.steps,
             )
-
-
-def _from_rank_zero(scheduler: Scheduler, make: Any) -> Any:
-    """What `make()` gives on rank 0, on every rank."""
-    group = scheduler.tp_group
-    if group.world_size == 1:
-        return make()
-    value = [make()] if group.is_first_rank else [None]
-    return broadcast_pyobj(value, group.rank, group.cpu_group, src=group.first_rank)[0]
 
 
 # ------------------------------------------------------------------- what it is of
@@ -201,7 +192,7 @@ def measure(scheduler: Scheduler, time_limit_s: float = TIME_LIMIT_S) -> tuple[S
         started_s = time.perf_counter()
         for n, shape in enumerate(_with_progress(scheduler, plan)):
             late = time.perf_counter() - started_s > time_limit_s
-            if n >= _LEAST_SHAPES and _from_rank_zero(scheduler, lambda late=late: late):
+            if n >= _LEAST_SHAPES and from_rank_zero(scheduler.tp_group, lambda late=late: late):
                 logger.warning(
                     "the latency profile stops after %.0f s, with %d of %d steps measured",
                     time_limit_s,
@@ -211,7 +202,7 @@ def measure(scheduler: Scheduler, time_limit_s: float = TIME_LIMIT_S) -> tuple[S
                 break
             samples += runner.run(shape)
     assert _free(scheduler) == before, "profiling did not give back its rows and KV"
-    return _from_rank_zero(scheduler, lambda: tuple(samples))
+    return from_rank_zero(scheduler.tp_group, lambda: tuple(samples))
 
 
 def _free(scheduler: Scheduler) -> tuple[int, int]:

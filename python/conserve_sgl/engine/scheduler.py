@@ -26,7 +26,6 @@ from math import inf
 from typing import Any
 
 import numpy as np
-import torch
 from msgspec.structs import asdict
 
 from conserve_sgl.checkpoint.checkpointer import Checkpointer
@@ -42,8 +41,6 @@ from conserve_sgl.engine.host import (
     SchedulePolicy,
     Scheduler,
     _make_abort_req,
-    broadcast_pyobj,
-    get_parallel,
     get_schedule,
 )
 from conserve_sgl.engine.inbox import ArrivalInbox
@@ -61,6 +58,7 @@ from conserve_sgl.engine.observe import (
 from conserve_sgl.engine.offline_item import offline_item
 from conserve_sgl.engine.parking import ParkedRows
 from conserve_sgl.engine.profiling import load_or_measure
+from conserve_sgl.engine.ranks import from_rank_zero, int_of_rank_zero
 from conserve_sgl.engine.slices import SUSPENDED, LayerSlices
 from conserve_sgl.errors import IncompatibleError
 from conserve_sgl.ingress.arrival import arrival_endpoint
@@ -156,7 +154,7 @@ class ConserveScheduler(Scheduler):
             config,
             layer_s=lambda batch: self.latency.layer_s(work_of(batch), 1),
             inbox=self._inbox,
-            agree=self._of_rank_zero,
+            agree=partial(int_of_rank_zero, self.tp_group),
             load_counter=self.tp_worker.hicache_layer_transfer_counter,
         )
 
@@ -241,7 +239,7 @@ class ConserveScheduler(Scheduler):
     ) -> NextBatchPlan:
         self._parked.drop_finished()
         self._view = view = self._observe(running_batch, last_batch)
-        self._plan = self._agreed(self._step_policy.plan(view))
+        self._plan = from_rank_zero(self.tp_group, lambda: self._step_policy.plan(view))
         rows_to_spare = self._plan.offline_decode_rows - view.offline_decoding.count
         running_batch = self._parked.come_back(running_batch, rows_to_spare)
         next_plan = super().get_next_batch_to_run(running_batch, last_batch)
@@ -313,22 +311,6 @@ class ConserveScheduler(Scheduler):
 
     def _arriving(self) -> int:
         return 0 if self._inbox is None else len(self._inbox)
-
-    def _agreed(self, plan: StepPlan) -> StepPlan:
-        """Rank 0's plan: it alone hears arrivals, and no two clocks are the same."""
-        if self.tp_size == 1:
-            return plan
-        group = get_parallel().tp_group
-        (plan,) = broadcast_pyobj([plan], group.rank, group.cpu_group, src=group.ranks[0])
-        return plan
-
-    def _of_rank_zero(self, value: int) -> int:
-        """Rank 0's value, on every rank."""
-        if self.tp_size == 1:
-            return value
-        box = torch.tensor([value])
-        torch.distributed.broadcast(box, self.tp_group.ranks[0], group=self.tp_cpu_group)
-        return int(box)
 
     def _account(self, batch: ScheduleBatch | None) -> None:
         now_s = time.monotonic()
