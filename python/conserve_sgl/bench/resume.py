@@ -113,7 +113,7 @@ def _first_token(http: httpx.Client, input_ids: list[int]) -> tuple[float, dict]
 def table(rows: Sequence[ResumeRow]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| context tokens | computed again | resumed | times cheaper | found | of these on the host |",
+        "| context tokens | computed again | resumed | times cheaper | found | on the host |",
         "|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
