@@ -145,6 +145,16 @@ METRICS = (
         "Checkpoints that found no room in the host cache.",
     ),
     Metric(
+        "conserve:prefill_suspensions_total",
+        "slices.suspensions",
+        "Times that an offline prefill stopped between two layers for online requests.",
+    ),
+    Metric(
+        "conserve:prefill_layers_given_up_total",
+        "slices.layers_given_up",
+        "Layers computed for nothing: their suspended prefill had to give its KV away.",
+    ),
+    Metric(
         "conserve:step_model_bias",
         "latency.bias",
         "Median relative error of the latest predicted steps; above 0 they were slower.",
