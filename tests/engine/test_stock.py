@@ -16,7 +16,6 @@ pytestmark = pytest.mark.engine
 
 FLAGS = ("--chunked-prefill-size=256",)
 CONFIG = "slo: {ttft: 1x, tpot: 1x, yield_ms: 1.0}"
-SLACK_CONFIG = "{slo: {ttft: 500ms, tpot: 300ms, yield_ms: 5}, slices: {mode: slack}}"
 OFFLINE = {"x-sgl-conserve-class": "offline"}
 SAMPLING = {"max_new_tokens": 24}
 
@@ -65,7 +64,7 @@ def test_with_both_classes_every_token_is_stock(server, prompts, stock_texts):
     server.assert_idle_and_balanced()
 
 
-def assert_long_prefills_yield(server) -> None:
+def test_a_long_prefill_yields_to_arrivals(server):
     fox = "the quick brown fox jumps over the lazy dog. "
     long, short = [f"{i}: " + fox * 20 for i in range(2)], fox * 2
     alone = [server.generate(prompt, sampling_params=SAMPLING)["text"] for prompt in long]
@@ -83,18 +82,3 @@ def assert_long_prefills_yield(server) -> None:
     assert grown["resumes"] == grown["suspensions"]
     assert after["layers_computed"] == 30 * after["batches_sliced"]
     assert after["arrival_to_yield_ms"]["p50"] > 0
-
-
-def test_a_long_prefill_yields_to_arrivals(server):
-    assert_long_prefills_yield(server)
-
-
-@pytest.fixture(scope="module")
-def slack_server(start_server, smollm2, server) -> Iterator:
-    server.process.stop()  # one engine at a time
-    with start_server(smollm2, *FLAGS, config=SLACK_CONFIG) as slack_server:
-        yield slack_server
-
-
-def test_in_slack_mode_it_yields_where_a_first_token_would_be_late(slack_server):
-    assert_long_prefills_yield(slack_server)

@@ -454,9 +454,12 @@ class ConserveScheduler(Scheduler):
             self._preempt_at_random(batch, self._random_preemption)
         if batch.is_empty():
             return batch
-        # The last row stays: SGLang itself decides about one that does not fit alone.
-        self._give_way(batch, lambda: len(batch.reqs) == 1 or batch.check_decode_mem())
+        self._give_way(batch, lambda: self._alone_and_offline(batch) or batch.check_decode_mem())
         return super().update_running_batch(batch)
+
+    def _alone_and_offline(self, batch: ScheduleBatch) -> bool:
+        """Whether nobody but one offline request holds KV: SGLang decides if it does not fit."""
+        return len(batch.reqs) == 1 and self.is_offline(batch.reqs[0]) and not self._reqs_aside()
 
     def _sit_out_surplus(self, batch: ScheduleBatch) -> None:
         offline = sum(map(self.is_offline, batch.reqs))
