@@ -24,11 +24,11 @@ LONG_PROMPTS = [f"{i}: " + "the quick brown fox jumps over the lazy dog. " * 4 f
 SHORT_PROMPTS = [f"question {i}?" for i in range(8)]
 
 
-@pytest.fixture(scope="module", params=["overlap", "no-overlap"])
-def server(request, start_server, tiny_llama) -> Iterator:
-    flags = ["--disable-overlap-schedule"] if request.param == "no-overlap" else []
+# With overlap scheduling; test_checkpoint and test_slices have a server without.
+@pytest.fixture(scope="module")
+def server(start_server, tiny_llama) -> Iterator:
     env = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16"}
-    with start_server(tiny_llama, *flags, config=CONFIG, env=env) as server:
+    with start_server(tiny_llama, config=CONFIG, env=env) as server:
         yield server
 
 
