@@ -77,8 +77,9 @@ def test_a_long_prefill_yields_to_arrivals(server):
     assert server.beside_online(offline, short, sampling_params=SAMPLING) == alone
     server.assert_idle_and_balanced()
     after = server.state()["slices"]
-    grown = {name: after[name] - before[name] for name in ("suspensions", "slices", "resumes")}
+    grown = {name: after[name] - before[name] for name in ("suspensions", "resumes")}
     assert grown["suspensions"] > 0
     assert grown["resumes"] == grown["suspensions"]
+    assert after["slices"] > 5 * after["batches_sliced"]
     assert after["layers_computed"] == 30 * after["batches_sliced"]
     assert after["arrival_to_yield_ms"]["p50"] > 0

@@ -21,6 +21,7 @@ import httpx
 import msgspec
 
 from conserve_sgl.bench.server import ServerProcess, free_port
+from conserve_sgl.bench.tables import markdown
 
 __all__ = ["CONTEXT_TOKENS", "ResumeRow", "main", "measure_resume", "server_flags", "table"]
 
@@ -112,16 +113,19 @@ def _first_token(http: httpx.Client, input_ids: list[int]) -> tuple[float, dict]
 
 def table(rows: Sequence[ResumeRow]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| context tokens | computed again | resumed | times cheaper | found | on the host |",
-        "|---:|---:|---:|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {r.context_tokens:,} | {r.recompute_ms:,.0f} ms | {r.resume_ms:,.0f} ms "
-        f"| {r.times_cheaper:.1f} | {r.found_tokens:,} | {r.found_on_host:,} |"
-        for r in rows
-    ]
-    return "\n".join(lines)
+    return markdown(
+        [
+            {
+                "context tokens": f"{r.context_tokens:,}",
+                "computed again": f"{r.recompute_ms:,.0f} ms",
+                "resumed": f"{r.resume_ms:,.0f} ms",
+                "times cheaper": f"{r.times_cheaper:.1f}",
+                "found": f"{r.found_tokens:,}",
+                "on the host": f"{r.found_on_host:,}",
+            }
+            for r in rows
+        ]
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -143,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         with server:
             server.wait_healthy(_READY_S)
-            print(table(list(measure_resume(server.base_url, args.contexts))))
+            print(table(list(measure_resume(server.base_url, args.contexts))), end="")
 
 
 if __name__ == "__main__":

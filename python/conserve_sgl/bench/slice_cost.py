@@ -26,6 +26,7 @@ import httpx
 import msgspec
 
 from conserve_sgl.bench.server import ServerProcess, free_port
+from conserve_sgl.bench.tables import markdown
 
 __all__ = ["Measured", "main", "table"]
 
@@ -61,16 +62,18 @@ class Measured(msgspec.Struct, frozen=True):
 
 def table(rows: list[Measured]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| prompt tokens | plain tok/s | sliced tok/s | sliced / plain | slices |",
-        "|---:|---:|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {r.tokens:,} | {r.tokens / r.plain_s:,.0f} | {r.tokens / r.sliced_s:,.0f} "
-        f"| {r.plain_s / r.sliced_s:.3f} | {r.slices:.0f} |"
-        for r in rows
-    ]
-    return "\n".join(lines)
+    return markdown(
+        [
+            {
+                "prompt tokens": f"{r.tokens:,}",
+                "plain tok/s": f"{r.tokens / r.plain_s:,.0f}",
+                "sliced tok/s": f"{r.tokens / r.sliced_s:,.0f}",
+                "sliced / plain": f"{r.plain_s / r.sliced_s:.3f}",
+                "slices": f"{r.slices:.0f}",
+            }
+            for r in rows
+        ]
+    )
 
 
 def yields(arrivals: int, slices: dict[str, Any]) -> str:
@@ -152,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         with server:
             server.wait_healthy(_READY_S)
             client = _Client(server.base_url)
-            print(table([client.measure(tokens, args.repeats) for tokens in args.lengths]))
+            print(table([client.measure(tokens, args.repeats) for tokens in args.lengths]), end="")
             arrivals = client.interrupt(longest)
             print(f"\n{yields(arrivals, client.slices())}")
 

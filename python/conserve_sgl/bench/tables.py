@@ -10,7 +10,14 @@ from rich.table import Table
 from conserve_sgl.bench.client import UNFINISHED
 from conserve_sgl.bench.results import Interval, SystemResult
 
-__all__ = ["Harvest", "comparison", "results_markdown", "summary_line", "terminal_table"]
+__all__ = [
+    "Harvest",
+    "comparison",
+    "markdown",
+    "results_markdown",
+    "summary_line",
+    "terminal_table",
+]
 
 
 class Harvest:
@@ -66,7 +73,7 @@ def results_markdown(systems: Sequence[SystemResult]) -> str:
     """Tables of figures, of intervals and of counters, with what they were measured on."""
     harvest = Harvest(systems)
     parts = [
-        _markdown([_row(system, harvest) for system in systems]),
+        markdown([_row(system, harvest) for system in systems]),
         _harvest_line(harvest),
         _conditions(systems),
         _intervals(systems),
@@ -131,7 +138,7 @@ def _intervals(systems: Sequence[SystemResult]) -> str:
     rows = [row for system in systems if (row := _interval_row(system))]
     if not rows:
         return ""
-    return f"95 % bootstrap intervals, resampling {unit}:\n\n{_markdown(rows)}"
+    return f"95 % bootstrap intervals, resampling {unit}:\n\n{markdown(rows)}"
 
 
 def _interval_row(system: SystemResult) -> Row | None:
@@ -169,7 +176,7 @@ def _counters(systems: Sequence[SystemResult]) -> str:
     ]
     if not rows:
         return ""
-    return f"What the servers counted within the window, mean of repeats:\n\n{_markdown(rows)}"
+    return f"What the servers counted within the window, mean of repeats:\n\n{markdown(rows)}"
 
 
 def _faults(systems: Sequence[SystemResult]) -> str:
@@ -218,7 +225,7 @@ def comparison(a: Sequence[SystemResult], b: Sequence[SystemResult]) -> str:
             if None not in pair:
                 rows.append(_compared(system.name, name, pair, unit, factor))
     notes = "".join(f"{note}\n" for note in _differences(a, b))
-    return f"{_markdown(rows)}\n{notes}" if rows else f"No system is in both.\n{notes}"
+    return f"{markdown(rows)}\n{notes}" if rows else f"No system is in both.\n{notes}"
 
 
 def _compared(system: str, figure: str, pair: tuple[float, float], unit: str, factor: float) -> Row:
@@ -261,7 +268,8 @@ def _same(name: str, a: set[tuple[str, str]], b: set[tuple[str, str]]) -> bool:
 # --------------------------------------------------------------------------- cells
 
 
-def _markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row]) -> str:
+    """A table of `rows`, which have the same keys: the columns. Figures stand to the right."""
     header = list(rows[0])
     rule = ["---" if column in ("system", "counter", "figure") else "---:" for column in header]
     lines = [header, rule, *([row[column] for column in header] for row in rows)]
