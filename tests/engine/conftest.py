@@ -1,129 +1,26 @@
-"""Real servers for the engine tests, and a small client."""
+"""Real servers for the engine tests; those that several modules use are started once."""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from conserve_sgl.bench.server import ServerProcess, free_port
-
-READY_S = 180
-THINKING_S = 0.1  # between two online requests: without it, offline work may wait for their end
-TINY_FLAGS = (
-    "--dtype=float32",
-    "--max-total-tokens=4096",
-    "--max-running-requests=16",
-    "--chunked-prefill-size=128",
-)
-
-
-class Server:
-    """A running server and what the tests ask of it."""
-
-    def __init__(self, process: ServerProcess) -> None:
-        self.process = process
-        self.base_url = process.base_url
-        self.http = httpx.Client(base_url=self.base_url, timeout=120)
-
-    def generate(self, text: str, *, headers: dict[str, str] | None = None, **body: Any) -> dict:
-        """POST /generate, greedy; the answer, which must be 200."""
-        sampling = {"temperature": 0, "max_new_tokens": 16, **body.pop("sampling_params", {})}
-        body = {"text": text, "sampling_params": sampling, **body}
-        response = self.http.post("/generate", json=body, headers=headers)
-        response.raise_for_status()
-        return response.json()
-
-    def generate_all(self, texts: list[str], **body: Any) -> list[str]:
-        """Generate from all `texts` at the same time, each its own request; the answers' texts."""
-        with ThreadPoolExecutor(len(texts)) as pool:
-            answers = pool.map(lambda text: self.generate(text, **body), texts)
-            return [answer["text"] for answer in answers]
-
-    def beside_online(self, work: Callable[[], Any], text: str, **body: Any) -> Any:
-        """The result of `work`, with online requests for `text` all along, whose answer stays."""
-        alone = self.generate(text, **body)["text"]
-        with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(work)
-            while not future.done():
-                time.sleep(THINKING_S)
-                assert self.generate(text, **body)["text"] == alone
-            return future.result()
-
-    def state(self) -> dict[str, Any]:
-        """What the scheduler says of itself under `conserve`."""
-        info = self.http.get("/server_info").raise_for_status().json()
-        return info["internal_states"][0]["conserve"]
-
-    def offline_accepted(self) -> int:
-        """Offline requests accepted since the server started."""
-        return self.state()["offline_accepted"]
-
-    def assert_idle_and_balanced(self) -> None:
-        """The engine is idle, holds nothing, and SGLang's own checks found no leak."""
-        self.http.post("/flush_cache", params={"timeout": 30}).raise_for_status()
-        assert self.process.returncode is None, self.process.log_tail()
-        log = self.process.log_path.read_text()
-        assert "leak" not in log.lower(), self.process.log_tail()
-
+from support.server import Server
 
 StartServer = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from support.tiny_models import make_tiny_model  # imports transformers, for the engine tier
-
-    return make_tiny_model(tmp_path_factory.mktemp("tiny-llama"), arch="llama")
-
-
-@pytest.fixture(scope="session")
-def profiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the servers of this session keep their latency profiles."""
-    return tmp_path_factory.mktemp("profiles")
+def smollm2(checkout: Path) -> Path:
+    model = checkout / ".cache" / "models" / "SmolLM2-135M-Instruct-float32"
+    assert model.is_dir(), "scripts/test.sh makes it: scripts/demo_model.py --dtype float32"
+    return model
 
 
-@pytest.fixture(scope="session")
-def start_server(tmp_path_factory: pytest.TempPathFactory, profiles: Path) -> StartServer:
-    """A context manager that runs one server: `with start_server(model, "--flag") as server`.
-
-    With `config` (YAML text) it is `conserve serve`, without it a stock SGLang on our platform.
-    """
-
-    @contextmanager
-    def start(
-        model: Path,
-        *flags: str,
-        config: str | None = None,
-        env: Mapping[str, str] | None = None,
-    ) -> Iterator[Server]:
-        folder = tmp_path_factory.mktemp("server")
-        port = free_port()
-        flags = (f"--model-path={model}", f"--port={port}", *TINY_FLAGS, *flags)
-        env = {
-            "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
-            "CONSERVE_PROFILE_DIR": str(profiles),
-            **(env or {}),
-        }
-        if config is None:
-            argv = [sys.executable, "-c", "from sglang.cli.main import main; main()", "serve"]
-            env["SGLANG_PLATFORM"] = "conserve_cpu"
-        else:
-            path = folder / "conserve.yaml"
-            path.write_text(config)
-            argv = [sys.executable, "-m", "conserve_sgl.cli", "serve", f"--config={path}", "--"]
-        process = ServerProcess([*argv, *flags], port=port, log_path=folder / "log", env=env)
-        with process:
-            process.wait_healthy(READY_S)
-            server = Server(process)
-            with server.http:
-                yield server
-
-    return start
+@pytest.fixture(scope="module")
+def smollm2_server(start_server: StartServer, smollm2: Path) -> Iterator[Server]:
+    with start_server(smollm2, "--chunked-prefill-size=256", config="") as server:
+        yield server

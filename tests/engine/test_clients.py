@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -32,10 +31,9 @@ ONLINE_TAGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def server(start_server, tiny_llama) -> Iterator:
-    with start_server(tiny_llama, config="") as server:
-        yield server
+@pytest.fixture
+def server(plain_server):
+    return plain_server
 
 
 def _class_of(server, path: str, body: dict, headers: dict | None = None) -> str:

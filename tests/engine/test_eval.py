@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from string import Template
@@ -42,15 +41,9 @@ tasks:
 )
 
 
-@pytest.fixture(scope="module")
-def model(checkout: Path) -> Path:
-    return checkout / ".cache" / "models" / "SmolLM2-135M-Instruct-float32"
-
-
-@pytest.fixture(scope="module")
-def server(start_server, model: Path) -> Iterator:
-    with start_server(model, config="") as server:
-        yield server
+@pytest.fixture
+def server(smollm2_server):
+    return smollm2_server
 
 
 @pytest.fixture
@@ -159,7 +152,7 @@ def _score(model: Path, questions: list[dict]) -> list[list[tuple[float, bool]]]
     return scores
 
 
-def test_lm_eval_agrees_with_transformers_after_being_killed(server, model, lm_eval_job):
+def test_lm_eval_agrees_with_transformers_after_being_killed(server, smollm2, lm_eval_job):
     """Killed on the way, run again: every request was sent once, every choice scored right."""
     before = server.offline_accepted()
     output = lm_eval_job.parent / "results"
@@ -179,7 +172,7 @@ def test_lm_eval_agrees_with_transformers_after_being_killed(server, model, lm_e
     samples = [json.loads(line) for line in file.read_text().splitlines()]
     ours = [[resp[0] for resp in sample["resps"]] for sample in samples]
     questions = [sample["doc"] for sample in samples]
-    theirs = _score(model, questions)
+    theirs = _score(smollm2, questions)
     assert len(ours) == LM_EVAL_LINES
     for mine, reference in zip(ours, theirs, strict=True):
         assert [float(logprob) for logprob, _ in mine] == pytest.approx(

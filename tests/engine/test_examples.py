@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,11 +18,9 @@ def examples(checkout: Path) -> Path:
     return checkout / "examples"
 
 
-@pytest.fixture(scope="module")
-def server(start_server, tiny_llama, tmp_path_factory) -> Iterator:
-    config = f"batch: {{storage_dir: {tmp_path_factory.mktemp('storage')}}}"
-    with start_server(tiny_llama, config=config) as server:
-        yield server
+@pytest.fixture
+def server(plain_server):
+    return plain_server
 
 
 def run(*command: object, **env: str) -> str:

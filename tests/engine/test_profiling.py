@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from conserve_sgl.policy.latency import StepKind, StepWork
@@ -13,21 +10,14 @@ from conserve_sgl.profile import Profile, ProfileStore, read_profile
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("profiles-of-this-module")
+@pytest.fixture
+def server(plain_server):
+    return plain_server
 
 
-@pytest.fixture(scope="module")
-def server(start_server, tiny_llama, folder) -> Iterator:
-    env = {"CONSERVE_PROFILE_DIR": str(folder)}
-    with start_server(tiny_llama, config="", env=env) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def profile(server, folder) -> Profile:  # noqa: ARG001  the server writes it
-    (path,) = ProfileStore(folder).paths()
+@pytest.fixture
+def profile(server, plain_profiles) -> Profile:  # noqa: ARG001  the server writes it
+    (path,) = ProfileStore(plain_profiles).paths()
     return read_profile(path)
 
 
@@ -74,12 +64,3 @@ def test_nothing_of_the_profile_can_be_matched_by_a_request(server):
     server.http.post("/flush_cache", params={"timeout": 30}).raise_for_status()
     answer = server.generate("a prompt that nobody has sent before")
     assert answer["meta_info"]["cached_tokens"] == 0
-
-
-def test_the_next_start_uses_the_stored_profile(start_server, tiny_llama, folder, server, profile):
-    server.process.stop()  # one engine at a time
-    env = {"CONSERVE_PROFILE_DIR": str(folder)}
-    with start_server(tiny_llama, config="", env=env) as server:
-        assert server.state()["profiles_measured"] == 0
-        server.assert_idle_and_balanced()
-    assert [read_profile(path) for path in ProfileStore(folder).paths()] == [profile]

@@ -59,13 +59,13 @@ def test_the_configuration_shown_is_the_default(readme, tmp_path):
 
 
 @pytest.mark.engine
-def test_the_python_example_runs(readme, start_server, tiny_llama):
+def test_the_python_example_runs(readme, plain_server):
     (example,) = _blocks(readme, "python")
-    with start_server(tiny_llama, config="") as server:
-        code = example.replace("http://127.0.0.1:30000", server.base_url)
-        code = code.replace('"messages"', '"max_tokens": 4, "temperature": 0, "messages"')
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert server.offline_accepted() == 1
+    before = plain_server.offline_accepted()
+    code = example.replace("http://127.0.0.1:30000", plain_server.base_url)
+    code = code.replace('"messages"', '"max_tokens": 4, "temperature": 0, "messages"')
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert plain_server.offline_accepted() == before + 1
     online, offline = done.stdout.splitlines()
     assert online.removeprefix("online: ").strip() == offline.removeprefix("offline:").strip()

@@ -6,7 +6,6 @@ Here layer slices yield to real arrivals, as they do in production, not at rando
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,17 +13,8 @@ import pytest
 
 pytestmark = pytest.mark.engine
 
-FLAGS = ("--chunked-prefill-size=256",)
-CONFIG = "slo: {ttft: 1x, tpot: 1x, yield_ms: 1.0}"
 OFFLINE = {"x-sgl-conserve-class": "offline"}
 SAMPLING = {"max_new_tokens": 24}
-
-
-@pytest.fixture(scope="module")
-def smollm2(checkout: Path) -> Path:
-    model = checkout / ".cache" / "models" / "SmolLM2-135M-Instruct-float32"
-    assert model.is_dir(), "scripts/test.sh makes it: scripts/demo_model.py --dtype float32"
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +25,16 @@ def prompts(checkout: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def stock_texts(start_server, smollm2, prompts) -> list[str]:
-    with start_server(smollm2, *FLAGS) as server:
+    with start_server(smollm2, "--chunked-prefill-size=256") as server:
         texts = server.generate_all(prompts, sampling_params=SAMPLING)
         france = server.generate("The capital of France is", sampling_params=SAMPLING)
         assert france["text"].startswith(" Paris")
         return texts
 
 
-@pytest.fixture(scope="module")
-def server(start_server, smollm2, stock_texts) -> Iterator:  # noqa: ARG001  one engine at a time
-    with start_server(smollm2, *FLAGS, config=CONFIG) as server:
-        yield server
+@pytest.fixture
+def server(stock_texts, smollm2_server):  # noqa: ARG001  stock first, one engine at a time
+    return smollm2_server
 
 
 def test_without_offline_requests_the_tokens_are_stock(server, prompts, stock_texts):

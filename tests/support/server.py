@@ -1,0 +1,146 @@
+"""Real servers for the engine tests, and a small client."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from conserve_sgl.bench.server import ServerProcess, free_port
+
+READY_S = 180
+THINKING_S = 0.1  # between two online requests: without it, offline work may wait for their end
+TINY_FLAGS = (
+    "--dtype=float32",
+    "--max-total-tokens=4096",
+    "--max-running-requests=16",
+    "--chunked-prefill-size=128",
+)
+
+
+class Server:
+    """A running server and what the tests ask of it."""
+
+    def __init__(self, process: ServerProcess) -> None:
+        self.process = process
+        self.base_url = process.base_url
+        self.http = httpx.Client(base_url=self.base_url, timeout=120)
+
+    def generate(self, text: str, *, headers: dict[str, str] | None = None, **body: Any) -> dict:
+        """POST /generate, greedy; the answer, which must be 200."""
+        sampling = {"temperature": 0, "max_new_tokens": 16, **body.pop("sampling_params", {})}
+        body = {"text": text, "sampling_params": sampling, **body}
+        response = self.http.post("/generate", json=body, headers=headers)
+        response.raise_for_status()
+        return response.json()
+
+    def generate_all(self, texts: list[str], **body: Any) -> list[str]:
+        """Generate from all `texts` at the same time, each its own request; the answers' texts."""
+        with ThreadPoolExecutor(len(texts)) as pool:
+            answers = pool.map(lambda text: self.generate(text, **body), texts)
+            return [answer["text"] for answer in answers]
+
+    def beside_online(self, work: Callable[[], Any], text: str, **body: Any) -> Any:
+        """The result of `work`, with online requests for `text` all along, whose answer stays."""
+        alone = self.generate(text, **body)["text"]
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(work)
+            while not future.done():
+                time.sleep(THINKING_S)
+                assert self.generate(text, **body)["text"] == alone
+            return future.result()
+
+    def state(self) -> dict[str, Any]:
+        """What the scheduler says of itself under `conserve`."""
+        info = self.http.get("/server_info").raise_for_status().json()
+        return info["internal_states"][0]["conserve"]
+
+    def offline_accepted(self) -> int:
+        """Offline requests accepted since the server started."""
+        return self.state()["offline_accepted"]
+
+    def assert_idle_and_balanced(self) -> None:
+        """The engine is idle, holds nothing, and SGLang's own checks found no leak."""
+        self.http.post("/flush_cache", params={"timeout": 30}).raise_for_status()
+        assert self.process.returncode is None, self.process.log_tail()
+        log = self.process.log_path.read_text()
+        assert "leak" not in log.lower(), self.process.log_tail()
+
+    def is_usable(self) -> bool:
+        """Whether tests may go on with it: it runs, and nothing is left in it."""
+        try:
+            self.assert_idle_and_balanced()
+        except (AssertionError, httpx.HTTPError):
+            return False
+        return True
+
+
+class Servers:
+    """Starts servers, one at a time: two idle engines would keep two cores busy.
+
+    A server stays when its tests are over, for others that ask for the very same; the next one
+    that is different ends it.
+
+    Args:
+        new_folder: makes an empty folder.
+        profiles: where the servers keep their latency profiles.
+    """
+
+    def __init__(self, new_folder: Callable[[], Path], profiles: Path) -> None:
+        self._new_folder = new_folder
+        self._profiles = profiles
+        self._stack = ExitStack()
+        self._asked: tuple[Any, ...] | None = None
+        self._server: Server | None = None
+
+    @contextmanager
+    def start(
+        self,
+        model: Path,
+        *flags: str,
+        config: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> Iterator[Server]:
+        """With `config` (YAML text) it is `conserve serve`, without it a stock SGLang on our
+        platform."""
+        asked = (model, flags, config, tuple((env or {}).items()))
+        if self._server is None or asked != self._asked or not self._server.is_usable():
+            self.stop()
+            self._server = self._launch(model, flags, config, env or {})
+            self._asked = asked
+        yield self._server
+
+    def stop(self) -> None:
+        """End the server that runs, if one does."""
+        self._server = None
+        self._stack.close()
+
+    def _launch(
+        self, model: Path, flags: tuple[str, ...], config: str | None, env: Mapping[str, str]
+    ) -> Server:
+        folder, port = self._new_folder(), free_port()
+        env = {
+            "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+            "CONSERVE_PROFILE_DIR": str(self._profiles),
+            **env,
+        }
+        if config is None:
+            argv = [sys.executable, "-c", "from sglang.cli.main import main; main()", "serve"]
+            env["SGLANG_PLATFORM"] = "conserve_cpu"
+        else:
+            path = folder / "conserve.yaml"
+            path.write_text(config)
+            argv = [sys.executable, "-m", "conserve_sgl.cli", "serve", f"--config={path}", "--"]
+        argv += [f"--model-path={model}", f"--port={port}", *TINY_FLAGS, *flags]
+        process = ServerProcess(argv, port=port, log_path=folder / "log", env=env)
+        self._stack.enter_context(process)
+        process.wait_healthy(READY_S)
+        server = Server(process)
+        self._stack.enter_context(server.http)
+        return server
