@@ -28,6 +28,10 @@ _AIM = 0.9
 may arrive at any time and want the slack of the rows that decode, and for what happens outside the
 engine's steps: detokenizing, sending, the scheduler's own work."""
 
+_SPARE_GAPS = 1.0
+"""Gaps of the objective that offline work leaves to spare at least. An answer may end with any
+token, and then nothing makes up for a late step: a tenth of a short answer is less than a step."""
+
 _DELIVERY = 0.97
 """Share of the objective that online work alone is planned with."""
 
@@ -79,7 +83,8 @@ class Slo(msgspec.Struct, frozen=True):
         match self.tpot:
             case Seconds(seconds):
                 taken_s = seconds * tokens
-                return first_s + _AIM * taken_s, first_s + _DELIVERY * taken_s
+                spare_s = max((1 - _AIM) * taken_s, _SPARE_GAPS * seconds)
+                return first_s + taken_s - spare_s, first_s + _DELIVERY * taken_s
             case _:
                 return inf, inf
 
