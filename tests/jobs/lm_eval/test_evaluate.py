@@ -115,6 +115,13 @@ def samples(folder, task: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def test_the_results_of_a_model_in_a_hidden_folder_are_not_hidden(server, folder, job, console):
+    server.model = ".cache/models/tiny"
+    assert run_job(job(CHOICES), console=console) == DONE
+    (file,) = folder.output.glob("cache__models__tiny/results_*.json")
+    assert json.loads(file.read_text())["results"]["choices"]
+
+
 def test_all_kinds_of_request(server, folder, job, console):
     path = job(CHOICES, ANSWERS, TEXTS, job={"priority": -1})
 

@@ -329,6 +329,9 @@ def _closing_cache(lm: Any) -> Iterator[None]:
 def _write(tracker: Any, results: dict[str, Any]) -> None:
     """Results, and the samples in `results`, which are taken out of it."""
     samples = results.pop("samples", None)
+    # The results of a model in the folder `.cache/x` would be where `ls` does not show them.
+    named = tracker.general_config_tracker
+    named.model_name_sanitized = str(named.model_name_sanitized).lstrip("._") or "model"
     tracker.save_results_aggregated(results=results, samples=samples)
     for task, lines in (samples or {}).items():
         tracker.save_results_samples(task_name=task, samples=lines)
