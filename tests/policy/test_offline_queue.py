@@ -88,6 +88,15 @@ def test_what_gave_way_runs_before_anything_newer_of_its_job():
     assert take_all(queue) == ["old", "newer"]
 
 
+def test_what_gives_way_early_does_not_wait_for_what_gives_way_late():
+    """Under memory pressure requests give way all the time; the one that began first goes on."""
+    queue = queue_of("a", "b", "c", "d")
+    a, b, c = queue.take(3)
+    for request in (a, c, b):
+        queue.give_back([request])
+    assert take_all(queue) == ["a", "b", "c", "d"]
+
+
 def test_give_back_takes_any_iterable():
     queue = queue_of("a", "b", "c")
     queue.give_back(iter(queue.take(2)))

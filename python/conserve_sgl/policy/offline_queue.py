@@ -8,7 +8,8 @@ Requests wait in lanes, one for each job and deadline. Three rules choose, in th
 2. Between lanes without a deadline: the one that was served the fewest tokens, so that jobs get
    equal shares of the engine whatever the length of their prompts (start-time fair queueing; a
    job that had nothing waiting starts level with the others, with neither credit nor debt).
-3. Within a lane: what gave way first; then sweep by sweep in the order of the prompts' first
+3. Within a lane: what gave way first, in the order of their first turns, so that none waits for
+   others that began later; then sweep by sweep in the order of the prompts' first
    tokens, so that prompts with a common prefix follow each other and find it in the radix tree.
    A request that comes during a sweep waits for the next one, so none is overtaken for ever.
 
@@ -22,7 +23,6 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, insort
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from math import ceil, floor, frexp, inf, ldexp
@@ -116,7 +116,7 @@ def _coarse(item: OfflineItem) -> float | None:
 class _Entry(Generic[T]):
     """A request of the queue, waiting or taken."""
 
-    __slots__ = ("contended", "item", "lane", "of", "order")
+    __slots__ = ("contended", "item", "lane", "of", "order", "turn")
 
     def __init__(self, of: T, item: OfflineItem, order: int, lane: _Lane) -> None:
         self.of = of
@@ -124,9 +124,14 @@ class _Entry(Generic[T]):
         self.order = order
         self.lane = lane
         self.contended = False  # whether lanes of both kinds waited when it was taken
+        self.turn = 0  # when it was taken first, counted in requests; 0 before
 
     def __lt__(self, other: _Entry) -> bool:
         return (self.item.prefix, self.order) < (other.item.prefix, other.order)
+
+
+def _turn(entry: _Entry) -> int:
+    return entry.turn
 
 
 class _Sweep:
@@ -190,7 +195,7 @@ class _Lane:
         self.waiting = 0
         self.waiting_tokens = 0
         self.gave_way_tokens = 0
-        self.gave_way: deque[_Entry] = deque()
+        self.gave_way: list[_Entry] = []  # by turn
         self.sweep = _Sweep()
         self.next_sweep = _Sweep()
 
@@ -212,13 +217,13 @@ class _Lane:
         self._count(entry, 1)
 
     def give_back(self, entry: _Entry) -> None:
-        self.gave_way.appendleft(entry)
+        insort(self.gave_way, entry, key=_turn)
         self.gave_way_tokens += entry.item.tokens
         self._count(entry, 1)
 
     def pop(self) -> _Entry:
         if self.gave_way:
-            entry = self.gave_way.popleft()
+            entry = self.gave_way.pop(0)
             self.gave_way_tokens -= entry.item.tokens
         else:
             if not self.sweep:
@@ -290,6 +295,7 @@ class OfflineQueue(Generic[T]):
         self._never_taken: dict[int, float] = {}  # arrival by order: the oldest is first
         self._waiting = 0
         self._pushed = 0
+        self._turns = 0
 
     def __len__(self) -> int:
         return self._waiting
@@ -333,14 +339,14 @@ class OfflineQueue(Generic[T]):
         return requests
 
     def give_back(self, requests: Iterable[T]) -> None:
-        """Put requests that were taken back in front of their lanes, in their order.
+        """Put requests that were taken back in front of their lanes, in the order of their turns.
 
         Never refuses. What their job was charged is returned to it.
 
         Raises:
             KeyError: one of them is not out.
         """
-        for request in reversed(list(requests)):
+        for request in requests:
             entry = self._taken.pop(id(request))
             self._charge(entry, -entry.item.tokens)
             entry.lane.out -= 1
@@ -414,6 +420,9 @@ class OfflineQueue(Generic[T]):
         entry = lane.pop()
         if not lane.waiting:
             order.discard(lane)
+        if not entry.turn:
+            self._turns += 1
+            entry.turn = self._turns
         lane.out += 1
         entry.contended = contended
         self._never_taken.pop(entry.order, None)
