@@ -6,6 +6,7 @@ so that each test sees releases and resumes at all points of a request's life.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -16,9 +17,9 @@ import pytest
 pytestmark = pytest.mark.engine
 
 CONFIG = """
-slo: {ttft: 2x, tpot: 2x, yield_ms: 20}
-memory: {online_reserve: 0.0}
-checkpoint: {stride_tokens: 16}
+slo: {{ttft: {ttft}, tpot: {tpot}, yield_ms: 20}}
+memory: {{online_reserve: 0.0}}
+checkpoint: {{stride_tokens: 16}}
 """
 HICACHE = (
     "--enable-hierarchical-cache",
@@ -30,8 +31,9 @@ HICACHE = (
 OFFLINE = {"x-sgl-conserve-class": "offline"}
 PROMPTS = [f"{i}: " + "the quick brown fox jumps over the dog. " * (1 + i % 4) for i in range(16)]
 SERVERS = {
-    "tree": ("--disable-overlap-schedule",),
-    "host": HICACHE,
+    "tree": (CONFIG.format(ttft="2x", tpot="2x"), "--disable-overlap-schedule"),
+    # Online prompts and rows take turns: each holds KV while the other runs.
+    "host": (CONFIG.format(ttft="500ms", tpot="30ms"), *HICACHE),
 }
 
 
@@ -42,8 +44,9 @@ def server(request, start_server, tiny_llama) -> Iterator:
         "CONSERVE_TEST_OWNERSHIP": "1",
         "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16",
     }
-    flags = (*SERVERS[request.param], "--max-total-tokens=2048")
-    with start_server(tiny_llama, *flags, config=CONFIG, env=env) as server:
+    config, *flags = SERVERS[request.param]
+    flags.append("--max-total-tokens=2048")
+    with start_server(tiny_llama, *flags, config=config, env=env) as server:
         server.lags = request.param == "host"  # overlap scheduling, see penalties
         yield server
 
@@ -78,6 +81,23 @@ def test_every_token_survives_hundreds_of_preemptions(server):
     restored = now["restored_tokens"] - was["restored_tokens"]
     recomputed = now["recomputed_tokens"] - was["recomputed_tokens"]
     assert restored > 10 * recomputed
+    server.assert_idle_and_balanced()
+
+
+def test_bursts_of_online_prompts_end_no_offline_request(server):
+    """They take nearly the whole pool, time and again; whatever gave way comes back."""
+    bodies = [{"text": p, "sampling_params": {"max_new_tokens": 200}} for p in PROMPTS[:10]]
+    alone = _texts(_in_turn(server, bodies))
+    with ThreadPoolExecutor(1) as pool:
+        offline = pool.submit(_preempted, server, bodies)
+        bursts = 0
+        while not offline.done():
+            burst = [f"{bursts} {i}, words of a prompt that needs room " * 15 for i in range(3)]
+            server.generate_all(burst, sampling_params={"max_new_tokens": 24})
+            bursts += 1
+            time.sleep(0.2)  # offline rows come back and grow
+        assert _texts(offline.result()) == alone
+    assert bursts > 3
     server.assert_idle_and_balanced()
 
 

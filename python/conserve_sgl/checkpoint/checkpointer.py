@@ -143,12 +143,12 @@ class Checkpointer:
                 page_tokens=self._page,
                 free_kv_tokens=self._allocator.available_size() + self._tree.evictable_size(),
                 total_kv_tokens=self._total_tokens,
-                backlog_tokens=self._backlog_tokens(),
+                backlog_tokens=self.backlog_tokens(),
                 online_tight=online_tight,
             )
         )
 
-    def _backlog_tokens(self) -> int:
+    def backlog_tokens(self) -> int:
         """Tokens that wait for the copy to the host, or are being copied."""
         if self._host is None:
             return 0
@@ -285,6 +285,6 @@ class Checkpointer:
         return {
             "enabled": self.enabled,
             "host_cache": self._host is not None,
-            "backlog_tokens": self._backlog_tokens(),
+            "backlog_tokens": self.backlog_tokens(),
             **self._counts,
         }

@@ -352,6 +352,8 @@ class ConserveScheduler(Scheduler):
         if self.is_mixed_chunk:
             self._sit_out_surplus(running_batch)
         self._prefill_beside = running_batch
+        if not self._chunk_finds_kv(running_batch):
+            return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
         suspended = self._slices.suspended is not None
         candidates = self._offline_queue.take(0 if suspended else plan.offline_admissions)
         self.waiting_queue.extend(candidates)
@@ -366,6 +368,19 @@ class ConserveScheduler(Scheduler):
                 if not self.is_offline(req):
                     self.waiting_queue.append(req)
             self._offline_queue.give_back(r for r in waiting if self.is_offline(r))
+
+    def _chunk_finds_kv(self, running_batch: ScheduleBatch) -> bool:
+        """Whether the next chunk of an online prompt finds KV, once offline requests gave way.
+
+        SGLang takes that for granted and ends the engine if not: nothing decodes between two of
+        its chunks. Here rows do, and grow.
+        """
+        chunk = self.chunked_req
+        if chunk is None or self.is_offline(chunk):
+            return True
+        tokens = min(rest_of_prompt(chunk).new_tokens, self._plan.online_prefill_tokens)
+        tokens += self.page_size + (len(running_batch.reqs) if self.is_mixed_chunk else 0)
+        return self._give_way(running_batch, lambda: self._kv_is_free(tokens))
 
     def _or_go_on(self, next_plan: NextBatchPlan) -> NextBatchPlan:
         """The suspended prefill goes on where no online prefill can run and the plan lets it."""
@@ -454,12 +469,29 @@ class ConserveScheduler(Scheduler):
             self._preempt_at_random(batch, self._random_preemption)
         if batch.is_empty():
             return batch
-        self._give_way(batch, lambda: self._alone_and_offline(batch) or batch.check_decode_mem())
-        return super().update_running_batch(batch)
+        enough = self._give_way(
+            batch, lambda: self._alone_and_offline(batch) or batch.check_decode_mem()
+        )
+        if not enough and self._checkpoints.backlog_tokens():
+            return None  # KV that is pinned until it is copied comes free in a moment
+        if not enough and self.chunked_req is not None and len(batch.reqs) == 1:
+            # To SGLang nobody else holds KV, and it would end the row instead of retracting it.
+            row = batch.reqs[0]
+            batch.filter_batch(reqs_to_exclude=[row])
+            self._preempt([row], urgent=True)
+        return batch if batch.is_empty() else super().update_running_batch(batch)
 
     def _alone_and_offline(self, batch: ScheduleBatch) -> bool:
-        """Whether nobody but one offline request holds KV: SGLang decides if it does not fit."""
-        return len(batch.reqs) == 1 and self.is_offline(batch.reqs[0]) and not self._reqs_aside()
+        """Whether nobody but one offline request holds KV: SGLang decides if it does not fit.
+
+        Others are an online prompt between two chunks, requests that a step in flight ends, and
+        KV that is pinned while it is copied: all of them let go of it in time.
+        """
+        if len(batch.reqs) != 1 or not self.is_offline(batch.reqs[0]) or self._reqs_aside():
+            return False
+        free = self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size()
+        own_pages = -(-batch.reqs[0].kv.kv_allocated_len // self.page_size)
+        return free + own_pages * self.page_size >= self.max_total_num_tokens
 
     def _sit_out_surplus(self, batch: ScheduleBatch) -> None:
         offline = sum(map(self.is_offline, batch.reqs))
@@ -509,13 +541,13 @@ class ConserveScheduler(Scheduler):
 
     def _preempt(self, reqs: list[Req], *, urgent: bool = False) -> None:
         """Release the rows and KV of `reqs`, which nobody else holds, and queue them again."""
-        for req in reversed(reqs):  # each goes to the front
+        for req in reqs:
             self._checkpoints.give_way(req, urgent=urgent)
             self._add_request_to_queue(req, is_retracted=True)
 
     def _preempt_suspended(self) -> None:
         """Preempt a suspended prefill: all of its requests, since it is computed as one."""
-        for req in reversed(self._slices.give_up()):  # each goes to the front
+        for req in self._slices.give_up():
             self._checkpoints.give_up(req)
             self._add_request_to_queue(req, is_retracted=True)
 
