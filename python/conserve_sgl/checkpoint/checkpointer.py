@@ -220,7 +220,10 @@ class Checkpointer:
     def _kept_tokens(self, req: Req) -> int:
         if not self.enabled:
             return 0
-        return req.kv.cache_protected_len if self._host is None else self._in_host.get(req, 0)
+        # SGLang's own insertions count too: those of prompts, chunk by chunk.
+        if self._host is None or self._tree.is_backuped(req.last_node):
+            return req.kv.cache_protected_len
+        return self._in_host.get(req, 0)
 
     def give_way(self, req: Req, *, urgent: bool) -> None:
         """Release a request that runs again later; nobody else holds its row.
@@ -231,7 +234,7 @@ class Checkpointer:
                 pinned to the device while it is copied.
         """
         new_tokens = req.kv.kv_committed_len - req.kv.cache_protected_len
-        pins = self._host is not None and urgent and self._in_host.get(req, 0) < new_tokens
+        pins = self._host is not None and urgent and self._kept_tokens(req) < new_tokens
         self.gave_way(req)
         if self._may_checkpoint(req) and not pins:
             self._checkpoint(req, min(req.owned_kv_len(), req.seqlen))
