@@ -17,14 +17,13 @@ VIEW = StepView(now_s=10.0, online_decoding=Rows(2, 20), offline_due_s=10.08, on
 def test_offline_work_leaves_a_tenth_of_the_objective_to_spare():
     assert ABSOLUTE.first_due_s(5.0) == pytest.approx(5.9)
     assert ABSOLUTE.next_due_s(6.0, 20) == pytest.approx((7.8, 7.94))
-    assert ABSOLUTE.next_due_s(6.0, 10) == pytest.approx((6.9, 6.95))
 
 
 def test_a_short_answer_survives_one_step_that_is_late_by_the_whole_objective():
     for tokens in range(1, 50):
         due_s, _ = ABSOLUTE.next_due_s(6.0, tokens)
         assert due_s + 0.1 <= 6.0 + 0.1 * tokens + 1e-9
-    assert ABSOLUTE.next_due_s(6.0, 1) == pytest.approx((6.0, 6.05))
+    assert ABSOLUTE.next_due_s(6.0, 1) == pytest.approx((6.0, 6.097))
 
 
 def test_a_request_whose_every_token_is_in_time_has_the_tpot_wherever_it_ends():

@@ -234,7 +234,7 @@ class Checkpointer:
                 pinned to the device while it is copied.
         """
         new_tokens = req.kv.kv_committed_len - req.kv.cache_protected_len
-        pins = self._host is not None and urgent and self._kept_tokens(req) < new_tokens
+        pins = self._host is not None and urgent and self._in_host.get(req, 0) < new_tokens
         self.gave_way(req)
         if self._may_checkpoint(req) and not pins:
             self._checkpoint(req, min(req.owned_kv_len(), req.seqlen))

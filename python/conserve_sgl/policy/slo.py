@@ -28,14 +28,12 @@ _AIM = 0.9
 may arrive at any time and want the slack of the rows that decode, and for what happens outside the
 engine's steps: detokenizing, sending, the scheduler's own work."""
 
+_SPARE_GAPS = 1.0
+"""Gaps of the objective that offline work leaves to spare at least. An answer may end with any
+token, and then nothing makes up for a late step: a tenth of a short answer is less than a step."""
+
 _DELIVERY = 0.97
 """Share of the objective that online work alone is planned with."""
-
-_SPARE_GAPS = 1.0
-_DELIVERY_SPARE_GAPS = 0.5
-"""Gaps of the objective that offline work, and online work alone, leave to spare at least. An
-answer may end with any token, and then nothing makes up for a late step: a tenth of a short answer
-is less than a step."""
 
 
 class Seconds(msgspec.Struct, frozen=True):
@@ -86,8 +84,7 @@ class Slo(msgspec.Struct, frozen=True):
             case Seconds(seconds):
                 taken_s = seconds * tokens
                 spare_s = max((1 - _AIM) * taken_s, _SPARE_GAPS * seconds)
-                online_spare_s = max((1 - _DELIVERY) * taken_s, _DELIVERY_SPARE_GAPS * seconds)
-                return first_s + taken_s - spare_s, first_s + taken_s - online_spare_s
+                return first_s + taken_s - spare_s, first_s + _DELIVERY * taken_s
             case _:
                 return inf, inf
 
