@@ -489,9 +489,8 @@ class ConserveScheduler(Scheduler):
         """
         if len(batch.reqs) != 1 or not self.is_offline(batch.reqs[0]) or self._reqs_aside():
             return False
-        free = self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size()
         own_pages = -(-batch.reqs[0].kv.kv_allocated_len // self.page_size)
-        return free + own_pages * self.page_size >= self.max_total_num_tokens
+        return self._kv_is_free(self.max_total_num_tokens - own_pages * self.page_size)
 
     def _sit_out_surplus(self, batch: ScheduleBatch) -> None:
         offline = sum(map(self.is_offline, batch.reqs))
