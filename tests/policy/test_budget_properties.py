@@ -69,8 +69,8 @@ def test_no_deadline_is_missed_that_dropping_offline_work_would_have_kept(
 ):
     """But for what is stated. An arrival may find the step that runs, and the slack of the rows
     beside it spent: its first token comes up to seven yield bounds later (in 4,800 requests of 120
-    such runs the median was half a bound, the largest 3.8; 4.6 is the most that was ever looked
-    for and found). And 5% of TPOT covers the model."""
+    such runs the median was half a bound, the largest 3.8; in 130 runs of the densest traffic
+    without mixed steps, 5.0). And 5% of TPOT covers the model."""
     alone, beside = (online_jobs(seed, n=40, rate_per_s=rate_per_s) for _ in range(2))
     engine(seed, can_mix=can_mix).run(alone, [])
     crowded = engine(seed, can_mix=can_mix)
