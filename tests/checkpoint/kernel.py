@@ -99,6 +99,7 @@ class Kernel:
             hicache.install()
             self.tree.init_hicache(args, params)
         self.kv_tokens = kv_tokens
+        self.last_waits_for = -1  # the load that the last prefill waits for
         self.checkpoints = Checkpointer(
             self.tree, config, max_total_tokens=kv_tokens, is_offline=lambda _req: True
         )
@@ -112,8 +113,7 @@ class Kernel:
         """Admit `req` and compute what the tree has not; False when it does not fit."""
         self.poll()
         req.init_next_round_input(self.tree)
-        if req.host_hit_length:
-            self._load_back(req)
+        load = self._load_back(req) if req.host_hit_length else -1
         req.lock = self.tree.lock(req.last_node)
         found = req.prefix_len
         slots = self._take(req.seqlen - found)
@@ -134,19 +134,21 @@ class Kernel:
             reqs=[req],
             decoding_reqs=None,
             sampling_info=SimpleNamespace(penalizer_orchestrator=penalties),
+            hicache_consumer_index=load,
         )
         self.checkpoints.admitted(batch, lagging=False)
+        self.last_waits_for = batch.hicache_consumer_index
         checkpoint_kv_cache(req, self.tree)
         self._sample(req)
         return True
 
-    def _load_back(self, req: Req) -> None:
+    def _load_back(self, req: Req) -> int:
         loaded, req.last_node = self.tree.init_load_back(
             InitLoadBackParams(req.best_match_node, req.host_hit_length, req=req)
         )
         req.prefix_len += loaded
         req.kv.cache_protected_len = req.prefix_len
-        self.tree.ready_to_load_host_cache()
+        return self.tree.ready_to_load_host_cache()
 
     def poll(self) -> None:
         """Start the copies that are queued, and take note of those that are done."""
@@ -180,14 +182,26 @@ class Kernel:
         """Take KV from the tree that no request locks."""
         self.tree.evict(EvictParams(num_tokens=tokens))
 
+    def room(self) -> int:
+        """KV tokens that are free or can be evicted."""
+        return self.allocator.available_size() + self.tree.evictable_size()
+
+    def load_ahead(self, reqs: list[Req]) -> list[Req]:
+        """Those that wait for their KV."""
+        return self.checkpoints.load_ahead(reqs, self.room())
+
     def assert_balanced(self) -> None:
-        """No request is left, and every slot is free or can be evicted."""
+        """No request is left, and every slot, the host's too, is free or can be evicted."""
         self.poll()
         self.poll()  # what the first one started is done by now
         assert self.tree.protected_size() == 0
-        free = self.allocator.available_size() + self.tree.evictable_size()
-        assert free == self.kv_tokens
+        assert self.room() == self.kv_tokens
         self.tree.sanity_check()
+        if self.tree.cache_controller is not None:
+            host = self.tree.cache_controller.mem_pool_host
+            self.evict(self.kv_tokens)
+            self.tree.evict_host(host.size)
+            assert host.available_size() == host.size
 
     def _take(self, tokens: int) -> torch.Tensor | None:
         short = tokens - self.allocator.available_size()

@@ -197,6 +197,123 @@ def test_the_backlog_of_the_copy_engine_is_seen():
     assert engine.checkpoints.state()["backlog_tokens"] == 0
 
 
+def gone_from_the_device(engine: Kernel, i: int = 0, tokens: int = 80):
+    """A request that gave way and has its KV on the host alone."""
+    req = make_request(str(i), prompt(i), 2 * tokens)
+    assert engine.prefill(req)
+    decode(engine, req, tokens)
+    engine.checkpoints.give_way(req, urgent=False)
+    engine.poll()
+    engine.poll()
+    engine.evict(10_000)
+    return req
+
+
+def test_kv_is_loaded_before_its_turn():
+    engine = kernel(host_ratio=3)
+    req = gone_from_the_device(engine)
+    assert engine.load_ahead([req]) == [req]
+    engine.poll()
+    assert engine.load_ahead([req]) == []
+    assert engine.prefill(req)
+    assert engine.last_waits_for == -1  # all of it was there
+    state = engine.checkpoints.state()
+    assert state["loaded_ahead_tokens"] == state["restored_tokens"] > 90
+    assert state["recomputed_tokens"] == 0
+    decode(engine, req, 10)
+    assert list(req.output_ids) == run_alone(0, len(req.output_ids))
+
+
+def test_a_prefill_that_finds_what_is_being_loaded_waits_for_it():
+    engine = kernel(host_ratio=3)
+    req = gone_from_the_device(engine)
+    other = make_request("other", prompt(0), 20)
+    engine.poll = lambda: None  # nobody hears that the copy is done
+    assert engine.load_ahead([req]) == [req]
+    assert engine.prefill(other)
+    assert engine.last_waits_for >= 0
+
+
+def test_requests_that_come_back_together_are_loaded_together():
+    engine = kernel(host_ratio=3)
+    first, second = gone_from_the_device(engine, 0), gone_from_the_device(engine, 1)
+    assert engine.load_ahead([first, second]) == [first, second]
+    third = gone_from_the_device(engine, 2)  # polls
+    assert engine.load_ahead([first, second, third]) == [third]
+
+
+def test_one_that_comes_while_others_are_loaded_waits_for_its_own_load():
+    engine = kernel(host_ratio=3)
+    first, second = gone_from_the_device(engine, 0), gone_from_the_device(engine, 1)
+    assert engine.load_ahead([first]) == [first]
+    assert engine.load_ahead([first, second]) == [first, second]
+    engine.poll()
+    assert engine.load_ahead([first, second]) == [second]
+    engine.poll()
+    assert engine.load_ahead([first, second]) == []
+
+
+def test_a_request_is_loaded_once_and_then_admitted_as_it_is():
+    engine = kernel(host_ratio=3)
+    req = gone_from_the_device(engine)
+    assert engine.load_ahead([req]) == [req]
+    engine.poll()
+    engine.evict(10_000)
+    assert engine.load_ahead([req]) == []
+    assert engine.prefill(req)
+    assert engine.checkpoints.state()["recomputed_tokens"] == 0
+
+
+@pytest.mark.parametrize("room", [0, 50])
+def test_nothing_is_loaded_where_it_does_not_fit(room):
+    engine = kernel(host_ratio=3)
+    req = gone_from_the_device(engine)
+    assert engine.checkpoints.load_ahead([req], room) == []
+    assert engine.checkpoints.state()["loaded_ahead_tokens"] == 0
+
+
+def test_without_a_host_cache_nobody_waits_for_it():
+    engine = kernel()
+    req = gone_from_the_device(engine)
+    assert engine.load_ahead([req]) == []
+
+
+def test_what_waits_stays_on_the_host_whoever_else_needs_room():
+    engine = kernel(host_ratio=3)
+    req = gone_from_the_device(engine)
+    assert engine.checkpoints.state()["pinned_tokens"] == req.seqlen - 1
+    engine.tree.evict_host(10_000)
+    assert engine.prefill(req)
+    state = engine.checkpoints.state()
+    assert (state["recomputed_tokens"], state["pinned_tokens"]) == (0, 0)
+    engine.checkpoints.give_way(req, urgent=False)
+    engine.checkpoints.forget([req])
+    engine.assert_balanced()
+
+
+def test_half_of_the_host_pool_is_left_to_others():
+    engine = kernel(host_ratio=1.1)
+    waiting = [gone_from_the_device(engine, i) for i in range(4)]
+    pinned = engine.checkpoints.state()["pinned_tokens"]
+    host = engine.tree.cache_controller.mem_pool_host
+    assert host.size / 4 < pinned <= host.size / 2
+    engine.checkpoints.forget(waiting)
+    assert engine.checkpoints.state()["pinned_tokens"] == 0
+    engine.assert_balanced()
+
+
+def test_a_flush_forgets_what_was_pinned():
+    engine = kernel(host_ratio=3)
+    req = gone_from_the_device(engine)
+    engine.tree.reset()
+    engine.allocator.clear()
+    engine.checkpoints.cache_emptied()
+    engine.checkpoints.forget([req])
+    assert engine.checkpoints.state()["pinned_tokens"] == 0
+    assert engine.prefill(req)
+    assert engine.checkpoints.state()["restored_tokens"] == 0
+
+
 @pytest.mark.parametrize("host_ratio", [None, 3, 1.1], ids=["tree", "host", "small host"])
 @pytest.mark.parametrize("seed", range(4))
 def test_random_lives_end_with_the_tokens_of_a_run_alone(seed, host_ratio):
@@ -210,7 +327,9 @@ def test_random_lives_end_with_the_tokens_of_a_run_alone(seed, host_ratio):
     for _ in range(5000):
         if not waiting and not running:
             break
-        if waiting and len(running) < 6 and chance.random() < 0.5 and engine.prefill(waiting[0]):
+        held = engine.load_ahead(waiting[:3]) if chance.random() < 0.7 else []
+        room = waiting and len(running) < 6 and waiting[0] not in held
+        if room and engine.prefill(waiting[0]):
             running.append(waiting.pop(0))
         for req in [r for r in running if chance.random() < 0.02]:
             running.remove(req)

@@ -6,6 +6,7 @@ so that each test sees releases and resumes at all points of a request's life.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,12 +29,18 @@ HICACHE = (
     "--hicache-mem-layout=layer_first",
     "--hicache-ratio=4",
 )
+PREEMPTIONS = int(os.environ.get("CONSERVE_TEST_PREEMPTIONS", "100"))
+"""At least so many in each test that counts them; for a soak set some thousands."""
 OFFLINE = {"x-sgl-conserve-class": "offline"}
 PROMPTS = [f"{i}: " + "the quick brown fox jumps over the dog. " * (1 + i % 4) for i in range(16)]
 SERVERS = {
     "tree": (CONFIG.format(ttft="2x", tpot="2x"), "--disable-overlap-schedule"),
     # Online prompts and rows take turns: each holds KV while the other runs.
-    "host": (CONFIG.format(ttft="500ms", tpot="30ms"), *HICACHE),
+    "host": (
+        CONFIG.format(ttft="500ms", tpot="30ms"),
+        "--enable-deterministic-inference",  # sampling by seed
+        *HICACHE,
+    ),
 }
 
 
@@ -47,6 +54,7 @@ def server(request, start_server, tiny_llama) -> Iterator:
     config, *flags = SERVERS[request.param]
     flags.append("--max-total-tokens=2048")
     with start_server(tiny_llama, *flags, config=config, env=env) as server:
+        server.flags = flags
         server.lags = request.param == "host"  # overlap scheduling, see penalties
         yield server
 
@@ -67,38 +75,68 @@ def _texts(answers: list[dict]) -> list[str]:
     return [answer["text"] for answer in answers]
 
 
-def test_every_token_survives_hundreds_of_preemptions(server):
-    bodies = [{"text": p, "sampling_params": {"max_new_tokens": 160}} for p in PROMPTS]
+GREEDY = [{"max_new_tokens": 160}] * len(PROMPTS)
+SEEDED = [
+    {"max_new_tokens": 160, "temperature": 1.0, "sampling_seed": seed, "top_p": 0.95}
+    for seed in range(len(PROMPTS))
+]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_every_token_survives_many_preemptions(server, sampling):
+    if sampling is SEEDED and "--enable-deterministic-inference" not in server.flags:
+        pytest.skip("SGLang samples by seed with --enable-deterministic-inference only")
+    bodies = [
+        {"text": prompt, "sampling_params": params}
+        for prompt, params in zip(PROMPTS, sampling, strict=True)
+    ]
     alone = _texts(_in_turn(server, bodies))
+    assert len(set(alone)) == len(PROMPTS)
     before = server.state()
-    for _ in range(2):
+    until = before["offline_preempted"] + PREEMPTIONS
+    while (after := server.state())["offline_preempted"] < until:
         assert _texts(_preempted(server, bodies)) == alone
-    after = server.state()
-    assert after["offline_preempted"] >= before["offline_preempted"] + 100
     was, now = before["checkpoint"], after["checkpoint"]
     assert now["checkpoints"] > was["checkpoints"]
     assert now["checkpointed_bytes"] > was["checkpointed_bytes"]
     restored = now["restored_tokens"] - was["restored_tokens"]
     recomputed = now["recomputed_tokens"] - was["recomputed_tokens"]
     assert restored > 10 * recomputed
+    assert now["pinned_tokens"] == 0
+    server.assert_idle_and_balanced()
+
+
+def test_requests_that_wait_are_loaded_before_their_turn(server):
+    """Online bursts push all that is offline out of the device; it comes back beside rows."""
+    if not server.state()["checkpoint"]["host_cache"]:
+        pytest.skip("nothing is on the host without a host cache")
+    before = server.state()["checkpoint"]["loaded_ahead_tokens"]
+    _beside_bursts(server, [{"text": p, "sampling_params": GREEDY[0]} for p in PROMPTS])
+    assert server.state()["checkpoint"]["loaded_ahead_tokens"] > before
     server.assert_idle_and_balanced()
 
 
 def test_bursts_of_online_prompts_end_no_offline_request(server):
     """They take nearly the whole pool, time and again; whatever gave way comes back."""
     bodies = [{"text": p, "sampling_params": {"max_new_tokens": 200}} for p in PROMPTS[:10]]
+    assert _beside_bursts(server, bodies) > 3
+    server.assert_idle_and_balanced()
+
+
+def _beside_bursts(server, bodies: list[dict]) -> int:
+    """Run `bodies` offline, which must give what they give alone, beside bursts of online prompts
+    that take nearly the whole pool; how many of those there were."""
     alone = _texts(_in_turn(server, bodies))
+    bursts = 0
     with ThreadPoolExecutor(1) as pool:
         offline = pool.submit(_preempted, server, bodies)
-        bursts = 0
         while not offline.done():
             burst = [f"{bursts} {i}, words of a prompt that needs room " * 15 for i in range(3)]
             server.generate_all(burst, sampling_params={"max_new_tokens": 24})
             bursts += 1
             time.sleep(0.2)  # offline rows come back and grow
         assert _texts(offline.result()) == alone
-    assert bursts > 3
-    server.assert_idle_and_balanced()
+    return bursts
 
 
 def test_a_stream_has_no_gap_and_no_repeat(server):
@@ -112,12 +150,14 @@ def test_a_stream_has_no_gap_and_no_repeat(server):
             events = [line for line in response.iter_lines() if line.startswith("data: {")]
         return [httpx.Response(200, text=event[6:]).json()["text"] for event in events]
 
-    bodies = [{"text": p, "sampling_params": {"max_new_tokens": 120}} for p in PROMPTS[:8]]
+    bodies = [{"text": p, "sampling_params": {"max_new_tokens": 120}} for p in PROMPTS]
     alone = _texts(_in_turn(server, bodies))
-    with ThreadPoolExecutor(8) as pool:
-        for texts, whole in zip(pool.map(stream, PROMPTS[:8]), alone, strict=True):
-            assert texts[-1] == whole
-            assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
+    until = server.state()["offline_preempted"] + PREEMPTIONS
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        while server.state()["offline_preempted"] < until:
+            for texts, whole in zip(pool.map(stream, PROMPTS), alone, strict=True):
+                assert texts[-1] == whole
+                assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
     server.assert_idle_and_balanced()
 
 

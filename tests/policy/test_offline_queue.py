@@ -97,6 +97,23 @@ def test_what_gives_way_early_does_not_wait_for_what_gives_way_late():
     assert take_all(queue) == ["a", "b", "c", "d"]
 
 
+def test_who_runs_next_is_known_if_it_gave_way():
+    queue = queue_of("a", "b", "c")
+    assert queue_of().next_that_gave_way() is None
+    assert queue.next_that_gave_way() is None  # nobody ran yet
+    a, b = queue.take(2)
+    queue.give_back([b])
+    assert queue.next_that_gave_way() is b
+    queue.give_back([a])
+    assert queue.next_that_gave_way() is a
+    assert queue.take(2) == [a, b]
+    push(queue, "soon", deadline_s=10.0)
+    queue.give_back([a, b])
+    assert queue.next_that_gave_way() is None  # one with a deadline runs before them
+    assert names(queue.take(1)) == ["soon"]
+    assert queue.next_that_gave_way() is a
+
+
 def test_give_back_takes_any_iterable():
     queue = queue_of("a", "b", "c")
     queue.give_back(iter(queue.take(2)))

@@ -15,7 +15,8 @@ inserts every prefill chunk when it ends.
 What becomes of a request, and what is kept of it here:
 
     running, parked   row + KV    a checkpoint every stride
-    released          no row      `_suspended`: how much it had computed; its KV is evictable
+    released          no row      `_suspended`: how much it had computed; its KV is evictable from
+                                  the device, and kept on the host (`host_copies.py`)
     resumed           row + KV    prefix found: restored; the rest up to what it had: recomputed
 
 A checkpoint that fails, is evicted, or cannot be loaded back costs recomputation and nothing
@@ -38,6 +39,7 @@ from conserve_sgl.checkpoint.host import (
     get_serving,
     release_req,
 )
+from conserve_sgl.checkpoint.host_copies import HostCopies
 from conserve_sgl.checkpoint.ownership import check_ownership, is_asked_for
 from conserve_sgl.checkpoint.penalties import restore_penalties
 from conserve_sgl.config import CheckpointConfig
@@ -104,6 +106,7 @@ class Checkpointer:
             and not get_serving().strip_thinking_cache
         )
         self._host = _host_cache(tree_cache)
+        self._copies = HostCopies(tree_cache, self._host if self.enabled else None)
         self._check = is_asked_for() and tree_cache.supports_prefix_sharing()
         self._suspended: WeakKeyDictionary[Req, int] = WeakKeyDictionary()
         self._in_host: WeakKeyDictionary[Req, int] = WeakKeyDictionary()
@@ -238,6 +241,7 @@ class Checkpointer:
         self.gave_way(req)
         if self._may_checkpoint(req) and not pins:
             self._checkpoint(req, min(req.owned_kv_len(), req.seqlen))
+        self._copies.pin(req)
         self.release(req)
 
     def give_up(self, req: Req) -> None:
@@ -246,6 +250,7 @@ class Checkpointer:
         Its KV beyond the prefix is written for some layers only and must not enter the tree.
         """
         self._suspended.setdefault(req, req.prefix_len)
+        self._copies.pin(req)
         self.release(req)
 
     def gave_way(self, req: Req) -> None:
@@ -269,6 +274,20 @@ class Checkpointer:
 
     # ----------------------------------------------------------- coming back
 
+    def load_ahead(self, reqs: list[Req], room_tokens: int) -> list[Req]:
+        """Those of `reqs` that wait for their KV: see `HostCopies.load_ahead`. Requests that have
+        computed nothing yet are left to SGLang."""
+        return self._copies.load_ahead([r for r in reqs if r in self._suspended], room_tokens)
+
+    def forget(self, reqs: list[Req]) -> None:
+        """These gave way, and will not come back: they were aborted in the queue."""
+        for req in reqs:
+            self._copies.forget(req)
+
+    def cache_emptied(self) -> None:
+        """The tree holds nothing any more, on the device or on the host."""
+        self._copies.clear()
+
     def admitted(self, batch: ScheduleBatch, *, lagging: bool) -> None:
         """Take note of the requests of a new prefill batch that had given way.
 
@@ -276,7 +295,9 @@ class Checkpointer:
         what SGLang forgets of their sampling state (see `restore_penalties` for `lagging`).
         """
         restore_penalties(batch, self._is_offline, lagging=lagging)
+        self._copies.fence(batch)
         for req in filter(self._is_offline, batch.reqs):
+            self._copies.forget(req)
             self._shared.setdefault(req, req.prefix_len)
             computed = self._suspended.pop(req, 0)
             restored = min(req.prefix_len, computed)
@@ -289,5 +310,7 @@ class Checkpointer:
             "enabled": self.enabled,
             "host_cache": self._host is not None,
             "backlog_tokens": self.backlog_tokens(),
+            "pinned_tokens": self._copies.pinned_tokens,
+            "loaded_ahead_tokens": self._copies.loaded_ahead_tokens,
             **self._counts,
         }

@@ -2,13 +2,17 @@
 
 from sglang.srt.managers.cache_controller import HiCacheController
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch, release_req
+from sglang.srt.mem_cache.base_prefix_cache import DecLockRefParams
+from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_serving
 from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
 
 __all__ = [
     "BatchedPenalizerOrchestrator",
+    "DecLockRefParams",
     "HiCacheController",
+    "NodeId",
     "Req",
     "ScheduleBatch",
     "UnifiedRadixCache",

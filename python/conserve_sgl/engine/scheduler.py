@@ -300,8 +300,7 @@ class ConserveScheduler(Scheduler):
             free_rows=self.req_to_token_pool.available_size(),
             # Rows are a hard limit in SGLang: an online request that finds none waits for one.
             max_rows=max(self.max_running_requests // 2, 1),
-            free_kv_tokens=self.token_to_kv_pool_allocator.available_size()
-            + self.tree_cache.evictable_size(),
+            free_kv_tokens=self._free_kv_tokens(),
             total_kv_tokens=self.max_total_num_tokens,
             chunk_tokens=self.chunked_prefill_size,
             rows_decoded=self._rows_decoded,
@@ -345,6 +344,8 @@ class ConserveScheduler(Scheduler):
     def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> NextBatchPlan:
         plan = self._plan
         self._move_offline_chunk()
+        if not plan.offline_admissions:
+            self._load_ahead(running_batch)
         if plan.online_prefill_tokens == 0:
             # The rows that decode go first; what waits is looked at again in the next step.
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
@@ -356,7 +357,8 @@ class ConserveScheduler(Scheduler):
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
         suspended = self._slices.suspended is not None
         candidates = self._offline_queue.take(0 if suspended else plan.offline_admissions)
-        self.waiting_queue.extend(candidates)
+        not_yet = self._waiting_for_kv(candidates, running_batch)
+        self.waiting_queue.extend(req for req in candidates if req not in not_yet)
         try:
             prefill = super().get_new_batch_prefill(running_batch)
             if prefill.batch_to_run is not None:
@@ -368,6 +370,21 @@ class ConserveScheduler(Scheduler):
                 if not self.is_offline(req):
                     self.waiting_queue.append(req)
             self._offline_queue.give_back(r for r in waiting if self.is_offline(r))
+            self._offline_queue.give_back(not_yet)
+
+    def _load_ahead(self, running_batch: ScheduleBatch) -> None:
+        """While no offline request may be admitted, the next one gets its KV from the host."""
+        req = self._offline_queue.next_that_gave_way()
+        if req is not None:
+            self._waiting_for_kv([req], running_batch)
+
+    def _waiting_for_kv(self, reqs: list[Req], running_batch: ScheduleBatch) -> list[Req]:
+        """Those of `reqs` whose KV is being loaded from the host: not to be admitted yet, since the
+        rows that decode would wait for the copy. Where there are none, nobody does."""
+        if running_batch.is_empty():
+            return []
+        room_tokens = self._free_kv_tokens() - self._plan.kv_reserve_tokens
+        return self._checkpoints.load_ahead(reqs, room_tokens)
 
     def _chunk_finds_kv(self, running_batch: ScheduleBatch) -> bool:
         """Whether the next chunk of an online prompt finds KV, once offline requests gave way.
@@ -507,9 +524,13 @@ class ConserveScheduler(Scheduler):
         offline = (req for req in self.running_batch.reqs if self.is_offline(req))
         return sum(map(self._checkpoints.reclaimable_tokens, [*offline, *self._reqs_aside()]))
 
-    def _kv_is_free(self, tokens: int) -> bool:
+    def _free_kv_tokens(self) -> int:
+        """KV tokens that nobody holds, or that the radix tree would give up at once."""
         free = self.token_to_kv_pool_allocator.available_size()
-        return free + self.tree_cache.evictable_size() >= tokens
+        return free + self.tree_cache.evictable_size()
+
+    def _kv_is_free(self, tokens: int) -> bool:
+        return self._free_kv_tokens() >= tokens
 
     def _give_way(self, batch: ScheduleBatch, enough: Callable[[], bool]) -> bool:
         """Preempt offline requests, those that lose least first, until there is enough KV.
@@ -567,6 +588,7 @@ class ConserveScheduler(Scheduler):
             self._checkpoints.release(req)
             self._ledger.close(time.monotonic(), req)
         queued = self._offline_queue.remove_rid(prefix)
+        self._checkpoints.forget(queued)
         self._ledger.removed(queued)
         # Now they are queued requests like any other, and SGLang's own code aborts those.
         self.waiting_queue += aside + queued
@@ -611,6 +633,12 @@ class ConserveScheduler(Scheduler):
             # Only a running batch answers a health check that was skipped.
             return True
         return not self._reqs_aside() and (ignore_waiting or len(self._offline_queue) == 0)
+
+    def flush_cache(self, empty_cache: bool = True) -> bool:
+        flushed = super().flush_cache(empty_cache)
+        if flushed:
+            self._checkpoints.cache_emptied()
+        return flushed
 
     def get_internal_state(self, recv_req: Any) -> Any:
         output = super().get_internal_state(recv_req)

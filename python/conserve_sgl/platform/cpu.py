@@ -9,7 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
+from sglang.srt.arg_groups.choices import (
+    ATTENTION_BACKEND_CHOICES,
+    add_attention_backend_choices,
+    add_deterministic_attention_backend_choices,
+    add_radix_supported_deterministic_attention_backend_choices,
+)
 from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
@@ -47,6 +52,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     def __init__(self) -> None:
         if NAME not in ATTENTION_BACKEND_CHOICES:
             add_attention_backend_choices([NAME])
+            add_deterministic_attention_backend_choices([NAME])
+            add_radix_supported_deterministic_attention_backend_choices([NAME])
             register_resolution_hook("handle_cpu_backends")(_choose_attention_backend)
 
     def get_device(self, device_id: int | None = None) -> str:  # noqa: ARG002  one CPU device
@@ -83,13 +90,14 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         _disable_graphs(server_args)
 
     def init_backend(self) -> None:
-        """Register attention and HiCache in a process that runs a model. Idempotent."""
+        """Register attention, HiCache and sampling where a model runs. Idempotent."""
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
-        from conserve_sgl.platform import hicache
+        from conserve_sgl.platform import hicache, sampling
 
         register_attention_backend(NAME)(_make_attention_backend)
         hicache.install()
+        sampling.install()
 
     def post_load_model(self, model: torch.nn.Module) -> None:
         """Refuse a model whose attention would come out wrong.

@@ -329,6 +329,13 @@ class OfflineQueue(Generic[T]):
         self._entered(lane)
         return True
 
+    def next_that_gave_way(self) -> T | None:
+        """What `take` would return first, if it was taken before and given back; else None."""
+        if not self._waiting:
+            return None
+        gave_way = self._next_order().first.gave_way
+        return gave_way[0].of if gave_way else None
+
     def take(self, n: int) -> list[T]:
         """Remove and return up to `n` requests, in the order in which they should run."""
         requests = []
@@ -412,10 +419,17 @@ class OfflineQueue(Generic[T]):
 
     # ------------------------------------------------------------------ choosing
 
+    @property
+    def _contended(self) -> bool:
+        """Whether lanes of both kinds wait."""
+        return bool(self._dated) and bool(self._undated)
+
+    def _next_order(self) -> _Order:
+        undated = self._owed_tokens > 0 if self._contended else bool(self._undated)
+        return self._undated if undated else self._dated
+
     def _take_one(self) -> _Entry[T]:
-        contended = bool(self._dated) and bool(self._undated)
-        undated = self._owed_tokens > 0 if contended else bool(self._undated)
-        order = self._undated if undated else self._dated
+        contended, order = self._contended, self._next_order()
         lane = order.first
         entry = lane.pop()
         if not lane.waiting:
