@@ -21,6 +21,7 @@ CONFIG = """
 slo: {{ttft: {ttft}, tpot: {tpot}, yield_ms: 20}}
 memory: {{online_reserve: 0.0}}
 checkpoint: {{stride_tokens: 16}}
+slices: {{enabled: {slices}}}
 """
 HICACHE = (
     "--enable-hierarchical-cache",
@@ -34,10 +35,10 @@ PREEMPTIONS = int(os.environ.get("CONSERVE_TEST_PREEMPTIONS", "100"))
 OFFLINE = {"x-sgl-conserve-class": "offline"}
 PROMPTS = [f"{i}: " + "the quick brown fox jumps over the dog. " * (1 + i % 4) for i in range(16)]
 SERVERS = {
-    "tree": (CONFIG.format(ttft="2x", tpot="2x"), "--disable-overlap-schedule"),
+    "tree": (CONFIG.format(ttft="2x", tpot="2x", slices=False), "--disable-overlap-schedule"),
     # Online prompts and rows take turns: each holds KV while the other runs.
     "host": (
-        CONFIG.format(ttft="500ms", tpot="30ms"),
+        CONFIG.format(ttft="500ms", tpot="30ms", slices=True),
         "--enable-deterministic-inference",  # sampling by seed
         *HICACHE,
     ),
@@ -120,6 +121,41 @@ def test_bursts_of_online_prompts_end_no_offline_request(server):
     """They take nearly the whole pool, time and again; whatever gave way comes back."""
     bodies = [{"text": p, "sampling_params": {"max_new_tokens": 200}} for p in PROMPTS[:10]]
     assert _beside_bursts(server, bodies) > 3
+    server.assert_idle_and_balanced()
+
+
+@pytest.fixture
+def slow_steps(server) -> Iterator[None]:
+    """Every step takes at least 50 ms, so that a test can act within a certain one."""
+    server.http.post("/slow_down", json={"forward_sleep_time": 0.05}).raise_for_status()
+    yield
+    server.http.post("/slow_down", json={"forward_sleep_time": None}).raise_for_status()
+
+
+@pytest.mark.usefixtures("slow_steps")
+@pytest.mark.parametrize("number", range(3))
+def test_a_prompt_gets_the_kv_of_an_offline_prompt_that_just_ended(server, number):
+    """It comes in the last chunk of a prompt that leaves room for its first chunk and no more."""
+    if "--disable-overlap-schedule" not in server.flags:
+        pytest.skip("a prefill that is sliced stops for it, whatever the KV pool holds")
+    prompt = f"{number} " + "a document that fills the pool, " * 53
+    tokens = len(prompt)
+    before = server.state()["offline_tokens"]["computed"]
+    body = {"text": prompt, "sampling_params": {"max_new_tokens": 60, "ignore_eos": True}}
+    events = []
+
+    def offline() -> None:
+        with server.http.stream("POST", "/offline/generate", json={**body, "stream": True}) as r:
+            events.extend(line for line in r.iter_lines() if line.startswith("data: {"))
+
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(offline)
+        while server.state()["offline_tokens"]["computed"] < before + tokens // 128 * 128:
+            time.sleep(0.005)
+        server.generate(f"{number}? " + "words of a prompt that needs room " * 18)
+        assert len(events) < 5, "it waited for the offline request"
+        ended.result()
+    assert len(events) == 60
     server.assert_idle_and_balanced()
 
 

@@ -353,6 +353,9 @@ class ConserveScheduler(Scheduler):
         if self.is_mixed_chunk:
             self._sit_out_surplus(running_batch)
         self._prefill_beside = running_batch
+        if self.waiting_queue and self._holds_offline(running_batch):
+            # SGLang takes a batch for full until a row ends; here rows give way.
+            running_batch.batch_is_full = False
         if not self._chunk_finds_kv(running_batch):
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
         suspended = self._slices.suspended is not None
@@ -385,6 +388,9 @@ class ConserveScheduler(Scheduler):
             return []
         room_tokens = self._free_kv_tokens() - self._plan.kv_reserve_tokens
         return self._checkpoints.load_ahead(reqs, room_tokens)
+
+    def _holds_offline(self, running_batch: ScheduleBatch) -> bool:
+        return bool(self._reqs_aside()) or any(map(self.is_offline, running_batch.reqs))
 
     def _chunk_finds_kv(self, running_batch: ScheduleBatch) -> bool:
         """Whether the next chunk of an online prompt finds KV, once offline requests gave way.
@@ -521,7 +527,8 @@ class ConserveScheduler(Scheduler):
         """KV tokens that offline requests hold and would give to an online one."""
         if not self._view.online_prompts:
             return 0
-        offline = (req for req in self.running_batch.reqs if self.is_offline(req))
+        # Not `running_batch`: until the step is planned, that lacks the prefill that just ended.
+        offline = filter(self.is_offline, self._prefill_beside.reqs)
         return sum(map(self._checkpoints.reclaimable_tokens, [*offline, *self._reqs_aside()]))
 
     def _free_kv_tokens(self) -> int:
