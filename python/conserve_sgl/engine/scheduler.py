@@ -9,17 +9,15 @@ Where an offline request may be, and who holds its row and KV:
     OfflineQueue            no row, no KV of its own (its prefix may be in the radix tree)
     waiting_queue           only within `get_new_batch_prefill`, for SGLang to admit it from
     chunked_req             row + KV so far; between two chunks
-    _parked_chunk           the same, moved aside so that an online prompt can be chunked
     running_batch           row + KV; decodes
-    _parked                 row + KV; sits out
-    _slices                 row + KV; in a prefill that is suspended between two layers
+    _aside                  row + KV; out of SGLang's sight (`aside.py`): a row that sits out, a
+                            prompt between two chunks, a prefill suspended between two layers
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 from math import inf
@@ -29,9 +27,9 @@ import numpy as np
 from msgspec.structs import asdict
 
 from conserve_sgl.checkpoint.checkpointer import Checkpointer
-from conserve_sgl.checkpoint.fault import RandomPreemption
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.engine.adder import OfflinePurse, make_adder_class
+from conserve_sgl.engine.aside import Aside
 from conserve_sgl.engine.host import (
     AbortReq,
     NextBatchPlan,
@@ -46,6 +44,7 @@ from conserve_sgl.engine.host import (
 from conserve_sgl.engine.inbox import ArrivalInbox
 from conserve_sgl.engine.invariants import with_parked_rows
 from conserve_sgl.engine.ledger import OfflineLedger
+from conserve_sgl.engine.memory import KvMemory
 from conserve_sgl.engine.metering import StepMeter, work_of
 from conserve_sgl.engine.metrics import Exporter
 from conserve_sgl.engine.observe import (
@@ -56,7 +55,6 @@ from conserve_sgl.engine.observe import (
     waiting_prompts,
 )
 from conserve_sgl.engine.offline_item import offline_item
-from conserve_sgl.engine.parking import ParkedRows
 from conserve_sgl.engine.profiling import load_or_measure
 from conserve_sgl.engine.ranks import from_rank_zero, int_of_rank_zero
 from conserve_sgl.engine.slices import SUSPENDED, LayerSlices
@@ -139,8 +137,6 @@ class ConserveScheduler(Scheduler):
             config.offline.queue_requests, no_deadline_share=config.offline.no_deadline_share
         )
         self._ledger = OfflineLedger(self._offline_queue, self.is_offline)
-        self._parked = ParkedRows()
-        self._parked_chunk: Req | None = None
         self._slo = config.slo.objectives()
         self._view = StepView(now_s=time.monotonic())
         self._plan = _NO_PLAN
@@ -157,6 +153,7 @@ class ConserveScheduler(Scheduler):
             agree=partial(int_of_rank_zero, self.tp_group),
             load_counter=self.tp_worker.hicache_layer_transfer_counter,
         )
+        self._aside = Aside(self._slices)
 
     def init_chunked_prefill(self) -> None:
         super().init_chunked_prefill()
@@ -180,7 +177,14 @@ class ConserveScheduler(Scheduler):
             max_total_tokens=self.max_total_num_tokens,
             is_offline=self.is_offline,
         )
-        self._random_preemption = RandomPreemption.from_environment()
+        self._memory = KvMemory(
+            self.tree_cache,
+            total_tokens=self.max_total_num_tokens,
+            checkpoints=self._checkpoints,
+            aside=self._aside,
+            is_offline=self.is_offline,
+            requeue=partial(self._add_request_to_queue, is_retracted=True),
+        )
 
     def init_metrics_reporter(self) -> None:
         super().init_metrics_reporter()
@@ -189,7 +193,7 @@ class ConserveScheduler(Scheduler):
 
     def init_invariant_checker(self) -> None:
         super().init_invariant_checker()
-        self.invariant_checker = with_parked_rows(self.invariant_checker, self._reqs_aside)
+        self.invariant_checker = with_parked_rows(self.invariant_checker, lambda: self._aside.reqs)
 
     # ------------------------------------------------------- requests coming in
 
@@ -237,11 +241,11 @@ class ConserveScheduler(Scheduler):
     def get_next_batch_to_run(
         self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None
     ) -> NextBatchPlan:
-        self._parked.drop_finished()
+        self._aside.parked.drop_finished()
         self._view = view = self._observe(running_batch, last_batch)
         self._plan = from_rank_zero(self.tp_group, lambda: self._step_policy.plan(view))
         rows_to_spare = self._plan.offline_decode_rows - view.offline_decoding.count
-        running_batch = self._parked.come_back(running_batch, rows_to_spare)
+        running_batch = self._aside.parked.come_back(running_batch, rows_to_spare)
         next_plan = super().get_next_batch_to_run(running_batch, last_batch)
         self._account(next_plan.batch_to_run)
         self._learn(self._meter.started(next_plan.batch_to_run))
@@ -282,8 +286,9 @@ class ConserveScheduler(Scheduler):
             count, running_batch, last_batch, self.chunked_req, overlap=self.enable_overlap
         )
         chunk_is_offline = self.chunked_req is not None and self.is_offline(self.chunked_req)
-        offline_chunk = self.chunked_req if chunk_is_offline else self._parked_chunk
+        offline_chunk = self.chunked_req if chunk_is_offline else self._aside.chunk
         online_chunk = None if chunk_is_offline else self.chunked_req
+        parked = self._aside.parked.reqs
         return StepView(
             now_s=now_s,
             free_at_s=self._meter.busy_until_s(self.latency.predict_s),
@@ -295,12 +300,12 @@ class ConserveScheduler(Scheduler):
             offline_waiting=len(self._offline_queue),
             offline_chunk=None if offline_chunk is None else rest_of_prompt(offline_chunk),
             offline_decoding=count.offline,
-            offline_parked=Rows(len(self._parked), sum(r.seqlen for r in self._parked.reqs)),
+            offline_parked=Rows(len(parked), sum(req.seqlen for req in parked)),
             offline_suspended=len(self._slices.suspended_reqs),
             free_rows=self.req_to_token_pool.available_size(),
             # Rows are a hard limit in SGLang: an online request that finds none waits for one.
             max_rows=max(self.max_running_requests // 2, 1),
-            free_kv_tokens=self._free_kv_tokens(),
+            free_kv_tokens=self._memory.free_tokens,
             total_kv_tokens=self.max_total_num_tokens,
             chunk_tokens=self.chunked_prefill_size,
             rows_decoded=self._rows_decoded,
@@ -333,10 +338,8 @@ class ConserveScheduler(Scheduler):
                 tokens=plan.offline_prefill_tokens,
                 kv_reserve_tokens=plan.kv_reserve_tokens,
                 reclaimable_tokens=self._reclaimable_tokens(),
-                make_room=lambda tokens: self._give_way(
-                    self._prefill_beside, lambda: self._kv_is_free(tokens)
-                ),
-                may_chunk=self.chunked_req is None and self._parked_chunk is None,
+                make_room=partial(self._make_room, self._prefill_beside),
+                may_chunk=self.chunked_req is None and self._aside.chunk is None,
                 is_offline=self.is_offline,
             )
         )
@@ -353,7 +356,7 @@ class ConserveScheduler(Scheduler):
         if self.is_mixed_chunk:
             self._sit_out_surplus(running_batch)
         self._prefill_beside = running_batch
-        if self.waiting_queue and self._holds_offline(running_batch):
+        if self.waiting_queue and self._memory.holds_offline(running_batch):
             # SGLang takes a batch for full until a row ends; here rows give way.
             running_batch.batch_is_full = False
         if not self._chunk_finds_kv(running_batch):
@@ -386,11 +389,16 @@ class ConserveScheduler(Scheduler):
         rows that decode would wait for the copy. Where there are none, nobody does."""
         if running_batch.is_empty():
             return []
-        room_tokens = self._free_kv_tokens() - self._plan.kv_reserve_tokens
+        room_tokens = self._memory.free_tokens - self._plan.kv_reserve_tokens
         return self._checkpoints.load_ahead(reqs, room_tokens)
 
-    def _holds_offline(self, running_batch: ScheduleBatch) -> bool:
-        return bool(self._reqs_aside()) or any(map(self.is_offline, running_batch.reqs))
+    def _reclaimable_tokens(self) -> int:
+        """KV tokens that the offline requests beside this prefill would give to an online one."""
+        return self._memory.offers(self._prefill_beside) if self._view.online_prompts else 0
+
+    def _make_room(self, running_batch: ScheduleBatch, tokens: int) -> bool:
+        memory = self._memory
+        return memory.give_way(running_batch, lambda: memory.free_tokens >= tokens)
 
     def _chunk_finds_kv(self, running_batch: ScheduleBatch) -> bool:
         """Whether the next chunk of an online prompt finds KV, once offline requests gave way.
@@ -403,7 +411,7 @@ class ConserveScheduler(Scheduler):
             return True
         tokens = min(rest_of_prompt(chunk).new_tokens, self._plan.online_prefill_tokens)
         tokens += self.page_size + (len(running_batch.reqs) if self.is_mixed_chunk else 0)
-        return self._give_way(running_batch, lambda: self._kv_is_free(tokens))
+        return self._make_room(running_batch, tokens)
 
     def _or_go_on(self, next_plan: NextBatchPlan) -> NextBatchPlan:
         """The suspended prefill goes on where no online prefill can run and the plan lets it."""
@@ -411,7 +419,7 @@ class ConserveScheduler(Scheduler):
         if suspended is None or next_plan.batch_to_run is not None:
             return next_plan
         if self.waiting_queue and self.req_to_token_pool.available_size() == 0:
-            self._preempt_suspended()  # an online request waits for a row
+            self._memory.preempt_suspended()  # an online request waits for a row
             running.batch_is_full = False
             return next_plan
         if self.chunked_req is not None or not self._may_go_on(running):
@@ -434,14 +442,14 @@ class ConserveScheduler(Scheduler):
         plan grants it no tokens.
         """
         tokens = self._plan.offline_prefill_tokens
-        granted = tokens > 0 and not self.waiting_queue and self._kv_is_free(tokens)
+        granted = tokens > 0 and not self.waiting_queue and self._memory.free_tokens >= tokens
         granted = granted and self._slices.suspended is None
         if self.chunked_req is not None and self.is_offline(self.chunked_req) and not granted:
-            assert self._parked_chunk is None  # the adder chunks one offline prompt at a time
-            self._parked_chunk, self.chunked_req = self.chunked_req, None
+            assert self._aside.chunk is None  # the adder chunks one offline prompt at a time
+            self._aside.chunk, self.chunked_req = self.chunked_req, None
             self._counts["offline_chunks_parked"] += 1
-        elif self.chunked_req is None and self._parked_chunk is not None and granted:
-            self.chunked_req, self._parked_chunk = self._parked_chunk, None
+        elif self.chunked_req is None and self._aside.chunk is not None and granted:
+            self.chunked_req, self._aside.chunk = self._aside.chunk, None
 
     # ------------------------------------------------- offline prefills, in slices
 
@@ -488,109 +496,30 @@ class ConserveScheduler(Scheduler):
 
     def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
         self._sit_out_surplus(batch)
-        if self._random_preemption is not None:
-            self._preempt_at_random(batch, self._random_preemption)
+        self._memory.preempt_at_random(batch)
         if batch.is_empty():
             return batch
-        enough = self._give_way(
-            batch, lambda: self._alone_and_offline(batch) or batch.check_decode_mem()
+        enough = self._memory.give_way(
+            batch, lambda: self._memory.is_left_to(batch) or batch.check_decode_mem()
         )
         if not enough and self._checkpoints.backlog_tokens():
             return None  # KV that is pinned until it is copied comes free in a moment
         if not enough and self.chunked_req is not None and len(batch.reqs) == 1:
             # To SGLang nobody else holds KV, and it would end the row instead of retracting it.
-            row = batch.reqs[0]
-            batch.filter_batch(reqs_to_exclude=[row])
-            self._preempt([row], urgent=True)
+            self._memory.preempt_rows(batch, list(batch.reqs), urgent=True)
         return batch if batch.is_empty() else super().update_running_batch(batch)
-
-    def _alone_and_offline(self, batch: ScheduleBatch) -> bool:
-        """Whether nobody but one offline request holds KV: SGLang decides if it does not fit.
-
-        Others are an online prompt between two chunks, requests that a step in flight ends, and
-        KV that is pinned while it is copied: all of them let go of it in time.
-        """
-        if len(batch.reqs) != 1 or not self.is_offline(batch.reqs[0]) or self._reqs_aside():
-            return False
-        own_pages = -(-batch.reqs[0].kv.kv_allocated_len // self.page_size)
-        return self._kv_is_free(self.max_total_num_tokens - own_pages * self.page_size)
 
     def _sit_out_surplus(self, batch: ScheduleBatch) -> None:
         offline = sum(map(self.is_offline, batch.reqs))
         surplus = offline - self._plan.offline_decode_rows
-        parked = self._parked.sit_out(batch, surplus, self.is_offline)
+        parked = self._aside.parked.sit_out(batch, surplus, self.is_offline)
         self._counts["offline_rows_parked"] += parked
-
-    # -------------------------------------------------------------------- memory
-
-    def _reclaimable_tokens(self) -> int:
-        """KV tokens that offline requests hold and would give to an online one."""
-        if not self._view.online_prompts:
-            return 0
-        # Not `running_batch`: until the step is planned, that lacks the prefill that just ended.
-        offline = filter(self.is_offline, self._prefill_beside.reqs)
-        return sum(map(self._checkpoints.reclaimable_tokens, [*offline, *self._reqs_aside()]))
-
-    def _free_kv_tokens(self) -> int:
-        """KV tokens that nobody holds, or that the radix tree would give up at once."""
-        free = self.token_to_kv_pool_allocator.available_size()
-        return free + self.tree_cache.evictable_size()
-
-    def _kv_is_free(self, tokens: int) -> bool:
-        return self._free_kv_tokens() >= tokens
-
-    def _give_way(self, batch: ScheduleBatch, enough: Callable[[], bool]) -> bool:
-        """Preempt offline requests, those that lose least first, until there is enough KV.
-
-        Returns:
-            Whether there is; if not, no offline request is left in `batch` or aside.
-        """
-        while not enough():
-            running = list(filter(self.is_offline, batch.reqs))
-            victim = self._checkpoints.cheapest(running, self._reqs_aside())
-            if victim is None:
-                return False
-            if victim in self._slices.suspended_reqs:
-                self._preempt_suspended()
-                continue
-            if victim in running:
-                batch.filter_batch(reqs_to_exclude=[victim])
-            else:
-                self._take_aside(lambda req, victim=victim: req is victim)
-            self._preempt([victim], urgent=True)
-        return True
-
-    def _preempt_at_random(self, batch: ScheduleBatch, chance: RandomPreemption) -> None:
-        running = chance.victims(filter(self.is_offline, batch.reqs))
-        batch.filter_batch(reqs_to_exclude=running)
-        aside = {id(req) for req in chance.victims(self._parked_reqs())}
-        self._preempt(running + self._take_aside(lambda req: id(req) in aside))
-
-    def _preempt(self, reqs: list[Req], *, urgent: bool = False) -> None:
-        """Release the rows and KV of `reqs`, which nobody else holds, and queue them again."""
-        for req in reqs:
-            self._checkpoints.give_way(req, urgent=urgent)
-            self._add_request_to_queue(req, is_retracted=True)
-
-    def _preempt_suspended(self) -> None:
-        """Preempt a suspended prefill: all of its requests, since it is computed as one."""
-        for req in self._slices.give_up():
-            self._checkpoints.give_up(req)
-            self._add_request_to_queue(req, is_retracted=True)
 
     # ------------------------------------- everything else that looks at requests
 
-    def _parked_reqs(self) -> list[Req]:
-        chunk = [] if self._parked_chunk is None else [self._parked_chunk]
-        return [*self._parked.reqs, *chunk]
-
-    def _reqs_aside(self) -> list[Req]:
-        """All that hold rows and KV that SGLang does not know of."""
-        return self._parked_reqs() + self._slices.suspended_reqs
-
     def abort_request(self, recv_req: AbortReq) -> None:
         prefix = "" if recv_req.abort_all else recv_req.rid
-        aside = self._take_aside(lambda req: req.rid.startswith(prefix))
+        aside = self._aside.take(lambda req: req.rid.startswith(prefix))
         for req in aside:
             self._checkpoints.release(req)
             self._ledger.close(time.monotonic(), req)
@@ -618,20 +547,12 @@ class ConserveScheduler(Scheduler):
             reason = req.to_finish.to_json()
             self.send_abort_output(_make_abort_req(req, finished_reason=reason), req)
 
-    def _take_aside(self, matches: Callable[[Req], bool]) -> list[Req]:
-        """Take the requests that match out of what is parked; they still hold their rows."""
-        taken = self._parked.remove(matches)
-        if self._parked_chunk is not None and matches(self._parked_chunk):
-            taken.append(self._parked_chunk)
-            self._parked_chunk = None
-        return taken
-
     def pause_generation(self, recv_req: Any) -> None:
         super().pause_generation(recv_req)
         self._meter.forget()
         if recv_req.mode == "retract":
-            self._preempt(self._take_aside(lambda _req: True))
-            self._preempt_suspended()
+            self._memory.preempt_aside(lambda _req: True)
+            self._memory.preempt_suspended()
 
     def is_fully_idle(self, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
         if not super().is_fully_idle(for_health_check, ignore_waiting):
@@ -639,7 +560,7 @@ class ConserveScheduler(Scheduler):
         if for_health_check:
             # Only a running batch answers a health check that was skipped.
             return True
-        return not self._reqs_aside() and (ignore_waiting or len(self._offline_queue) == 0)
+        return not self._aside.reqs and (ignore_waiting or len(self._offline_queue) == 0)
 
     def flush_cache(self, empty_cache: bool = True) -> bool:
         flushed = super().flush_cache(empty_cache)
@@ -657,7 +578,7 @@ class ConserveScheduler(Scheduler):
         latencies_ms = [] if self._inbox is None else self._inbox.latencies_ms()
         p50, p99 = np.percentile(latencies_ms or [0.0], (50, 99)).tolist()
         return {
-            **self._ledger.state(time.monotonic(), parked=len(self._parked_reqs())),
+            **self._ledger.state(time.monotonic(), parked=len(self._aside.whole)),
             "checkpoint": self._checkpoints.state(),
             "latency": self._latency_state(),
             "arrivals_received": 0 if self._inbox is None else self._inbox.received,

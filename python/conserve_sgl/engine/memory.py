@@ -1,0 +1,126 @@
+"""KV memory: what is free, and offline requests that give theirs to whoever needs it more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from conserve_sgl.checkpoint.checkpointer import Checkpointer
+from conserve_sgl.checkpoint.fault import RandomPreemption
+from conserve_sgl.engine.aside import Aside
+from conserve_sgl.engine.host import Req, ScheduleBatch
+
+__all__ = ["KvMemory"]
+
+
+class KvMemory:
+    """The KV pool of one scheduler, and who gives way in it.
+
+    Args:
+        tree_cache: SGLang's; its allocator is the pool.
+        total_tokens: of the pool.
+        checkpoints: releases requests, and knows what each loses.
+        aside: requests that SGLang does not know of.
+        is_offline: tells an offline request; no other gives way.
+        requeue: takes a request that gave way, without row and KV.
+    """
+
+    def __init__(
+        self,
+        tree_cache: Any,
+        *,
+        total_tokens: int,
+        checkpoints: Checkpointer,
+        aside: Aside,
+        is_offline: Callable[[Req], bool],
+        requeue: Callable[[Req], None],
+    ) -> None:
+        self._tree = tree_cache
+        self._allocator = tree_cache.token_to_kv_pool_allocator
+        self._page = tree_cache.page_size
+        self._total_tokens = total_tokens
+        self._checkpoints = checkpoints
+        self._aside = aside
+        self._is_offline = is_offline
+        self._requeue = requeue
+        self._chance = RandomPreemption.from_environment()
+
+    # -------------------------------------------------------------- what is there
+
+    @property
+    def free_tokens(self) -> int:
+        """KV tokens that nobody holds, or that the radix tree would give up at once."""
+        return self._allocator.available_size() + self._tree.evictable_size()
+
+    def offers(self, running: ScheduleBatch) -> int:
+        """KV tokens that offline requests, of `running` or aside, would give to an online one."""
+        offline = filter(self._is_offline, running.reqs)
+        return sum(map(self._checkpoints.reclaimable_tokens, [*offline, *self._aside.reqs]))
+
+    def holds_offline(self, running: ScheduleBatch) -> bool:
+        """Whether an offline request, of `running` or aside, holds any."""
+        return bool(self._aside.reqs) or any(map(self._is_offline, running.reqs))
+
+    def is_left_to(self, running: ScheduleBatch) -> bool:
+        """Whether nobody but one offline request holds KV: SGLang decides if it does not fit.
+
+        Others are an online prompt between two chunks, requests that a step in flight ends, and
+        KV that is pinned while it is copied: all of them let go of it in time.
+        """
+        reqs = running.reqs
+        if len(reqs) != 1 or not self._is_offline(reqs[0]) or self._aside.reqs:
+            return False
+        own_pages = -(-reqs[0].kv.kv_allocated_len // self._page)
+        return self.free_tokens >= self._total_tokens - own_pages * self._page
+
+    # ------------------------------------------------------------------ giving way
+
+    def give_way(self, running: ScheduleBatch, enough: Callable[[], bool]) -> bool:
+        """Preempt offline requests, those that lose least first, until there is enough KV.
+
+        Returns:
+            Whether there is; if not, no offline request is left in `running` or aside.
+        """
+        while not enough():
+            offline = list(filter(self._is_offline, running.reqs))
+            victim = self._checkpoints.cheapest(offline, self._aside.reqs)
+            if victim is None:
+                return False
+            if victim in self._aside.slices.suspended_reqs:
+                self.preempt_suspended()
+            elif victim in offline:
+                self.preempt_rows(running, [victim], urgent=True)
+            else:
+                self.preempt_aside(lambda req, victim=victim: req is victim, urgent=True)
+        return True
+
+    def preempt_rows(
+        self, running: ScheduleBatch, reqs: list[Req], *, urgent: bool = False
+    ) -> None:
+        """Preempt rows of `running`, which loses them."""
+        running.filter_batch(reqs_to_exclude=reqs)
+        self._preempt(reqs, urgent=urgent)
+
+    def preempt_aside(self, matches: Callable[[Req], bool], *, urgent: bool = False) -> None:
+        """Preempt those that match of what is aside, but for a suspended prefill."""
+        self._preempt(self._aside.take(matches), urgent=urgent)
+
+    def preempt_suspended(self) -> None:
+        """Preempt a suspended prefill: all of its requests, since it is computed as one."""
+        for req in self._aside.slices.give_up():
+            self._checkpoints.give_up(req)
+            self._requeue(req)
+
+    def preempt_at_random(self, running: ScheduleBatch) -> None:
+        """For tests: see `RandomPreemption`."""
+        if self._chance is None:
+            return
+        rows = self._chance.victims(filter(self._is_offline, running.reqs))
+        aside = {id(req) for req in self._chance.victims(self._aside.whole)}
+        self.preempt_rows(running, rows)
+        self.preempt_aside(lambda req: id(req) in aside)
+
+    def _preempt(self, reqs: list[Req], *, urgent: bool) -> None:
+        for req in reqs:
+            self._checkpoints.give_way(req, urgent=urgent)
+            self._requeue(req)
