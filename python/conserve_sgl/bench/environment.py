@@ -10,6 +10,8 @@ from pathlib import Path
 
 import msgspec
 
+from conserve_sgl.machine import cpu_name
+
 __all__ = ["Environment", "environment"]
 
 _DISTRIBUTIONS = ("conserve-sgl", "sglang", "torch", "transformers", "numpy", "aiohttp")
@@ -38,7 +40,7 @@ class Environment(msgspec.Struct, frozen=True):
 def environment() -> Environment:
     """Of this process; imports none of the packages that it names."""
     return Environment(
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         cores=len(os.sched_getaffinity(0)),
         memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
         gpus=tuple(_output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()),
@@ -57,12 +59,6 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return installed
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _commit() -> str | None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import platform
 import sys
 import time
 from array import array
@@ -22,7 +21,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +41,7 @@ from conserve_sgl.engine.host import (
 )
 from conserve_sgl.engine.ranks import from_rank_zero
 from conserve_sgl.errors import InputError
+from conserve_sgl.machine import cpu_name
 from conserve_sgl.policy.latency import LatencyModel, StepKind, StepSample
 from conserve_sgl.policy.profile_plan import ProfileLimits, StepShape, plan_profile
 from conserve_sgl.profile import EngineIdentity, Profile, ProfileStore
@@ -146,16 +145,7 @@ def identity_of(scheduler: Scheduler) -> EngineIdentity:
 def _device_name(scheduler: Scheduler) -> str:
     if scheduler.device != "cpu":
         return get_device_name(scheduler.tp_worker.model_runner.gpu_id) or scheduler.device
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def _graphs() -> str:
