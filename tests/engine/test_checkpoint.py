@@ -124,6 +124,25 @@ def test_bursts_of_online_prompts_end_no_offline_request(server):
     server.assert_idle_and_balanced()
 
 
+def test_a_flush_of_a_paused_engine_costs_recomputation(server):
+    """As after an update of the weights: what waits has nothing left, on the device or the host."""
+    bodies = [{"text": p, "sampling_params": {"max_new_tokens": 120}} for p in PROMPTS[:8]]
+    alone = _texts(_in_turn(server, bodies))
+    before = server.state()
+    with ThreadPoolExecutor(1) as pool:
+        offline = pool.submit(_preempted, server, bodies)
+        while server.state()["offline_accepted"] < before["offline_accepted"] + len(bodies):
+            time.sleep(0.01)
+        server.http.post("/pause_generation", json={"mode": "retract"}).raise_for_status()
+        server.http.post("/flush_cache").raise_for_status()
+        assert server.state()["checkpoint"]["pinned_tokens"] == 0
+        server.http.post("/continue_generation", json={}).raise_for_status()
+        assert _texts(offline.result()) == alone
+    recomputed = server.state()["checkpoint"]["recomputed_tokens"]
+    assert recomputed > before["checkpoint"]["recomputed_tokens"]
+    server.assert_idle_and_balanced()
+
+
 @pytest.fixture
 def slow_steps(server) -> Iterator[None]:
     """Every step takes at least 50 ms, so that a test can act within a certain one."""

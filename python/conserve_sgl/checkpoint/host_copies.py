@@ -62,7 +62,7 @@ class HostCopies:
         """Keep what the host has of `req`, which gives way and still locks its node."""
         tokens, node = req.kv.cache_protected_len, req.last_node
         full = self._pinned_tokens + tokens > self._most_pinned
-        if req in self._pins or full or not self._tree.is_backuped(node):
+        if self._host is None or req in self._pins or full or not self._tree.is_backuped(node):
             return
         params = self._tree.inc_host_lock_ref(node).to_dec_params()
         self._pins[req] = (node, params, tokens)
@@ -132,8 +132,7 @@ class HostCopies:
 
     def _is_loading(self) -> bool:
         # As SGLang's ranks agree: they see the end of a copy in the same step.
-        ongoing = self._tree.ongoing_load_back
-        return any(node in ongoing for node in self._loading)
+        return any(node in self._tree.ongoing_load_back for node in self._loading)
 
     def _tokens_on_host(self, req: Req) -> int:
         req.init_next_round_input(self._tree)

@@ -140,6 +140,16 @@ METRICS = (
         "Tokens that a resumed offline request computed again.",
     ),
     Metric(
+        "conserve:checkpoint_loaded_ahead_tokens_total",
+        "checkpoint.loaded_ahead_tokens",
+        "Tokens of waiting offline requests that were loaded from the host before their turn.",
+    ),
+    Metric(
+        "conserve:checkpoint_pinned_tokens",
+        "checkpoint.pinned_tokens",
+        "Tokens of waiting offline requests that the host cache must keep.",
+    ),
+    Metric(
         "conserve:checkpoint_host_full_total",
         "checkpoint.host_full",
         "Checkpoints that found no room in the host cache.",
