@@ -4,7 +4,8 @@
 
 The server makes the weights up: speed and memory are the real model's, the text is noise. There is
 no tokenizer, so the server needs `--skip-tokenizer-init` and prompts are token ids. Geometries are
-the config.json of meta-llama/Llama-3.1-8B and Qwen/Qwen2.5-7B on Hugging Face.
+the config.json of meta-llama/Llama-3.1-8B and Qwen/Qwen2.5-7B on Hugging Face; `tiny` is nobody's,
+for a rehearsal on a CPU.
 """
 
 from __future__ import annotations
@@ -59,6 +60,15 @@ GEOMETRIES = {
         "bos_token_id": 151643,
         "eos_token_id": 151645,
     },
+}
+GEOMETRIES["tiny"] = {
+    **GEOMETRIES["llama-3.1-8b"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conserve_sgl.bench.server import ManagedProcess, ServerProcess, free_port
+from conserve_sgl.bench.server import ManagedProcess, ServerProcess, free_port, split_flags
 from conserve_sgl.errors import ServerError
 
 STUBBORN = """
@@ -130,3 +130,16 @@ def test_the_environment_is_added_to(tmp_path: Path) -> None:
         process.wait(60)
 
     assert process.log_tail() == "saffron True"
+
+
+@pytest.mark.parametrize(
+    ("argv", "ours", "theirs"),
+    [
+        ([], [], []),
+        (["--model", "m"], ["--model", "m"], []),
+        (["--model", "m", "--", "--tp-size=2"], ["--model", "m"], ["--tp-size=2"]),
+        (["--", "--a", "--", "--b"], [], ["--a", "--", "--b"]),
+    ],
+)
+def test_flags_of_sglang_stand_behind_two_dashes(argv, ours, theirs):
+    assert split_flags(argv) == (ours, theirs)

@@ -24,6 +24,22 @@ TINY_FLAGS = (
 )
 
 
+# On a GPU the same tests run with kernels whose results do not depend on the batch.
+GPU_FLAGS = (
+    "--dtype=bfloat16",
+    "--attention-backend=triton",
+    "--sampling-backend=pytorch",
+    "--enable-deterministic-inference",
+)
+
+
+def on_gpu() -> bool:
+    """Whether servers that are started here run on a GPU."""
+    import torch  # takes seconds; tests of the fast tier use other parts of this module
+
+    return torch.cuda.is_available()
+
+
 class Server:
     """A running server and what the tests ask of it."""
 
@@ -132,12 +148,14 @@ class Servers:
         }
         if config is None:
             argv = [sys.executable, "-c", "from sglang.cli.main import main; main()", "serve"]
-            env["SGLANG_PLATFORM"] = "conserve_cpu"
+            if not on_gpu():
+                env["SGLANG_PLATFORM"] = "conserve_cpu"
         else:
             path = folder / "conserve.yaml"
             path.write_text(config)
             argv = [sys.executable, "-m", "conserve_sgl.cli", "serve", f"--config={path}", "--"]
-        argv += [f"--model-path={model}", f"--port={port}", *TINY_FLAGS, *flags]
+        on_device = GPU_FLAGS if on_gpu() else ()
+        argv += [f"--model-path={model}", f"--port={port}", *TINY_FLAGS, *on_device, *flags]
         process = ServerProcess(argv, port=port, log_path=folder / "log", env=env)
         self._stack.enter_context(process)
         process.wait_healthy(READY_S)

@@ -41,9 +41,11 @@ _VOCAB = {token: index for index, token in enumerate([*_SPECIAL, *_BYTES])}
 _BOS, _EOS, _PAD = (_VOCAB[t] for t in ("<|endoftext|>", "<|im_end|>", "<|pad|>"))
 # ByteLevel writes a space as this letter; the other printable ASCII bytes stand for themselves.
 _SPOKEN = [_VOCAB[c] for c in ("Ġ", *string.ascii_letters, *string.digits, *string.punctuation)]
+_HEAD_DIM = 64 if torch.cuda.is_available() else 16
+_HEADS = 4
 # Wide enough that attention is sharp and a reply depends on its whole prompt; narrower weights
 # repeat themselves, wider ones amplify rounding.
-_WEIGHT_STD = 0.25
+_WEIGHT_STD = 0.25 * (16 / _HEAD_DIM) ** 0.5
 _BIAS_STD = 0.05
 _QK_NORM = 2.0
 _CHAT_TEMPLATE = (
@@ -64,8 +66,8 @@ def make_tiny_model(
 ) -> Path:
     """Write a random model that transformers and SGLang load, and return its folder.
 
-    Hidden size 64, 4 query and 2 KV heads of 16 (TP 1 or 2), CONTEXT_TOKENS of context, about
-    0.18M parameters. The same arguments give the same weights.
+    4 query and 2 KV heads (TP 1 or 2) of 16, or of the 64 that GPU kernels need; CONTEXT_TOKENS of
+    context; about 0.18M parameters on a CPU. The same arguments give the same weights.
 
     Args:
         folder: made if absent; files of an earlier model in it are replaced.
@@ -89,12 +91,12 @@ def _model(arch: Arch, layers: int, seed: int) -> PreTrainedModel:
 def _geometry(layers: int) -> dict[str, object]:
     return {
         "vocab_size": len(_VOCAB),
-        "hidden_size": 64,
+        "hidden_size": _HEADS * _HEAD_DIM,
         "intermediate_size": 128,
         "num_hidden_layers": layers,
-        "num_attention_heads": 4,
+        "num_attention_heads": _HEADS,
         "num_key_value_heads": 2,
-        "head_dim": 16,
+        "head_dim": _HEAD_DIM,
         "max_position_embeddings": CONTEXT_TOKENS,
         "tie_word_embeddings": False,
         "bos_token_id": _BOS,

@@ -1,6 +1,6 @@
 """What coming back costs a preempted request: its context from the host cache, or computed again.
 
-    python -m conserve_sgl.bench.resume --model DIR
+    python -m conserve_sgl.bench.resume --model DIR [-- SGLANG FLAGS]
 
 The server is a real one with HiCache and a device pool that holds little more than one context,
 so that computing the next context moves the previous one to the host. Prints Markdown:
@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ from pathlib import Path
 import httpx
 import msgspec
 
-from conserve_sgl.bench.server import ServerProcess, free_port
+from conserve_sgl.bench.server import serving, split_flags
 from conserve_sgl.bench.tables import markdown
 
 __all__ = ["CONTEXT_TOKENS", "ResumeRow", "main", "measure_resume", "server_flags", "table"]
@@ -31,7 +29,7 @@ CONTEXT_TOKENS = (1024, 4096, 8000)
 _POOL_MARGIN_TOKENS = 640
 _FIRST_TOKEN_ID, _TOKEN_IDS = 1000, 20_000
 _TIMEOUT_S = 300
-_READY_S = 180.0
+_CONFIG = "slices: {enabled: false}"
 
 
 class ResumeRow(msgspec.Struct, frozen=True):
@@ -58,7 +56,7 @@ class ResumeRow(msgspec.Struct, frozen=True):
 
 
 def server_flags(contexts: Sequence[int] = CONTEXT_TOKENS) -> list[str]:
-    """SGLang flags for a server on a CPU whose host cache holds all of `contexts`.
+    """SGLang flags for a server whose host cache holds all of `contexts`.
 
     The device pool holds the longest and a little more.
     """
@@ -67,8 +65,6 @@ def server_flags(contexts: Sequence[int] = CONTEXT_TOKENS) -> list[str]:
         f"--max-total-tokens={pool}",
         "--enable-hierarchical-cache",
         "--hicache-write-policy=write_through",
-        "--hicache-io-backend=direct",
-        "--hicache-mem-layout=layer_first",
         f"--hicache-ratio={-(-sum(contexts) // pool) + 1}",
     ]
 
@@ -133,21 +129,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Resuming a context against computing it again.")
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXT_TOKENS))
-    args = parser.parse_args(argv)
-    port = free_port()
-    serve = (sys.executable, "-m", "conserve_sgl.cli", "serve")
-    model = (f"--model-path={args.model}", f"--port={port}", "--chunked-prefill-size=512")
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder, "conserve.yaml")
-        config.write_text("slices: {enabled: false}")
-        server = ServerProcess(
-            [*serve, f"--config={config}", "--", *model, *server_flags(args.contexts)],
-            port=port,
-            log_path=Path(folder, "log"),
-        )
-        with server:
-            server.wait_healthy(_READY_S)
-            print(table(list(measure_resume(server.base_url, args.contexts))), end="")
+    options, flags = split_flags(argv)
+    args = parser.parse_args(options)
+    flags = ["--chunked-prefill-size=512", *server_flags(args.contexts), *flags]
+    with serving(args.model, _CONFIG, flags) as server:
+        print(table(list(measure_resume(server.base_url, args.contexts))), end="")
 
 
 if __name__ == "__main__":

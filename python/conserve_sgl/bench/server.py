@@ -10,19 +10,23 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from conserve_sgl.errors import ServerError
 
-__all__ = ["ManagedProcess", "ServerProcess", "free_port"]
+__all__ = ["ManagedProcess", "ServerProcess", "free_port", "serving", "split_flags"]
 
 _POLL_S = 0.1
+_READY_S = 300.0
 
 
 def free_port() -> int:
@@ -207,3 +211,46 @@ class ServerProcess(ManagedProcess):
             f"the server {what}; the end of {self.log_path}:\n{self.log_tail()}\n"
             f"It was started with: {' '.join(self.argv)}"
         )
+
+
+def split_flags(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """A command line before and after `--`: options of the command, and flags of SGLang.
+
+    Args:
+        argv: without the program's name; None is this process's.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    at = argv.index("--") if "--" in argv else len(argv)
+    return argv[:at], argv[at + 1 :]
+
+
+@contextmanager
+def serving(
+    model: Path, config: str, flags: Sequence[str], env: Mapping[str, str] | None = None
+) -> Iterator[ServerProcess]:
+    """A `conserve serve` that is ready, for a measurement of its own.
+
+    Args:
+        model: its folder.
+        config: YAML text of its configuration.
+        flags: of SGLang.
+        env: added to this process's environment.
+
+    Raises:
+        ServerError: it did not start.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path, port = Path(folder, "conserve.yaml"), free_port()
+        path.write_text(config, encoding="utf-8")
+        server = ServerProcess(
+            [
+                *(sys.executable, "-m", "conserve_sgl.cli", "serve", f"--config={path}", "--"),
+                *(f"--model-path={model}", f"--port={port}", *flags),
+            ],
+            port=port,
+            log_path=Path(folder, "log"),
+            env=env,
+        )
+        with server:
+            server.wait_healthy(_READY_S)
+            yield server

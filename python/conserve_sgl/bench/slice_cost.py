@@ -1,6 +1,6 @@
 """What layer slices cost when nothing interrupts them: sliced against plain prefill.
 
-    python -m conserve_sgl.bench.slice_cost --model DIR
+    python -m conserve_sgl.bench.slice_cost --model DIR [-- SGLANG FLAGS]
 
 Starts one server and asks it for one token after random prompts of a length, in turns as online
 requests, whose prefill is never sliced, and as offline ones. Then short online requests arrive one
@@ -12,11 +12,8 @@ slice that ran.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import statistics
-import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +22,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from conserve_sgl.bench.server import ServerProcess, free_port
+from conserve_sgl.bench.server import serving, split_flags
 from conserve_sgl.bench.tables import markdown
 
 __all__ = ["Measured", "main", "table"]
@@ -35,7 +32,6 @@ _CONFIG = """
 slo: {{yield_ms: {yield_ms}}}
 memory: {{online_reserve: 0.0}}
 """
-_READY_S = 180.0
 _SLOWEST_ANSWER_S = 300.0
 _OFFLINE = {"x-sgl-conserve-class": "offline"}
 _SHORT = 16
@@ -135,29 +131,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--yield-ms", type=float, default=5.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(_LENGTHS))
-    args = parser.parse_args(argv)
+    options, flags = split_flags(argv)
+    args = parser.parse_args(options)
     longest = max(args.lengths)
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder, "conserve.yaml")
-        config.write_text(_CONFIG.format(yield_ms=args.yield_ms))
-        port = free_port()
-        server = ServerProcess(
-            [
-                *(sys.executable, "-m", "conserve_sgl.cli", "serve", f"--config={config}", "--"),
-                *(f"--model-path={args.model}", f"--port={port}", "--disable-radix-cache"),
-                *(f"--chunked-prefill-size={longest}", f"--max-total-tokens={3 * longest}"),
-                f"--context-length={longest + 16}",
-            ],
-            port=port,
-            log_path=Path(folder, "log"),
-            env={**os.environ, "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"},
-        )
-        with server:
-            server.wait_healthy(_READY_S)
-            client = _Client(server.base_url)
-            print(table([client.measure(tokens, args.repeats) for tokens in args.lengths]), end="")
-            arrivals = client.interrupt(longest)
-            print(f"\n{yields(arrivals, client.slices())}")
+    flags = [
+        *("--disable-radix-cache", f"--context-length={longest + 16}"),
+        *(f"--chunked-prefill-size={longest}", f"--max-total-tokens={3 * longest}"),
+        *flags,
+    ]
+    env = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+    with serving(args.model, _CONFIG.format(yield_ms=args.yield_ms), flags, env) as server:
+        client = _Client(server.base_url)
+        print(table([client.measure(tokens, args.repeats) for tokens in args.lengths]), end="")
+        arrivals = client.interrupt(longest)
+        print(f"\n{yields(arrivals, client.slices())}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# On a GPU machine without a network: unpack what pack.sh packed.
+#
+#     scripts/gpu/install.sh FOLDER [SITE]      # SITE: /opt/conserve
+#     source SITE/env.sh && scripts/gpu/run.sh
+set -euo pipefail
+from=$(realpath "${1:?usage: $0 FOLDER [SITE]}") site=${2:-/opt/conserve}
+python=${PYTHON:-python3}
+
+mkdir -p "$site"
+tar -xf "$from/piece-00.tar" -C "$site" install.sh
+bash "$site/install.sh" "$from" "$site/sglang"
+"$python" -m pip install --quiet --no-index --no-deps --no-compile --upgrade \
+    --target "$site/ours" "$from"/ours/*.whl
+cat >"$site/env.sh" <<ENV
+source "$site/sglang/env.sh"
+export PYTHONPATH="$site/ours\${PYTHONPATH:+:\$PYTHONPATH}"
+export CONSERVE_BENCH_DATA="$from/data"
+export CONSERVE_GPU_FLAGS="--attention-backend=triton --sampling-backend=pytorch"
+ENV
+echo "source $site/env.sh"
