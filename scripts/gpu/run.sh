@@ -6,7 +6,8 @@
 #     check     versions, the doctor, one server with one answer of each class
 #     cost      resuming against recomputing, sliced against plain prefills, arrival to yield
 #     bench     online-only, stock-priority and conserve on Llama-3.1-8B
-#     ceiling   offline-only, conserve at 1.25x, conserve without offline work and without checkpoints
+#     ceiling   offline-only, conserve at 1.25x, conserve without checkpoints
+#     alone     conserve without offline work, to be set against online-only
 #     overlap   a trace: copies and slices beside the steps of the model
 #     qwen      the part `bench` on Qwen2.5-7B
 #     tests     the engine tests that a GPU changes: preemption, slices, co-serving
@@ -22,7 +23,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 
-readonly PARTS=(check cost bench ceiling overlap qwen tests)
+readonly PARTS=(check cost bench ceiling alone overlap qwen tests)
 readonly LIMIT_S=570 GRACE_S=20
 python=${PYTHON:-python3}
 rehearse=
@@ -46,7 +47,7 @@ activities=(GPU)
 if [ -n "$rehearse" ]; then
     duration=5 llama=tiny qwen=tiny contexts=(256 1024) lengths=(256 1024) activities=(CPU)
     flags+=(--max-total-tokens=32768)
-    export CUDA_VISIBLE_DEVICES=
+    export CUDA_VISIBLE_DEVICES= SGLANG_PLATFORM=conserve_cpu
 fi
 
 model() { # model NAME: the folder of its geometry
@@ -61,7 +62,7 @@ bench() { # bench FILE MODEL SYSTEMS: one folder for all systems of a file
 
 check() {
     nvidia-smi || [ -n "$rehearse" ] || return
-    "$python" -m conserve_sgl.cli version
+    "$python" -m conserve_sgl.cli --version
     local at; at=$(model "$llama")
     "$python" -m conserve_sgl.cli doctor -- --model-path "$at" "${flags[@]}" || return
     "$python" -m conserve_sgl.bench.first_light --model "$at" -- "${flags[@]}"
@@ -90,8 +91,8 @@ tests() {
 run() { # run PART
     case $1 in
     bench) bench h100-llama8b "$llama" online-only,stock-priority,conserve ;;
-    ceiling) bench h100-llama8b "$llama" \
-        offline-only,conserve-tight,conserve-online-only,conserve-no-checkpoint ;;
+    ceiling) bench h100-llama8b "$llama" offline-only,conserve-tight,conserve-no-checkpoint ;;
+    alone) bench h100-llama8b "$llama" conserve-online-only ;;
     qwen) bench h100-qwen7b "$qwen" online-only,stock-priority,conserve ;;
     *) "$1" ;;
     esac

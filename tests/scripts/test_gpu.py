@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 from conserve_sgl.bench.systems import load_bench
+from conserve_sgl.cli import app
 
 RECORDER = """#!/bin/sh
 for word in "$@"; do printf '%s\\t' "$word" >>"$RECORD"; done
 echo >>"$RECORD"
 case "$*" in *"$FAILS"*) exit 3 ;; esac
 """
+COMMANDS = {command.name or command.callback.__name__ for command in app.registered_commands}
 
 
 @pytest.fixture
@@ -71,6 +73,8 @@ def test_every_command_is_one_that_exists(run, checkout, shared_data, monkeypatc
             assert (checkout / command[0]).is_file()
             continue
         assert importlib.util.find_spec(command[1]), command
+        if command[1] == "conserve_sgl.cli" and not command[2].startswith("--"):
+            assert command[2] in COMMANDS
         if command[2] == "bench":
             systems = command[command.index("--systems") + 1].split(",")
             assert load_bench(checkout / command[3]).only(systems)
