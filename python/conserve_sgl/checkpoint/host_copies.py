@@ -46,6 +46,7 @@ class HostCopies:
         self._pins: dict[Req, tuple[NodeId, DecLockRefParams, int]] = {}
         self._pinned_tokens = 0
         self._most_pinned = 0 if host is None else int(host.mem_pool_host.size * _PINNED_SHARE)
+        self._on_host: WeakKeyDictionary[Req, int] = WeakKeyDictionary()  # tokens, when last looked
         self._loads: WeakKeyDictionary[Req, NodeId] = WeakKeyDictionary()
         self._loading: list[NodeId] = []  # of the last load
         self._last_load = -1  # SGLang's number of it, for who has to wait for it
@@ -71,6 +72,7 @@ class HostCopies:
     def forget(self, req: Req) -> None:
         """`req` waits no longer: it was admitted, or aborted. Idempotent."""
         self._loads.pop(req, None)
+        self._on_host.pop(req, None)
         if (pin := self._pins.pop(req, None)) is not None:
             node, params, tokens = pin
             self._tree.dec_host_lock_ref(node, params)
@@ -80,6 +82,7 @@ class HostCopies:
         """The tree was emptied, and its locks with it."""
         self._pins.clear()
         self._loads.clear()
+        self._on_host.clear()
         self._loading = []
         self._pinned_tokens = 0
 
@@ -106,8 +109,8 @@ class HostCopies:
                 if self._loads[req] in self._tree.ongoing_load_back:
                     waits.append(req)
                 continue
-            tokens = self._tokens_on_host(req)
-            if not _WORTH_LOADING_TOKENS <= tokens <= room_tokens:
+            tokens = self._tokens_to_load(req, room_tokens)
+            if tokens < _WORTH_LOADING_TOKENS:
                 continue
             if busy:  # with the copy of others; its own comes next
                 waits.append(req)
@@ -134,6 +137,10 @@ class HostCopies:
         # As SGLang's ranks agree: they see the end of a copy in the same step.
         return any(node in self._tree.ongoing_load_back for node in self._loading)
 
-    def _tokens_on_host(self, req: Req) -> int:
-        req.init_next_round_input(self._tree)
-        return req.host_hit_length
+    def _tokens_to_load(self, req: Req, room_tokens: int) -> int:
+        """What the host has of `req` and the device has not; 0 if there is no room for it."""
+        if self._on_host.get(req, 0) <= room_tokens:  # else it is not worth another look
+            req.init_next_round_input(self._tree)
+            self._on_host[req] = req.host_hit_length
+        tokens = self._on_host[req]
+        return tokens if tokens <= room_tokens else 0

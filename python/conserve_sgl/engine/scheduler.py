@@ -347,8 +347,7 @@ class ConserveScheduler(Scheduler):
     def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> NextBatchPlan:
         plan = self._plan
         self._move_offline_chunk()
-        if not plan.offline_admissions:
-            self._load_ahead(running_batch)
+        self._load_ahead(running_batch)
         if plan.online_prefill_tokens == 0:
             # The rows that decode go first; what waits is looked at again in the next step.
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
@@ -379,7 +378,10 @@ class ConserveScheduler(Scheduler):
             self._offline_queue.give_back(not_yet)
 
     def _load_ahead(self, running_batch: ScheduleBatch) -> None:
-        """While no offline request may be admitted, the next one gets its KV from the host."""
+        """While there is no time for another offline request, the next one gets its KV from the
+        host, unless online prompts are about to need the room."""
+        if self._plan.offline_admissions or self._view.online_prompts:
+            return
         req = self._offline_queue.next_that_gave_way()
         if req is not None:
             self._waiting_for_kv([req], running_batch)
