@@ -61,7 +61,7 @@ def _look(http: httpx.Client) -> dict[str, Any]:
         "same_twice": same,
         "same_offline": same_offline,
         **{key: info.get(key) for key in _SAID},
-        "offline_finished": info["internal_states"][0]["conserve"]["offline_accepted"],
+        "offline_accepted": info["internal_states"][0]["conserve"]["offline_accepted"],
     }
 
 

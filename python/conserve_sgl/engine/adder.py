@@ -26,7 +26,7 @@ class OfflinePurse:
         kv_reserve_tokens: KV tokens that an offline admission must leave available.
         make_room: called with the KV tokens that the next online chunk needs at once; preempts
             offline requests until they are there, or none is left: then it returns False.
-        reclaimable_tokens: KV tokens that offline requests hold and would give up.
+        reclaimable: KV tokens that offline requests hold now and would give up.
         may_chunk: whether an offline prompt may be admitted in part. One at a time: SGLang tracks
             a single chunked request, and we put aside a single one.
         is_offline: tells an offline request.
@@ -38,7 +38,7 @@ class OfflinePurse:
         online_tokens: int,
         tokens: int,
         kv_reserve_tokens: int,
-        reclaimable_tokens: int,
+        reclaimable: Callable[[], int],
         make_room: Callable[[int], bool],
         may_chunk: bool,
         is_offline: Callable[[Req], bool],
@@ -46,7 +46,7 @@ class OfflinePurse:
         self.online_tokens = online_tokens
         self.tokens = tokens
         self.kv_reserve_tokens = kv_reserve_tokens
-        self.reclaimable_tokens = reclaimable_tokens
+        self.reclaimable = reclaimable
         self.make_room = make_room
         self.may_chunk = may_chunk
         self.is_offline = is_offline
@@ -59,13 +59,18 @@ def make_adder_class(purse: OfflinePurse) -> type[PrefillAdder]:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.rem_chunk_tokens = min(self.rem_chunk_tokens, purse.online_tokens)
-            # To online admissions, what offline requests hold or may still need is free.
-            self._offline_claim = purse.reclaimable_tokens + sum(
+            self._offline_needs = sum(
                 self._get_running_request_total_token_offset(req)
                 for req in self.running_batch.reqs
                 if purse.is_offline(req)
             )
-            self.memory_budget.total_offset -= self._offline_claim
+            self._offline_claim = 0
+            self._claim(self._offline_needs + purse.reclaimable())
+
+        def _claim(self, tokens: int) -> None:
+            """To online admissions, what offline requests hold or may still need is free."""
+            self.memory_budget.total_offset += self._offline_claim - tokens
+            self._offline_claim = tokens
 
         def add_chunked_req(self, req: Req) -> Req | None:
             if not purse.is_offline(req):
@@ -80,8 +85,13 @@ def make_adder_class(purse: OfflinePurse) -> type[PrefillAdder]:
             new_tokens = len(req.full_untruncated_fill_ids) - req.prefix_len - req.host_hit_length
             if not purse.is_offline(req):
                 # The cached prefix counts too: admission locks it, and it is free no longer.
-                self._make_room(new_tokens, req.prefix_len + req.host_hit_length)
-                return super().add_one_req(req, has_chunked_req, truncation_align_size)
+                cached_tokens = req.prefix_len + req.host_hit_length
+                self._make_room(new_tokens, cached_tokens)
+                verdict = super().add_one_req(req, has_chunked_req, truncation_align_size)
+                if verdict is AddReqResult.NO_TOKEN and self._now_fits(req, cached_tokens):
+                    self.req_states = None
+                    verdict = super().add_one_req(req, has_chunked_req, truncation_align_size)
+                return verdict
             if not self._offline_fits(new_tokens):
                 return AddReqResult.OTHER
             with self._purse_as_limit():
@@ -90,15 +100,38 @@ def make_adder_class(purse: OfflinePurse) -> type[PrefillAdder]:
             return AddReqResult.OTHER if verdict is AddReqResult.NO_TOKEN else verdict
 
         def _make_room(self, new_tokens: int, cached_tokens: int = 0) -> None:
-            if not self._offline_claim:
-                return
-            chunk = min(new_tokens, self.rem_chunk_tokens)
-            admitted = int(self.memory_budget.current_offset)
-            if purse.make_room(admitted + cached_tokens + self.ceil_paged_tokens(chunk + 1)):
-                return
-            # Offline has nothing left to give; from here on SGLang's own account decides.
-            self.memory_budget.total_offset += self._offline_claim
-            self._offline_claim = 0
+            """Get the KV of the next chunk from offline requests, as far as it is not free."""
+            if self._offline_claim:
+                chunk = min(new_tokens, self.rem_chunk_tokens)
+                self._get(cached_tokens + self.ceil_paged_tokens(chunk + 1))
+
+        def _now_fits(self, req: Req, cached_tokens: int) -> bool:
+            """Whether offline requests gave way for all that `req` may ever need.
+
+            Without a prefix cache SGLang admits a request with `ignore_eos` by another account,
+            to which what offline requests hold is not free until it is.
+            """
+            rest = req.sampling_params.max_new_tokens - len(req.output_ids)
+            new_tokens = len(req.full_untruncated_fill_ids) - cached_tokens
+            needed = cached_tokens + self.ceil_paged_tokens(new_tokens + max(rest, 0) + 1)
+            missing = needed + self._admitted - self._free
+            return 0 < missing <= purse.reclaimable() and self._get(needed)
+
+        def _get(self, tokens: int) -> bool:
+            enough = purse.make_room(self._admitted + tokens)
+            # What gave way is free now. If that is not enough, SGLang's own account decides.
+            self._claim(self._offline_needs + purse.reclaimable() if enough else 0)
+            return enough
+
+        @property
+        def _admitted(self) -> int:
+            return int(self.memory_budget.current_offset)
+
+        @property
+        def _free(self) -> int:
+            return (
+                self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size()
+            )
 
         def _offline_fits(self, new_tokens: int) -> bool:
             if purse.tokens <= 0:

@@ -337,7 +337,7 @@ class ConserveScheduler(Scheduler):
                 online_tokens=plan.online_prefill_tokens,
                 tokens=plan.offline_prefill_tokens,
                 kv_reserve_tokens=plan.kv_reserve_tokens,
-                reclaimable_tokens=self._reclaimable_tokens(),
+                reclaimable=self._reclaimable_tokens,
                 make_room=partial(self._make_room, self._prefill_beside),
                 may_chunk=self.chunked_req is None and self._aside.chunk is None,
                 is_offline=self.is_offline,
