@@ -264,11 +264,12 @@ def test_a_request_is_loaded_once_and_then_admitted_as_it_is():
     assert engine.checkpoints.state()["recomputed_tokens"] == 0
 
 
-@pytest.mark.parametrize("room", [0, 50])
+@pytest.mark.parametrize("room", [-5, 0, 50])
 def test_nothing_is_loaded_where_it_does_not_fit(room):
     engine = kernel(host_ratio=3)
     req = gone_from_the_device(engine)
-    assert engine.checkpoints.load_ahead([req], room) == []
+    for _ in range(2):
+        assert engine.checkpoints.load_ahead([req], room) == []
     assert engine.checkpoints.state()["loaded_ahead_tokens"] == 0
 
 

@@ -139,8 +139,8 @@ class HostCopies:
 
     def _tokens_to_load(self, req: Req, room_tokens: int) -> int:
         """What the host has of `req` and the device has not; 0 if there is no room for it."""
-        if self._on_host.get(req, 0) <= room_tokens:  # else it is not worth another look
-            req.init_next_round_input(self._tree)
-            self._on_host[req] = req.host_hit_length
-        tokens = self._on_host[req]
-        return tokens if tokens <= room_tokens else 0
+        if self._on_host.get(req, 0) > room_tokens:
+            return 0  # it would not be worth another look
+        req.init_next_round_input(self._tree)
+        self._on_host[req] = req.host_hit_length
+        return req.host_hit_length if req.host_hit_length <= room_tokens else 0
