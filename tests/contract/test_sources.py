@@ -87,6 +87,27 @@ RELIED = [
         "ConserveScheduler._move_offline_chunk: a chunk is put aside after it was stashed",
     ),
     Relied(
+        _ADDER + "add_one_req_ignore_eos",
+        "ff2cd7c2798ad318",
+        "engine/adder.py, _now_fits: what it needs free, and that `req_states` is made if None",
+    ),
+    Relied(
+        _TREE + "load_back",
+        "40239d4f78e6af9d",
+        "HostCopies.load_ahead: nodes are on the device and locked until the copy has ended",
+    ),
+    Relied(
+        _TREE + "loading_check",
+        "79f49c6855d1a23d",
+        "HostCopies._is_loading: a copy leaves ongoing_load_back when all ranks have it",
+    ),
+    Relied(
+        "sglang.srt.managers.cache_controller:HiCacheController.start_loading",
+        "3120806593e5e17e",
+        "HostCopies.fence: loads end in the order in which they started, and three may be on their "
+        "way: ours, and one for each of two batches",
+    ),
+    Relied(
         _SCHEDULER + "event_loop_normal",
         "c328a45b821f18a0",
         "engine/slices.py: what the loop does with a batch and its result after run_batch",
