@@ -10,7 +10,7 @@
 #     alone     conserve without offline work, to be set against online-only
 #     overlap   a trace: copies and slices beside the steps of the model
 #     qwen      the part `bench` on Qwen2.5-7B
-#     tests     the engine tests that a GPU changes: preemption, slices, co-serving
+#     tests     the engine tests that a GPU changes: preemption, slices, co-serving, random traffic
 #
 # Results go to $OUT (out/gpu): logs, Markdown tables, JSON and pictures. A part that fails or runs
 # out of time leaves what it has, and the next one runs; finished systems of a benchmark are kept,
@@ -85,7 +85,8 @@ overlap() {
 
 tests() {
     "$python" -m pytest -m engine -q -p no:cacheprovider --timeout 300 --durations 10 \
-        tests/engine/test_checkpoint.py tests/engine/test_slices.py tests/engine/test_coserving.py
+        tests/engine/test_checkpoint.py tests/engine/test_slices.py tests/engine/test_coserving.py \
+        tests/engine/test_random_traffic.py
 }
 
 run() { # run PART
