@@ -5,17 +5,18 @@
 #
 # KIT is a folder whose pack.py writes SGLang in pieces and whose install.sh unpacks them, TRACE
 # azure_llm_2023_conv.csv, OUT the folder. There, in a checkout: scripts/gpu/install.sh OUT.
-# Wheels are downloaded once, to .cache/gpu-wheels (1 GB). Needs scripts/setup.sh and a network.
+# Wheels are downloaded once, to .cache/gpu-wheels (1 GB), by the pip of python3. Needs scripts/setup.sh
+# and a network.
 set -euo pipefail
 kit=$(realpath "${1:?usage: $0 KIT TRACE OUT}") trace=$(realpath "${2:?}") out=$(realpath -m "${3:?}")
 cd "$(dirname "$0")/../.."
-python=.venv/bin/python
+python=${PYTHON:-python3}
 wheels=.cache/gpu-wheels
 
 mkdir -p "$wheels" "$out/ours" "$out/data"
 "$python" "$kit/pack.py" --out "$out" --wheels "$wheels" --no-flashinfer
 rm -f "$out"/ours/*
-"$python" -m build --wheel --no-isolation --outdir "$out/ours" .
+.venv/bin/python -m build --wheel --no-isolation --outdir "$out/ours" .
 # What conserve_sgl and its tests need, and neither the kit nor a PyTorch image brings.
 "$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
     --dest "$out/ours" aiosqlite pytest-asyncio
