@@ -20,10 +20,10 @@ from typing import Any
 import httpx
 
 from conserve_sgl.bench.server import serving, split_flags
+from conserve_sgl.jobs.client import OFFLINE_HEADERS
 
 __all__ = ["main"]
 
-_OFFLINE = {"x-sgl-conserve-class": "offline"}
 _TOKEN_IDS = range(100, 30_000)
 _PROMPT_TOKENS, _OUTPUT_TOKENS, _TOGETHER = 128, 64, 32
 _HTTP_S = 300.0
@@ -39,6 +39,9 @@ def _look(http: httpx.Client) -> dict[str, Any]:
         response = http.post("/generate", json=body, headers=headers).raise_for_status()
         return response.json()["output_ids"]
 
+    def offline(prompt: list[int]) -> list[int]:
+        return answer(prompt, OFFLINE_HEADERS)
+
     def prompt() -> list[int]:
         return chance.choices(_TOKEN_IDS, k=_PROMPT_TOKENS)
 
@@ -49,11 +52,11 @@ def _look(http: httpx.Client) -> dict[str, Any]:
 
     once = prompt()
     same = answer(once) == answer(once)
-    same_offline = answer(once, _OFFLINE) == answer(once)
+    same_offline = offline(once) == answer(once)
     alone = ms_per_token(lambda: answer(prompt()))
     prompts = [prompt() for _ in range(_TOGETHER)]
     with ThreadPoolExecutor(_TOGETHER) as pool:
-        together = ms_per_token(lambda: list(pool.map(lambda p: answer(p, _OFFLINE), prompts)))
+        together = ms_per_token(lambda: list(pool.map(offline, prompts)))
     info = http.get("/server_info").raise_for_status().json()
     return {
         "ms_per_token_alone": alone,

@@ -27,6 +27,7 @@ import msgspec
 from conserve_sgl.bench.server import serving, split_flags
 from conserve_sgl.bench.tables import markdown
 from conserve_sgl.errors import ConserveError, InputError
+from conserve_sgl.jobs.client import OFFLINE_HEADERS
 
 __all__ = ["Stream", "main", "read_streams", "table"]
 
@@ -34,7 +35,6 @@ _DEVICE_WORK = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 _CONFIG = "memory: {online_reserve: 0.1}"
 _POOL_TOKENS = 65_536
 _FLAGS = ("--enable-hierarchical-cache", "--hicache-write-policy=write_through")
-_OFFLINE = {"x-sgl-conserve-class": "offline"}
 _OFFLINE_REQUESTS, _PROMPT_TOKENS, _OUTPUT_TOKENS = 48, 3000, 256
 _TOKEN_IDS = range(100, 30_000)
 _WARM_S, _LONGEST_S, _STEPS = 5.0, 120.0, 300
@@ -85,7 +85,7 @@ def read_streams(path: Path) -> list[Stream]:
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         events = msgspec.json.decode(data, type=_Trace).traceEvents
-    except (OSError, EOFError, msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (OSError, EOFError, msgspec.DecodeError) as error:
         raise InputError(path, f"is no trace of torch's profiler: {error}") from error
     by_stream: dict[int, list[_Event]] = defaultdict(list)
     for event in events:
@@ -171,7 +171,7 @@ def _offline(http: httpx.Client, chance: random.Random) -> None:
     ]
     with ThreadPoolExecutor(len(bodies)) as pool:
         for answer in pool.map(
-            lambda body: http.post("/generate", json=body, headers=_OFFLINE), bodies
+            lambda body: http.post("/generate", json=body, headers=OFFLINE_HEADERS), bodies
         ):
             answer.raise_for_status()
 

@@ -24,6 +24,7 @@ import msgspec
 
 from conserve_sgl.bench.server import serving, split_flags
 from conserve_sgl.bench.tables import markdown
+from conserve_sgl.jobs.client import OFFLINE_HEADERS
 
 __all__ = ["Measured", "main", "table"]
 
@@ -33,7 +34,6 @@ slo: {{yield_ms: {yield_ms}}}
 memory: {{online_reserve: 0.0}}
 """
 _SLOWEST_ANSWER_S = 300.0
-_OFFLINE = {"x-sgl-conserve-class": "offline"}
 _SHORT = 16
 _LONGEST_PAUSE_S = 0.3
 # Of any tokenizer: far from the special tokens of either end of a vocabulary.
@@ -104,7 +104,7 @@ class _Client:
     def interrupt(self, tokens: int) -> int:
         """Online requests while one prompt of `tokens` is prefilled offline; how many they were."""
         with ThreadPoolExecutor(1) as pool:
-            offline = pool.submit(self.seconds, tokens, _OFFLINE)
+            offline = pool.submit(self.seconds, tokens, OFFLINE_HEADERS)
             arrivals = 0
             while not offline.done():
                 self.seconds(_SHORT)
@@ -114,12 +114,12 @@ class _Client:
         return arrivals
 
     def measure(self, tokens: int, repeats: int) -> Measured:
-        self.seconds(tokens, _OFFLINE)  # warm, and the time of a layer is learned
+        self.seconds(tokens, OFFLINE_HEADERS)  # warm, and the time of a layer is learned
         before = self.slices()
         plain, sliced = [], []
         for _ in range(repeats):
             plain.append(self.seconds(tokens))
-            sliced.append(self.seconds(tokens, _OFFLINE))
+            sliced.append(self.seconds(tokens, OFFLINE_HEADERS))
         slices = (self.slices()["slices"] - before["slices"]) / repeats
         return Measured(tokens, statistics.median(plain), statistics.median(sliced), slices)
 

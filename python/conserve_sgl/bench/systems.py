@@ -16,11 +16,10 @@ from conserve_sgl.bench.config import OnlineConfig
 from conserve_sgl.bench.metrics import Slo
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.errors import InputError
+from conserve_sgl.jobs.client import OFFLINE_HEADERS
 from conserve_sgl.strict_yaml import load_yaml
 
 __all__ = ["BenchConfig", "OfflineLoad", "SystemConfig", "load_bench"]
-
-_OFFLINE_HEADER = {"x-sgl-conserve-class": "offline"}
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -71,7 +70,7 @@ class SystemConfig(_Config):
 
     @property
     def offline_headers(self) -> dict[str, str]:
-        return _OFFLINE_HEADER if self.kind == "conserve" else {}
+        return OFFLINE_HEADERS if self.kind == "conserve" else {}
 
     @property
     def is_online_baseline(self) -> bool:

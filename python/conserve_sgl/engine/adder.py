@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from conserve_sgl.engine.host import AddReqResult, PrefillAdder, Req
+from conserve_sgl.engine.memory import KvMemory
 
 __all__ = ["OfflinePurse", "make_adder_class"]
 
@@ -24,9 +25,8 @@ class OfflinePurse:
         online_tokens: prompt tokens that the whole step may compute, online's included.
         tokens: prompt tokens that offline requests may compute.
         kv_reserve_tokens: KV tokens that an offline admission must leave available.
-        make_room: called with the KV tokens that the next online chunk needs at once; preempts
-            offline requests until they are there, or none is left: then it returns False.
-        reclaimable: KV tokens that offline requests hold now and would give up.
+        memory: where online requests get KV from offline ones.
+        online_waits: whether an online prompt is there to be admitted.
         may_chunk: whether an offline prompt may be admitted in part. One at a time: SGLang tracks
             a single chunked request, and we put aside a single one.
         is_offline: tells an offline request.
@@ -38,16 +38,16 @@ class OfflinePurse:
         online_tokens: int,
         tokens: int,
         kv_reserve_tokens: int,
-        reclaimable: Callable[[], int],
-        make_room: Callable[[int], bool],
+        memory: KvMemory,
+        online_waits: bool,
         may_chunk: bool,
         is_offline: Callable[[Req], bool],
     ) -> None:
         self.online_tokens = online_tokens
         self.tokens = tokens
         self.kv_reserve_tokens = kv_reserve_tokens
-        self.reclaimable = reclaimable
-        self.make_room = make_room
+        self.memory = memory
+        self.online_waits = online_waits
         self.may_chunk = may_chunk
         self.is_offline = is_offline
 
@@ -65,7 +65,7 @@ def make_adder_class(purse: OfflinePurse) -> type[PrefillAdder]:
                 if purse.is_offline(req)
             )
             self._offline_claim = 0
-            self._claim(self._offline_needs + purse.reclaimable())
+            self._claim(self._offline_needs + self._reclaimable)
 
         def _claim(self, tokens: int) -> None:
             """To online admissions, what offline requests hold or may still need is free."""
@@ -114,13 +114,13 @@ def make_adder_class(purse: OfflinePurse) -> type[PrefillAdder]:
             rest = req.sampling_params.max_new_tokens - len(req.output_ids)
             new_tokens = len(req.full_untruncated_fill_ids) - cached_tokens
             needed = cached_tokens + self.ceil_paged_tokens(new_tokens + max(rest, 0) + 1)
-            missing = needed + self._admitted - self._free
-            return 0 < missing <= purse.reclaimable() and self._get(needed)
+            missing = needed + self._admitted - purse.memory.free_tokens
+            return 0 < missing <= self._reclaimable and self._get(needed)
 
         def _get(self, tokens: int) -> bool:
-            enough = purse.make_room(self._admitted + tokens)
+            enough = purse.memory.make_room(self.running_batch, self._admitted + tokens)
             # What gave way is free now. If that is not enough, SGLang's own account decides.
-            self._claim(self._offline_needs + purse.reclaimable() if enough else 0)
+            self._claim(self._offline_needs + self._reclaimable if enough else 0)
             return enough
 
         @property
@@ -128,10 +128,8 @@ def make_adder_class(purse: OfflinePurse) -> type[PrefillAdder]:
             return int(self.memory_budget.current_offset)
 
         @property
-        def _free(self) -> int:
-            return (
-                self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size()
-            )
+        def _reclaimable(self) -> int:
+            return purse.memory.offers(self.running_batch) if purse.online_waits else 0
 
         def _offline_fits(self, new_tokens: int) -> bool:
             if purse.tokens <= 0:

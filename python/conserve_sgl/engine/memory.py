@@ -94,6 +94,10 @@ class KvMemory:
                 self.preempt_aside(lambda req, victim=victim: req is victim, urgent=True)
         return True
 
+    def make_room(self, running: ScheduleBatch, tokens: int) -> bool:
+        """`give_way` until so many KV tokens are free."""
+        return self.give_way(running, lambda: self.free_tokens >= tokens)
+
     def preempt_rows(
         self, running: ScheduleBatch, reqs: list[Req], *, urgent: bool = False
     ) -> None:

@@ -140,7 +140,6 @@ class ConserveScheduler(Scheduler):
         self._slo = config.slo.objectives()
         self._view = StepView(now_s=time.monotonic())
         self._plan = _NO_PLAN
-        self._prefill_beside = self.running_batch
         self._rows_decoded = True
         self._counts = self._ledger.counts
         self._always_mixes = False
@@ -337,8 +336,8 @@ class ConserveScheduler(Scheduler):
                 online_tokens=plan.online_prefill_tokens,
                 tokens=plan.offline_prefill_tokens,
                 kv_reserve_tokens=plan.kv_reserve_tokens,
-                reclaimable=self._reclaimable_tokens,
-                make_room=partial(self._make_room, self._prefill_beside),
+                memory=self._memory,
+                online_waits=bool(self._view.online_prompts),
                 may_chunk=self.chunked_req is None and self._aside.chunk is None,
                 is_offline=self.is_offline,
             )
@@ -354,7 +353,6 @@ class ConserveScheduler(Scheduler):
         self.is_mixed_chunk = plan.mix or self._always_mixes
         if self.is_mixed_chunk:
             self._sit_out_surplus(running_batch)
-        self._prefill_beside = running_batch
         if self.waiting_queue and self._memory.holds_offline(running_batch):
             # SGLang takes a batch for full until a row ends; here rows give way.
             running_batch.batch_is_full = False
@@ -394,14 +392,6 @@ class ConserveScheduler(Scheduler):
         room_tokens = self._memory.free_tokens - self._plan.kv_reserve_tokens
         return self._checkpoints.load_ahead(reqs, room_tokens)
 
-    def _reclaimable_tokens(self) -> int:
-        """KV tokens that the offline requests beside this prefill would give to an online one."""
-        return self._memory.offers(self._prefill_beside) if self._view.online_prompts else 0
-
-    def _make_room(self, running_batch: ScheduleBatch, tokens: int) -> bool:
-        memory = self._memory
-        return memory.give_way(running_batch, lambda: memory.free_tokens >= tokens)
-
     def _chunk_finds_kv(self, running_batch: ScheduleBatch) -> bool:
         """Whether the next chunk of an online prompt finds KV, once offline requests gave way.
 
@@ -413,7 +403,7 @@ class ConserveScheduler(Scheduler):
             return True
         tokens = min(rest_of_prompt(chunk).new_tokens, self._plan.online_prefill_tokens)
         tokens += self.page_size + (len(running_batch.reqs) if self.is_mixed_chunk else 0)
-        return self._make_room(running_batch, tokens)
+        return self._memory.make_room(running_batch, tokens)
 
     def _or_go_on(self, next_plan: NextBatchPlan) -> NextBatchPlan:
         """The suspended prefill goes on where no online prefill can run and the plan lets it."""
