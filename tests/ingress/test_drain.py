@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from conserve_sgl.ingress.drain import Drain
@@ -46,6 +46,7 @@ def test_places_that_were_promised_pass_with_time():
     st.integers(1, 1000),
     st.lists(st.tuples(st.floats(0, 100), st.booleans()), max_size=50),
 )
+@example(1, [(37.0, False), (100.0, True), (30.883126527402943, False), (29.0, False)])
 def test_a_wait_is_never_outside_its_bounds(shortest_s, events):
     drain, now_s = Drain(shortest_s), 0.0
     for later_s, is_freed in events:

@@ -40,7 +40,9 @@ class Drain:
             return self._shortest_s
         latest_s = now_s + self._longest_s
         self._next_place_s = min(max(self._next_place_s, now_s) + per_place_s, latest_s)
-        return max(self._shortest_s, ceil(self._next_place_s - now_s))
+        # At the limit the difference of two clock readings may be a rounding error above it.
+        wait_s = min(ceil(self._next_place_s - now_s), self._longest_s)
+        return max(self._shortest_s, wait_s)
 
     def _per_place_s(self, now_s: float) -> float | None:
         """Seconds from one place to the next, over the last minute; None without any."""
