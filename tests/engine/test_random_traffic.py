@@ -1,7 +1,8 @@
 """Random traffic of both classes in a small KV pool: no answer changes, nobody waits for ever.
 
 Clients leave early, prefills are suspended at random layer boundaries, and the engine is paused and
-flushed now and then. `CONSERVE_TEST_TRAFFIC=SEED:SECONDS` runs other traffic, or more.
+flushed now and then. It goes on until enough requests were preempted, on slow machines for longer.
+`CONSERVE_TEST_TRAFFIC=SEED:SECONDS` runs other traffic, or more.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import httpx
 import pytest
@@ -38,7 +40,8 @@ ENV = {
 SEED, SECONDS = map(int, os.environ.get("CONSERVE_TEST_TRAFFIC", "2:12").split(":"))
 CLIENTS = 20
 OFFLINE = {"x-sgl-conserve-class": "offline"}
-STARVED_S = 15  # the slowest online answer of such a run took 1.3 s
+PREEMPTED = 6  # at least; 12 s see 4 to 10 on two cores
+FOREVER_S = 120  # the slowest online answers take 2 s
 SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards mix potions"
 WORDS = SENTENCE.split()
 PREFIXES = [f"shared by many, {i}: {SENTENCE * 3}" for i in range(4)]
@@ -51,38 +54,35 @@ def server(start_server, tiny_llama) -> Iterator:
 
 
 class Client:
-    """One request after the other until `until_s`; keeps what it asked and got."""
+    """One request after the other until it is `over`; keeps what it asked and got."""
 
-    def __init__(self, number: int, base_url: str, until_s: float) -> None:
+    def __init__(self, number: int, base_url: str, over: Event) -> None:
         self.offline = number % 5 < 3
         self.answers: list[tuple[dict, str]] = []
-        self.slowest_s = 0.0
         self._chance = random.Random(1000 * SEED + number)
         self._url = f"{base_url}/generate"
-        self._until_s = until_s
+        self._over = over
 
     def run(self) -> None:
-        with httpx.Client(timeout=120) as http:
-            while time.monotonic() < self._until_s:
+        with httpx.Client() as http:
+            while not self._over.is_set():
                 self._ask(http)
                 if not self.offline:
                     time.sleep(self._chance.choice([0, 0, 0.02, 0.1, 0.5, 1.5]))
 
     def _ask(self, http: httpx.Client) -> None:
         body, leaves = self._body(), self._chance.random() < 0.08
-        start_s = time.monotonic()
         try:
             answer = http.post(
                 self._url,
                 json=body,
                 headers=OFFLINE if self.offline else None,
-                timeout=self._chance.uniform(0.05, 1.0) if leaves else 120,
+                timeout=self._chance.uniform(0.05, 1.0) if leaves else FOREVER_S,
             )
         except httpx.TimeoutException:
             assert leaves, f"no answer to {body}"
             return
         assert answer.status_code == 200, answer.text
-        self.slowest_s = max(self.slowest_s, time.monotonic() - start_s)
         self.answers.append((body, answer.json()["text"]))
 
     def _body(self) -> dict:
@@ -95,31 +95,32 @@ class Client:
         return {"text": text, "sampling_params": sampling}
 
 
-def _disturb(server, until_s: float) -> None:
-    chance = random.Random(SEED)
-    while time.monotonic() < until_s:
-        time.sleep(chance.uniform(1, 3))
-        mode = chance.choice(["in_place", "retract"])
-        server.http.post("/pause_generation", json={"mode": mode}).raise_for_status()
-        if mode == "retract" and chance.random() < 0.5:
-            server.http.post("/flush_cache")  # refused where a step is in flight
-        time.sleep(chance.uniform(0.0, 0.3))
-        server.http.post("/continue_generation", json={}).raise_for_status()
+def _disturb(server, over: Event) -> None:
+    """Pause and flush the engine now and then, until there was enough of it all."""
+    chance, until_s = random.Random(SEED), time.monotonic() + SECONDS
+    try:
+        while time.monotonic() < until_s or server.state()["offline_preempted"] < PREEMPTED:
+            time.sleep(chance.uniform(1, 3))
+            mode = chance.choice(["in_place", "retract"])
+            server.http.post("/pause_generation", json={"mode": mode}).raise_for_status()
+            if mode == "retract" and chance.random() < 0.5:
+                server.http.post("/flush_cache")  # refused where a step is in flight
+            time.sleep(chance.uniform(0.0, 0.3))
+            server.http.post("/continue_generation", json={}).raise_for_status()
+    finally:
+        over.set()
 
 
 @pytest.mark.timeout(SECONDS + 200)
 def test_no_answer_changes_and_nobody_waits_for_ever(server):
-    until_s = time.monotonic() + SECONDS
-    clients = [Client(number, server.base_url, until_s) for number in range(CLIENTS)]
+    over = Event()
+    clients = [Client(number, server.base_url, over) for number in range(CLIENTS)]
     with ThreadPoolExecutor(CLIENTS + 1) as pool:
         running = [pool.submit(client.run) for client in clients]
-        running.append(pool.submit(_disturb, server, until_s))
+        running.append(pool.submit(_disturb, server, over))
         for future in running:
             future.result()
-    state = server.state()
-    assert state["offline_preempted"] > 5
-    assert state["checkpoint"]["pinned_tokens"] == 0
-    assert max(client.slowest_s for client in clients if not client.offline) < STARVED_S
+    assert server.state()["checkpoint"]["pinned_tokens"] == 0
     server.assert_idle_and_balanced()
     answers = [answer for client in clients for answer in client.answers]
     for body, text in random.Random(SEED).sample(answers, 60):
