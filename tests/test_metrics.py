@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -99,7 +100,8 @@ def test_refusals_at_the_door_are_counted_from_zero_on(registry):
 
 def test_the_ledger_s_state_has_what_is_exported():
     ledger = OfflineLedger(OfflineQueue(1), lambda _req: True)
-    keys = {m.key for m in METRICS if "." not in m.key} - {"arrivals_received"}
+    keys = {m.key for m in METRICS if "." not in m.key}
+    keys -= {"arrivals_received", "offline_paused"}  # the scheduler's own
     assert keys == set(ledger.state(0.0, parked=0))
 
 
@@ -121,3 +123,16 @@ def test_the_dashboard_asks_only_for_metrics_that_there_are(checkout):
     named = {name for expr in asked for name in re.findall(r"conserve:\w+", expr)}
     assert named <= there
     assert len(named) > 10
+
+
+def test_the_alerts_ask_only_for_metrics_that_there_are_and_each_is_explained(checkout):
+    (group,) = yaml.safe_load((checkout / "docs" / "alerts.yaml").read_text())["groups"]
+    there = {m.name for m in METRICS} | {f"{ARRIVAL_LATENCY.name}_bucket"}
+    for rule in group["rules"]:
+        named = set(re.findall(r"conserve:\w+", rule["expr"]))
+        assert named
+        assert named <= there
+    page = (checkout / "docs" / "operations.md").read_text()
+    explained = re.findall(r"^\| `(Conserve\w+)` \|", page, re.MULTILINE)
+    assert sorted(explained) == sorted(rule["alert"] for rule in group["rules"])
+    assert set(re.findall(r"conserve:\w+", page)) <= there

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from conserve_sgl import __version__, compat
 from conserve_sgl.config import CONFIG_ENV, ConserveConfig
-from conserve_sgl.errors import ConserveError, InputError, ServerError
+from conserve_sgl.errors import ConserveError, InputError, ServerError, SettingError
 
 __all__ = ["app", "main"]
 
@@ -47,7 +47,7 @@ def main() -> NoReturn:
         app()
     except ConserveError as e:
         Console(stderr=True, soft_wrap=True).print(f"conserve: {e}", style="red", markup=False)
-        sys.exit(_BAD_INPUT if isinstance(e, InputError) else _FAILED)
+        sys.exit(_BAD_INPUT if isinstance(e, (InputError, SettingError)) else _FAILED)
     sys.exit(0)
 
 
@@ -196,6 +196,45 @@ def run_batch(
         request_timeout_s=request_timeout_s,
     )
     raise typer.Exit(client.run_batch(job, console=Console(stderr=True)))
+
+
+@app.command()
+def tune(
+    endpoint: Annotated[
+        list[str] | None, typer.Option(help="A server's base URL; may be repeated.")
+    ] = None,
+    offline: Annotated[
+        Literal["run", "pause"] | None,
+        typer.Option(help="pause: offline requests give up rows and KV and wait; run: they go on."),
+    ] = None,
+    ttft: Annotated[
+        str | None, typer.Option(help="As slo.ttft of the configuration: 1500ms, 1.25x.")
+    ] = None,
+    tpot: Annotated[str | None, typer.Option(help="As slo.tpot: 200ms, 1.25x.")] = None,
+    yield_ms: Annotated[float | None, typer.Option(help="As slo.yield_ms.")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="CONSERVE_API_KEY", help="Bearer token. Better in the environment."),
+    ] = None,
+    admin_api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="CONSERVE_ADMIN_API_KEY", help="The one for changes, if the server has two."
+        ),
+    ] = None,
+) -> None:
+    """Change servers while they run, until they restart; without an option, show what holds.
+
+    Exit code 0: all changed. 1: a server could not be changed; those before it are. 2: bad input.
+    """
+    from conserve_sgl.settings import OfflineWork, offline_number, slo_numbers
+    from conserve_sgl.tune import tune as tune_servers
+
+    numbers = slo_numbers(ttft=ttft, tpot=tpot, yield_ms=yield_ms)
+    if offline is not None:
+        numbers |= offline_number(OfflineWork.RUNS if offline == "run" else OfflineWork.PAUSED)
+    servers = endpoint or ["http://127.0.0.1:30000"]
+    tune_servers(servers, numbers, api_key=api_key, admin_api_key=admin_api_key, console=Console())
 
 
 @app.command(context_settings={"allow_extra_args": True})

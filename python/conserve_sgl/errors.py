@@ -5,6 +5,7 @@ ConserveError
 ├── IncompatibleError      SGLang's version or one of its flags does not go with conserve
 │   └── HookError          a hook into SGLang did not take
 ├── ServerError            a server did not start, or stopped answering
+├── SettingError           a server that runs cannot be given this setting
 ├── JobError               a job cannot start or go on
 └── StorageError           the storage of batches cannot be used or written
 """
@@ -20,6 +21,7 @@ __all__ = [
     "InputError",
     "JobError",
     "ServerError",
+    "SettingError",
     "StorageError",
 ]
 
@@ -59,6 +61,10 @@ class HookError(IncompatibleError):
 
 class ServerError(ConserveError):
     """A server did not start, died, or stopped answering."""
+
+
+class SettingError(ConserveError):
+    """A setting is unknown, or has a value that a server cannot run with."""
 
 
 class JobError(ConserveError):

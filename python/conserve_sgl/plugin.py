@@ -10,6 +10,7 @@ Without `CONSERVE_CONFIG` in the environment it does nothing at all.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
 import pkgutil
@@ -24,6 +25,7 @@ from conserve_sgl import compat
 from conserve_sgl.batch.store import make_storage
 from conserve_sgl.config import CONFIG_ENV, BatchConfig, ConserveConfig
 from conserve_sgl.errors import ConserveError, HookError
+from conserve_sgl.settings import OfflineWork, offline_number
 
 __all__ = ["HOOK_TARGETS", "register", "verify"]
 
@@ -31,9 +33,10 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _LAUNCH = "sglang.srt.entrypoints.engine.Engine._launch_subprocesses"
 _RUN_HTTP = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 _INIT_IPC = "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_ipc_channels"
+_SIGTERM = "sglang.srt.managers.tokenizer_manager.SignalHandler.sigterm_handler"
 _INIT_STATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._init_req_state"
 
-HOOK_TARGETS = (_SCHEDULER, _LAUNCH, _RUN_HTTP, _INIT_IPC, _INIT_STATE)
+HOOK_TARGETS = (_SCHEDULER, _LAUNCH, _RUN_HTTP, _INIT_IPC, _INIT_STATE, _SIGTERM)
 """Every place in SGLang that this plugin hooks, in the order of registration."""
 
 
@@ -95,6 +98,7 @@ def _hooks(config: ConserveConfig) -> list[_Hook]:
         _Hook(_RUN_HTTP, functools.partial(_around_app, ingress, config.batch), "BEFORE"),
         _Hook(_INIT_IPC, ingress.after_init_ipc_channels, "AFTER"),
         _Hook(_INIT_STATE, ingress.before_init_req_state, "BEFORE"),
+        _Hook(_SIGTERM, _after_sigterm, "AFTER"),
     ]
 
 
@@ -152,6 +156,15 @@ def _around_app(
         )
     except ConserveError as e:
         _refuse_to_start(e)
+
+
+def _after_sigterm(_result: None, handler: Any, *_args: Any, **_kwargs: Any) -> None:
+    """SGLang ends when no request is left: those that may take hours are answered 503 now."""
+    from sglang.srt.managers.io_struct import SetInternalStateReq
+
+    manager = handler.tokenizer_manager
+    ends = SetInternalStateReq(server_args=offline_number(OfflineWork.ENDS))
+    manager.asyncio_tasks.add(asyncio.ensure_future(manager.set_internal_state(ends)))
 
 
 def verify() -> None:

@@ -48,6 +48,7 @@ SIGNATURES_BY_MODULE = {
         "Scheduler.flush_cache": "(self, empty_cache=True)",
         "Scheduler.is_fully_idle": "(self, for_health_check=False, ignore_waiting=False)",
         "Scheduler.get_internal_state": "(self, recv_req)",
+        "Scheduler.set_internal_state": "(self, recv_req)",
         "Scheduler": "(server_args, port_args)",
         "_make_abort_req": "(req, finished_reason=None)",
     },
@@ -141,6 +142,8 @@ SIGNATURES_BY_MODULE = {
         "get_serving": "()",
     },
     "sglang.srt.managers.tokenizer_manager": {
+        "SignalHandler.sigterm_handler": "(self, signum=None, frame=None)",
+        "TokenizerManager.set_internal_state": "(self, obj)",
         "TokenizerManager.init_ipc_channels": "(self, port_args)",
         "TokenizerManager._init_req_state": "(self, obj, request=None)",
     },

@@ -449,12 +449,23 @@ async def test_a_429_from_further_in_says_when_to_come_back():
     assert response.headers["x-kept"] == "1"
 
 
-@pytest.mark.parametrize("status", [200, 400, 500, 503])
-async def test_no_other_status_says_so(status):
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [*(("/offline/generate", status) for status in (200, 400, 500)), ("/generate", 503)],
+)
+async def test_no_other_status_says_so(path, status):
     async def app(scope, receive, send) -> None:
         await JSONResponse({}, status_code=status)(scope, receive, send)
 
-    assert "retry-after" not in (await post(layer(app), "/offline/generate")).headers
+    assert "retry-after" not in (await post(layer(app), path)).headers
+
+
+async def test_offline_requests_that_a_leaving_server_refuses_may_come_back_soon():
+    async def app(scope, receive, send) -> None:
+        await JSONResponse({}, status_code=503)(scope, receive, send)
+
+    answer = await post(layer(app), "/offline/generate")
+    assert answer.headers["retry-after"] == "7"
 
 
 async def test_a_refusal_does_not_wait_for_the_body_and_is_counted():

@@ -49,6 +49,18 @@ def plan(
     return budget.plan(msgspec.structs.replace(VIEW, **view))
 
 
+def test_other_objectives_hold_from_the_next_plan():
+    reserve = OnlineReserve(at_most=0.25)
+    budget = SlackBudget(
+        LinearTimes(), slo=ABSOLUTE, yield_s=0.1, reserve=reserve, smallest_chunk=16
+    )
+    assert budget.plan(VIEW).offline_prefill_tokens == 70
+    budget.aim_at(RELATIVE, yield_s=0.15)
+    assert budget.plan(VIEW).offline_prefill_tokens == 120
+    decoding = msgspec.structs.replace(VIEW, online_decoding=Rows(10, 100))
+    assert budget.plan(decoding).bound_s == pytest.approx(0.06 * 1.5)
+
+
 class TestWithoutOnline:
     def test_a_prefill_stays_within_the_yield_bound(self):
         assert plan().offline_prefill_tokens == 70  # 30 ms + 70 * 1 ms

@@ -3,7 +3,11 @@
 `tests/contract` pins their signatures; nothing else in this package imports them from SGLang.
 """
 
-from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    SetInternalStateReq,
+    SetInternalStateReqOutput,
+)
 from sglang.srt.managers.schedule_batch import NextBatchPlan, Req, ScheduleBatch
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder, SchedulePolicy
 from sglang.srt.managers.scheduler import Scheduler, _make_abort_req
@@ -33,6 +37,8 @@ __all__ = [
     "SchedulePolicy",
     "Scheduler",
     "SchedulerInvariantChecker",
+    "SetInternalStateReq",
+    "SetInternalStateReqOutput",
     "_make_abort_req",
     "broadcast_pyobj",
     "get_device_name",

@@ -109,6 +109,16 @@ class KvMemory:
         """Preempt those that match of what is aside, but for a suspended prefill."""
         self._preempt(self._aside.take(matches), urgent=urgent)
 
+    def preempt_all(self, running: ScheduleBatch) -> None:
+        """Preempt all that is offline, in `running` or aside, but for beam searches, which SGLang
+        cannot take up again."""
+        self.preempt_aside(lambda _req: True)
+        self.preempt_suspended()
+        rows = [req for req in running.reqs if self._is_offline(req) and req.beam_group is None]
+        if rows:
+            self.preempt_rows(running, rows)
+            running.batch_is_full = False
+
     def preempt_suspended(self) -> None:
         """Preempt a suspended prefill: all of its requests, since it is computed as one."""
         for req in self._aside.slices.give_up():

@@ -69,6 +69,11 @@ METRICS = (
         "Waiting offline requests that will miss their deadline at the present rate.",
     ),
     Metric(
+        "conserve:offline_paused",
+        "offline_paused",
+        "1 while an operator keeps offline work from running.",
+    ),
+    Metric(
         "conserve:offline_running_reqs",
         "offline_running",
         "Offline requests that prefill or decode.",

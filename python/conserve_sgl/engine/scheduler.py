@@ -24,7 +24,7 @@ from math import inf
 from typing import Any
 
 import numpy as np
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from conserve_sgl.checkpoint.checkpointer import Checkpointer
 from conserve_sgl.config import ConserveConfig
@@ -38,6 +38,8 @@ from conserve_sgl.engine.host import (
     ScheduleBatch,
     SchedulePolicy,
     Scheduler,
+    SetInternalStateReq,
+    SetInternalStateReqOutput,
     _make_abort_req,
     get_schedule,
 )
@@ -58,12 +60,11 @@ from conserve_sgl.engine.offline_item import offline_item
 from conserve_sgl.engine.profiling import load_or_measure
 from conserve_sgl.engine.ranks import from_rank_zero, int_of_rank_zero
 from conserve_sgl.engine.slices import SUSPENDED, LayerSlices
-from conserve_sgl.errors import IncompatibleError
+from conserve_sgl.errors import IncompatibleError, SettingError
 from conserve_sgl.ingress.arrival import arrival_endpoint
 from conserve_sgl.policy import (
     OfflineQueue,
     OnlineReserve,
-    Policy,
     PriorityRule,
     Rows,
     ServiceClass,
@@ -73,6 +74,7 @@ from conserve_sgl.policy import (
 )
 from conserve_sgl.policy.latency import StepKind, StepSample
 from conserve_sgl.profile.steps import StepLog
+from conserve_sgl.settings import OfflineWork, Settings, is_setting
 
 __all__ = ["ConserveScheduler"]
 
@@ -110,7 +112,7 @@ class ConserveScheduler(Scheduler):
         # All is set up, and the parent has not been told yet that requests may come.
         self.latency = load_or_measure(self, self._counts)
         self._meter = StepMeter(overlapped=self.enable_overlap and self.device != "cpu")
-        self._step_policy: Policy = SlackBudget(
+        self._step_policy = SlackBudget(
             self.latency,
             slo=self._slo,
             yield_s=self._config.slo.yield_ms / 1000,
@@ -137,6 +139,7 @@ class ConserveScheduler(Scheduler):
             config.offline.queue_requests, no_deadline_share=config.offline.no_deadline_share
         )
         self._ledger = OfflineLedger(self._offline_queue, self.is_offline)
+        self._settings = Settings(config.slo)
         self._slo = config.slo.objectives()
         self._view = StepView(now_s=time.monotonic())
         self._plan = _NO_PLAN
@@ -217,7 +220,9 @@ class ConserveScheduler(Scheduler):
             self._counts["offline_accepted"] += 1
             req.time_stats.set_wait_queue_entry_time()
         else:
-            self._refuse(req)
+            self._counts["offline_refused"] += 1
+            full = f"The offline queue is full ({self._offline_queue.capacity} requests)."
+            self._refuse(req, HTTPStatus.TOO_MANY_REQUESTS, full)
 
     def _start_clock(self, req: Req) -> None:
         """Once for each online request; one that was retracted keeps its clock."""
@@ -225,14 +230,9 @@ class ConserveScheduler(Scheduler):
         if not hasattr(req, "online_clock"):
             req.online_clock = OnlineClock(announced_s or time.monotonic())
 
-    def _refuse(self, req: Req) -> None:
-        self._counts["offline_refused"] += 1
+    def _refuse(self, req: Req, status: HTTPStatus, message: str) -> None:
         self._release_aborted_request(req)
-        reason = {
-            "type": "abort",
-            "status_code": HTTPStatus.TOO_MANY_REQUESTS,
-            "message": f"The offline queue is full ({self._offline_queue.capacity} requests).",
-        }
+        reason = {"type": "abort", "status_code": status, "message": message}
         self.send_abort_output(_make_abort_req(req, finished_reason=reason), req)
 
     # ------------------------------------------------------------------ the step
@@ -288,6 +288,7 @@ class ConserveScheduler(Scheduler):
         offline_chunk = self.chunked_req if chunk_is_offline else self._aside.chunk
         online_chunk = None if chunk_is_offline else self.chunked_req
         parked = self._aside.parked.reqs
+        runs = self._settings.offline is OfflineWork.RUNS
         return StepView(
             now_s=now_s,
             free_at_s=self._meter.busy_until_s(self.latency.predict_s),
@@ -296,8 +297,8 @@ class ConserveScheduler(Scheduler):
             online_decoding=count.online,
             online_due_s=count.online_due_s,
             offline_due_s=count.offline_due_s,
-            offline_waiting=len(self._offline_queue),
-            offline_chunk=None if offline_chunk is None else rest_of_prompt(offline_chunk),
+            offline_waiting=len(self._offline_queue) if runs else 0,
+            offline_chunk=rest_of_prompt(offline_chunk) if offline_chunk and runs else None,
             offline_decoding=count.offline,
             offline_parked=Rows(len(parked), sum(req.seqlen for req in parked)),
             offline_suspended=len(self._slices.suspended_reqs),
@@ -346,6 +347,8 @@ class ConserveScheduler(Scheduler):
     def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> NextBatchPlan:
         plan = self._plan
         self._move_offline_chunk()
+        if self._settings.offline is not OfflineWork.RUNS:
+            self._hold_offline(running_batch)
         self._load_ahead(running_batch)
         if plan.online_prefill_tokens == 0:
             # The rows that decode go first; what waits is looked at again in the next step.
@@ -375,10 +378,18 @@ class ConserveScheduler(Scheduler):
             self._offline_queue.give_back(r for r in waiting if self.is_offline(r))
             self._offline_queue.give_back(not_yet)
 
+    def _hold_offline(self, running_batch: ScheduleBatch) -> None:
+        """Take rows and KV from all offline requests, and their place in the queue if they end."""
+        self._memory.preempt_all(running_batch)
+        if self._settings.offline is OfflineWork.ENDS:
+            for req in self._take_queued(""):
+                self._refuse(req, HTTPStatus.SERVICE_UNAVAILABLE, "The server is shutting down.")
+
     def _load_ahead(self, running_batch: ScheduleBatch) -> None:
         """While there is no time for another offline request, the next one gets its KV from the
         host, unless online prompts are about to need the room."""
-        if self._plan.offline_admissions or self._view.online_prompts:
+        view = self._view
+        if self._plan.offline_admissions or view.online_prompts or not view.offline_waiting:
             return
         req = self._offline_queue.next_that_gave_way()
         if req is not None:
@@ -515,13 +526,18 @@ class ConserveScheduler(Scheduler):
         for req in aside:
             self._checkpoints.release(req)
             self._ledger.close(time.monotonic(), req)
-        queued = self._offline_queue.remove_rid(prefix)
-        self._checkpoints.forget(queued)
-        self._ledger.removed(queued)
+        queued = self._take_queued(prefix)
         # Now they are queued requests like any other, and SGLang's own code aborts those.
         self.waiting_queue += aside + queued
         super().abort_request(recv_req)
         self._drop_aborted_slices()
+
+    def _take_queued(self, prefix: str) -> list[Req]:
+        """Take out of the queue whose id begins so; they are about to be answered."""
+        queued = self._offline_queue.remove_rid(prefix)
+        self._checkpoints.forget(queued)
+        self._ledger.removed(queued)
+        return queued
 
     def _drop_aborted_slices(self) -> None:
         """End a suspended prefill that nobody waits for any more.
@@ -560,6 +576,31 @@ class ConserveScheduler(Scheduler):
             self._checkpoints.cache_emptied()
         return flushed
 
+    def set_internal_state(self, recv_req: SetInternalStateReq) -> SetInternalStateReqOutput:
+        asked = recv_req.server_args
+        theirs = {name: number for name, number in asked.items() if not is_setting(name)}
+        try:
+            settings = self._settings.changed_by(
+                {name: number for name, number in asked.items() if is_setting(name)}
+            )
+        except SettingError as e:
+            logger.warning("conserve: nothing is changed: %s", e)
+            return SetInternalStateReqOutput(updated=False)
+        if theirs:
+            output = super().set_internal_state(replace(recv_req, server_args=theirs))
+            if not output.updated:
+                return output
+        self._use(settings)
+        return SetInternalStateReqOutput(updated=True)
+
+    def _use(self, settings: Settings) -> None:
+        if settings == self._settings:
+            return
+        logger.info("conserve: from here on %s", settings)
+        self._settings, self._slo = settings, settings.slo.objectives()
+        self._step_policy.aim_at(self._slo, yield_s=settings.slo.yield_ms / 1000)
+        self._slices.aim_at(settings.slo)
+
     def get_internal_state(self, recv_req: Any) -> Any:
         output = super().get_internal_state(recv_req)
         output.internal_state["conserve"] = self._state()
@@ -571,6 +612,8 @@ class ConserveScheduler(Scheduler):
         p50, p99 = np.percentile(latencies_ms or [0.0], (50, 99)).tolist()
         return {
             **self._ledger.state(time.monotonic(), parked=len(self._aside.whole)),
+            "offline_paused": self._settings.offline is not OfflineWork.RUNS,
+            "slo": asdict(self._settings.slo),
             "checkpoint": self._checkpoints.state(),
             "latency": self._latency_state(),
             "arrivals_received": 0 if self._inbox is None else self._inbox.received,

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from conserve_sgl.config import ConserveConfig
+from conserve_sgl.config import ConserveConfig, SloConfig
 from conserve_sgl.engine.host import (
     ForwardBatch,
     ForwardMode,
@@ -89,12 +89,12 @@ class _ForcedYields:
         return 0 if self._random.random() < self._probability else 1
 
 
-def make_decision(mode: str, yield_s: float, slo: Slo) -> SliceDecision:
+def make_decision(mode: YieldMode, yield_s: float, slo: Slo) -> SliceDecision:
     """What decides at layer boundaries; arguments as for `Slicing`."""
     if forced := os.environ.get(FORCE_YIELD_ENV):
         seed, probability = forced.split(":")
         return _ForcedYields(int(seed), float(probability))
-    return Slicing(yield_s=yield_s, mode=YieldMode(mode), slo=slo)
+    return Slicing(yield_s=yield_s, mode=mode, slo=slo)
 
 
 class LayerSlices:
@@ -138,13 +138,18 @@ class LayerSlices:
             while_waiting=self._poll,
             on_done=self._observe,
         )
-        slo, yield_s = config.slo.objectives(), config.slo.yield_ms / 1e3
-        # A yield waits for all slices that are outstanding.
-        self._decision = make_decision(config.slices.mode, yield_s / self._pacer.depth, slo)
-        if inbox is not None and config.slices.mode == YieldMode.SLACK:
-            inbox.keep_for(min(slo.ttft_allowance_s(0.0), _LONGEST_WAIT_S))
+        self._mode = YieldMode(config.slices.mode)
+        self.aim_at(config.slo)
         self._counts = Counter(dict.fromkeys(_COUNTS, 0))
         self._latencies_s: deque[float] = deque(maxlen=_KEPT_LATENCIES)
+
+    def aim_at(self, config: SloConfig) -> None:
+        """Decide by these objectives from here on, a suspended prefill included."""
+        slo, yield_s = config.objectives(), config.yield_ms / 1e3
+        # A yield waits for all slices that are outstanding.
+        self._decision = make_decision(self._mode, yield_s / self._pacer.depth, slo)
+        if self._inbox is not None and self._mode is YieldMode.SLACK:
+            self._inbox.keep_for(min(slo.ttft_allowance_s(0.0), _LONGEST_WAIT_S))
 
     def _supported(self) -> bool:
         supported = hasattr(self._runner.model, "forward_split_prefill")

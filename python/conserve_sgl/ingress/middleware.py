@@ -69,6 +69,7 @@ class ServiceClassMiddleware:
     ) -> None:
         self._app = app
         self._max_offline = max_offline
+        self._retry_after_s = retry_after_s
         self._drain = Drain(retry_after_s)
         self._on_refusal = on_refusal
         self.offline_in_hand = 0
@@ -110,7 +111,7 @@ class ServiceClassMiddleware:
         self.offline_in_hand += counted
         tokens = asked_class.set(asked), asked_job.set(job)
         try:
-            await self._app(scope, receive, self._with_retry_after(send))
+            await self._app(scope, receive, self._with_retry_after(send, is_offline=counted))
         finally:
             asked_class.reset(tokens[0])
             asked_job.reset(tokens[1])
@@ -126,12 +127,15 @@ class ServiceClassMiddleware:
         await _answer(send, 429, full, retry_after_s=self._drain.wait_s(time.monotonic()))
         return True
 
-    def _with_retry_after(self, send: Send) -> Send:
-        """A `send` that completes a 429 from further in: the scheduler's queue was full."""
+    def _with_retry_after(self, send: Send, *, is_offline: bool) -> Send:
+        """A `send` that completes what the scheduler refused: its queue is full (429), or the
+        server shuts down (503) and another one may be there soon."""
 
         async def send_on(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] == 429:
-                wait_s = self._drain.wait_s(time.monotonic())
+            status = message["status"] if message["type"] == "http.response.start" else 0
+            if status == 429 or (status == 503 and is_offline):
+                full = status == 429
+                wait_s = self._drain.wait_s(time.monotonic()) if full else self._retry_after_s
                 retry_after = (b"retry-after", b"%d" % wait_s)
                 message = {**message, "headers": [*message["headers"], retry_after]}
             await send(message)

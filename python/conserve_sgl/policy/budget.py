@@ -98,6 +98,10 @@ class SlackBudget:
         self._smallest_chunk = smallest_chunk
         self._typical_prefill_s = 0.0
 
+    def aim_at(self, slo: Slo, *, yield_s: float) -> None:
+        """Plan for other objectives from here on; what was learnt of the demand stays."""
+        self._slo, self._yield_s = slo, yield_s
+
     def plan(self, view: StepView) -> StepPlan:
         """See `Policy.plan`."""
         step = self._measure(view)

@@ -1,0 +1,109 @@
+"""What an operator may change while a server runs, and how it travels.
+
+It travels as SGLang's own `/set_internal_state`, behind SGLang's own keys and to all its ranks at
+the same step, which takes numbers by name:
+
+    conserve_offline                     1 runs offline work, 0 pauses it, 2 ends it
+    conserve_ttft_ms, conserve_ttft_x    `slo.ttft`, as a time or as a factor
+    conserve_tpot_ms, conserve_tpot_x    `slo.tpot`
+    conserve_yield_ms                    `slo.yield_ms`
+
+Nothing is written to disk: a server starts with its configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+
+import msgspec
+
+from conserve_sgl.config import SloConfig
+from conserve_sgl.errors import SettingError
+
+__all__ = ["OfflineWork", "Settings", "is_setting", "offline_number", "slo_numbers"]
+
+_PREFIX = "conserve_"
+_OFFLINE = f"{_PREFIX}offline"
+_OBJECTIVES = ("ttft", "tpot")
+_UNITS = ("ms", "x")
+
+
+class OfflineWork(IntEnum):
+    """What happens to offline requests."""
+
+    PAUSED = 0
+    """They wait, those that ran too, and hold no row and no KV that others need."""
+    RUNS = 1
+    ENDS = 2
+    """They are answered 503: the server stops. Nothing leads out of this one."""
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """The settings of a server that runs."""
+
+    slo: SloConfig
+    offline: OfflineWork = OfflineWork.RUNS
+
+    def changed_by(self, numbers: Mapping[str, float]) -> Settings:
+        """These settings with `numbers`, by their names of the table above.
+
+        Raises:
+            SettingError: an unknown name, or a value that the configuration would not take.
+        """
+        slo, offline = msgspec.structs.asdict(self.slo), self.offline
+        for name, number in numbers.items():
+            key, _, unit = name.removeprefix(_PREFIX).rpartition("_")
+            if name == _OFFLINE:
+                offline = _offline(number)
+            elif key in _OBJECTIVES and unit in _UNITS:
+                slo[key] = f"{number:.10g}{unit}"
+            elif name == f"{_PREFIX}yield_ms":
+                slo["yield_ms"] = number
+            else:
+                raise SettingError(f"{name} is no setting")
+        if self.offline is OfflineWork.ENDS:
+            offline = OfflineWork.ENDS
+        return Settings(_checked(slo), offline)
+
+
+def _offline(number: float) -> OfflineWork:
+    try:
+        return OfflineWork(number)
+    except ValueError as e:
+        raise SettingError(f"{_OFFLINE} is 0, 1 or 2, not {number}") from e
+
+
+def _checked(slo: Mapping[str, object]) -> SloConfig:
+    try:
+        return msgspec.convert(slo, SloConfig)
+    except msgspec.ValidationError as e:
+        raise SettingError(f"slo: {e}") from e
+
+
+def is_setting(name: str) -> bool:
+    """Whether a name in `/set_internal_state` is one of ours; all others are SGLang's."""
+    return name.startswith(_PREFIX)
+
+
+def offline_number(work: OfflineWork) -> dict[str, float]:
+    """What to send for offline work to run, pause or end."""
+    return {_OFFLINE: int(work)}
+
+
+def slo_numbers(
+    *, ttft: str | None = None, tpot: str | None = None, yield_ms: float | None = None
+) -> dict[str, float]:
+    """What to send for these objectives, which are written as in the configuration.
+
+    Raises:
+        SettingError: the configuration would not take one of them.
+    """
+    texts = {key: text for key, text in (("ttft", ttft), ("tpot", tpot)) if text is not None}
+    times = {} if yield_ms is None else {"yield_ms": yield_ms}
+    _checked({**texts, **times})
+    numbers: dict[str, float] = {f"{_PREFIX}{key}": number for key, number in times.items()}
+    for key, text in texts.items():
+        unit = next(unit for unit in _UNITS if text.endswith(unit))
+        numbers[f"{_PREFIX}{key}_{unit}"] = float(text.removesuffix(unit))
+    return numbers
