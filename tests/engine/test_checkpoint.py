@@ -15,6 +15,8 @@ from itertools import pairwise
 import httpx
 import pytest
 
+from support.server import HICACHE, OFFLINE, until
+
 pytestmark = pytest.mark.engine
 
 CONFIG = """
@@ -23,16 +25,8 @@ memory: {{online_reserve: 0.0}}
 checkpoint: {{stride_tokens: 16}}
 slices: {{enabled: {slices}}}
 """
-HICACHE = (
-    "--enable-hierarchical-cache",
-    "--hicache-write-policy=write_through",
-    "--hicache-io-backend=direct",
-    "--hicache-mem-layout=layer_first",
-    "--hicache-ratio=4",
-)
 PREEMPTIONS = int(os.environ.get("CONSERVE_TEST_PREEMPTIONS", "100"))
 """At least so many in each test that counts them; for a soak set some thousands."""
-OFFLINE = {"x-sgl-conserve-class": "offline"}
 PROMPTS = [f"{i}: " + "the quick brown fox jumps over the dog. " * (1 + i % 4) for i in range(16)]
 SERVERS = {
     "tree": (CONFIG.format(ttft="2x", tpot="2x", slices=False), "--disable-overlap-schedule"),
@@ -41,6 +35,7 @@ SERVERS = {
         CONFIG.format(ttft="500ms", tpot="30ms", slices=True),
         "--enable-deterministic-inference",  # sampling by seed
         *HICACHE,
+        "--hicache-ratio=4",
     ),
 }
 
@@ -145,10 +140,8 @@ def test_a_flush_of_a_paused_engine_costs_recomputation(server):
 
 @pytest.fixture
 def slow_steps(server) -> Iterator[None]:
-    """Every step takes at least 50 ms, so that a test can act within a certain one."""
-    server.http.post("/slow_down", json={"forward_sleep_time": 0.05}).raise_for_status()
-    yield
-    server.http.post("/slow_down", json={"forward_sleep_time": None}).raise_for_status()
+    with server.slow_steps(0.05):
+        yield
 
 
 @pytest.mark.usefixtures("slow_steps")
@@ -169,8 +162,8 @@ def test_a_prompt_gets_the_kv_of_an_offline_prompt_that_just_ended(server, numbe
 
     with ThreadPoolExecutor(1) as pool:
         ended = pool.submit(offline)
-        while server.state()["offline_tokens"]["computed"] < before + tokens // 128 * 128:
-            time.sleep(0.005)
+        last_chunk = before + tokens // 128 * 128
+        until(lambda: server.state()["offline_tokens"]["computed"] >= last_chunk)
         server.generate(f"{number}? " + "words of a prompt that needs room " * 18)
         assert len(events) < 5, "it waited for the offline request"
         ended.result()

@@ -10,6 +10,8 @@ from itertools import pairwise
 import httpx
 import pytest
 
+from support.server import OFFLINE
+
 pytestmark = pytest.mark.engine
 
 # No slack beside online rows and short steps without them, so that the few requests of a test meet
@@ -19,7 +21,6 @@ slo: {ttft: 1x, tpot: 1x, yield_ms: 1}
 offline: {queue_requests: 24, retry_after_s: 3}
 memory: {online_reserve: 0.0}
 """
-OFFLINE = {"x-sgl-conserve-class": "offline"}
 LONG_PROMPTS = [f"{i}: " + "the quick brown fox jumps over the lazy dog. " * 4 for i in range(10)]
 SHORT_PROMPTS = [f"question {i}?" for i in range(8)]
 

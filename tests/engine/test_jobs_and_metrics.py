@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx
@@ -11,12 +10,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from conserve_sgl.engine.metrics import ARRIVAL_LATENCY, METRICS
+from support.server import OFFLINE, until
 
 pytestmark = pytest.mark.engine
 
 CONFIG = "offline: {queue_requests: 24, no_deadline_share: 0}"
 FLAGS = ("--max-running-requests=2", "--enable-metrics", "--enable-custom-logit-processor")
-OFFLINE = {"x-sgl-conserve-class": "offline"}
 PROMPT = "the quick brown fox jumps over the lazy dog"
 
 
@@ -30,12 +29,6 @@ def server(start_server, tiny_llama) -> Iterator:
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(24) as pool:
         yield pool
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Return when `condition` holds; the test's timeout is the bound."""
-    while not condition():
-        time.sleep(0.02)
 
 
 def samples(server) -> dict[str, dict[str, float]]:

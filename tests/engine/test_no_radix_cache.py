@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from support.server import OFFLINE, until
+
 pytestmark = pytest.mark.engine
 
 CONFIG = """
@@ -17,7 +19,6 @@ slices: {enabled: false}
 """
 ENV = {"CONSERVE_TEST_OWNERSHIP": "1", "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16"}
 FLAGS = ("--disable-radix-cache", "--max-total-tokens=2048")
-OFFLINE = {"x-sgl-conserve-class": "offline"}
 CHUNK_TOKENS = 128
 
 
@@ -55,16 +56,12 @@ def test_a_prompt_that_an_offline_one_leaves_no_room_gets_it(server):
     """Between two chunks of the offline one. SGLang has an account of its own for `ignore_eos`."""
     prompt = "a document that fills the pool, " * 53
     before = server.state()["offline_tokens"]["computed"]
-    server.http.post("/slow_down", json={"forward_sleep_time": 0.02}).raise_for_status()
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            offline = pool.submit(server.generate, prompt, headers=OFFLINE)
-            while server.state()["offline_tokens"]["computed"] < before + 10 * CHUNK_TOKENS:
-                time.sleep(0.005)
-            sampling = {"max_new_tokens": 8, "ignore_eos": True}
-            server.generate("words of a prompt that needs room, " * 35, sampling_params=sampling)
-            assert not offline.done()
-            offline.result()
-    finally:
-        server.http.post("/slow_down", json={"forward_sleep_time": None}).raise_for_status()
+    with server.slow_steps(0.02), ThreadPoolExecutor(1) as pool:
+        offline = pool.submit(server.generate, prompt, headers=OFFLINE)
+        chunks = before + 10 * CHUNK_TOKENS
+        until(lambda: server.state()["offline_tokens"]["computed"] >= chunks)
+        sampling = {"max_new_tokens": 8, "ignore_eos": True}
+        server.generate("words of a prompt that needs room, " * 35, sampling_params=sampling)
+        assert not offline.done()
+        offline.result()
     server.assert_idle_and_balanced()

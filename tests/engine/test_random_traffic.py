@@ -17,6 +17,8 @@ from threading import Event
 import httpx
 import pytest
 
+from support.server import HICACHE, OFFLINE
+
 pytestmark = pytest.mark.engine
 
 CONFIG = """
@@ -26,10 +28,7 @@ checkpoint: {stride_tokens: 16}
 """
 FLAGS = (
     "--max-total-tokens=2048",
-    "--enable-hierarchical-cache",
-    "--hicache-write-policy=write_through",
-    "--hicache-io-backend=direct",
-    "--hicache-mem-layout=layer_first",
+    *HICACHE,
     "--hicache-ratio=2",
 )
 ENV = {
@@ -39,7 +38,6 @@ ENV = {
 }
 SEED, SECONDS = map(int, os.environ.get("CONSERVE_TEST_TRAFFIC", "2:12").split(":"))
 CLIENTS = 20
-OFFLINE = {"x-sgl-conserve-class": "offline"}
 PREEMPTED = 6  # at least; 12 s see 4 to 10 on two cores
 FOREVER_S = 120  # the slowest online answers take 2 s
 SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards mix potions"

@@ -13,6 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
+from support.server import OFFLINE, until
+
 pytestmark = pytest.mark.engine
 
 LAYERS = 6
@@ -25,7 +27,6 @@ ENV = {
     "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16",
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
 }
-OFFLINE = {"x-sgl-conserve-class": "offline"}
 FOX = "the quick brown fox jumps over the lazy dog. "
 # A few to a batch, one that is chunked, and prefixes that others share.
 PROMPTS = [FOX * 2 + f"{i}: " + FOX * length for i, length in enumerate((0, 1, 3, 9, 2, 28, 5, 12))]
@@ -81,6 +82,26 @@ def test_ranks_never_diverge(start_server, make_model):
         server.assert_idle_and_balanced()
         assert server.state()["slices"]["suspensions"] > 20
         assert_each_layer_once(server)
+        assert _paused_in_between(server, lambda: generate_offline(server)) == alone
+        server.assert_idle_and_balanced()
+
+
+def _paused_in_between(server, work: Callable[[], Any]) -> Any:
+    """The result of offline `work` that is paused in its midst, and goes on."""
+    before = server.state()["offline_tokens"]["computed"]
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        until(lambda: server.state()["offline_tokens"]["computed"] > before)
+        _set_offline(server, 0)
+        until(lambda: server.state()["offline_running"] == 0)
+        assert not future.done()
+        _set_offline(server, 1)
+        return future.result()
+
+
+def _set_offline(server, number: int) -> None:
+    body = {"server_args": {"conserve_offline": number}}
+    assert server.http.post("/set_internal_state", json=body).json() == [True]
 
 
 def test_tokens_are_those_of_an_unsliced_run(server):

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from support.server import OFFLINE
+
 pytestmark = pytest.mark.engine
 
-OFFLINE = {"x-sgl-conserve-class": "offline"}
 SAMPLING = {"max_new_tokens": 24}
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -14,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from conserve_sgl.cli import app
+from support.server import OFFLINE, until
 
 pytestmark = pytest.mark.engine
 
@@ -22,7 +22,6 @@ slo: {ttft: 600000ms, tpot: 2x, yield_ms: 0.1}
 offline: {retry_after_s: 3}
 slices: {mode: slack}
 """
-OFFLINE = {"x-sgl-conserve-class": "offline"}
 FOX = "the quick brown fox jumps over the lazy dog. "
 SHORT = {"sampling_params": {"max_new_tokens": 2}}
 
@@ -37,12 +36,6 @@ def tune(server, *options: str) -> str:
     result = CliRunner().invoke(app, ["tune", "--endpoint", server.base_url, *options])
     assert result.exit_code == 0, result.output
     return result.output
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Return when `condition` holds; the test's timeout is the bound."""
-    while not condition():
-        time.sleep(0.02)
 
 
 def test_an_arrival_with_time_to_spare_is_yielded_to_once_the_objective_is_tight(server):

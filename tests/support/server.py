@@ -14,6 +14,13 @@ import httpx
 
 from conserve_sgl.bench.server import ServerProcess, free_port
 
+OFFLINE = {"x-sgl-conserve-class": "offline"}
+HICACHE = (
+    "--enable-hierarchical-cache",
+    "--hicache-write-policy=write_through",
+    "--hicache-io-backend=direct",
+    "--hicache-mem-layout=layer_first",
+)
 READY_S = 180
 THINKING_S = 0.1  # between two online requests: without it, offline work may wait for their end
 TINY_FLAGS = (
@@ -38,6 +45,12 @@ def on_gpu() -> bool:
     import torch  # takes seconds; tests of the fast tier use other parts of this module
 
     return torch.cuda.is_available()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Return when `condition` holds; the test's timeout is the bound."""
+    while not condition():
+        time.sleep(0.01)
 
 
 class Server:
@@ -76,6 +89,19 @@ class Server:
         """What the scheduler says of itself under `conserve`."""
         info = self.http.get("/server_info").raise_for_status().json()
         return info["internal_states"][0]["conserve"]
+
+    @contextmanager
+    def slow_steps(self, seconds: float) -> Iterator[None]:
+        """Within, every step takes at least so long: a test can act in a certain one."""
+        try:
+            self._slow_down(seconds)
+            yield
+        finally:
+            self._slow_down(None)
+
+    def _slow_down(self, seconds: float | None) -> None:
+        body = {"forward_sleep_time": seconds}
+        self.http.post("/slow_down", json=body).raise_for_status()
 
     def offline_accepted(self) -> int:
         """Offline requests accepted since the server started."""
