@@ -6,8 +6,10 @@ The design's order is `config, policy <- checkpoint, batch <- engine, ingress <-
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -179,6 +181,7 @@ LIGHT = [
     "conserve_sgl.jobs",
     "conserve_sgl.bench",
     "conserve_sgl.profile",
+    "conserve_sgl.tune",
 ]
 HEAVY = ("torch", "sglang", "transformers")
 
@@ -197,6 +200,18 @@ def test_light_modules_import_neither_torch_nor_sglang():
         [sys.executable, "-c", REPORT_HEAVY, *LIGHT], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_what_works_without_sglang_imports_only_what_is_installed_with_it():
+    """`conserve eval`, `run-batch` and `tune` on a laptop."""
+    declared = tomllib.loads((PACKAGE.parent.parent / "pyproject.toml").read_text())["project"]
+    names = {re.split(r"[<>=\[]", line)[0].lower() for line in declared["dependencies"]}
+    modules = {"pyyaml": "yaml", "pyzmq": "zmq"}
+    there = {modules.get(name, name) for name in names} | {"conserve_sgl", *sys.stdlib_module_names}
+    parts = ["cli.py", "tune.py", "settings.py", "config.py", "jobs/*.py", "policy/*.py"]
+    parts += ["profile/*.py", "batch/client.py", "batch/validate.py", "batch/schema.py"]
+    for file in (file for part in parts for file in PACKAGE.glob(part)):
+        assert {name.split(".")[0] for name in imported(file)} <= there, relative(file)
 
 
 def test_policy_imports_nothing_but_itself_and_plain_python():

@@ -54,6 +54,7 @@ class Handler(BaseHTTPRequestHandler):
         status, body = self.server.answers[self.path]
         content = json.dumps(body).encode()
         self.send_response(status)
+        self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)

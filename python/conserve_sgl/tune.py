@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import httpx
+import aiohttp
 from rich.console import Console
 from rich.table import Table
 
@@ -13,7 +14,7 @@ from conserve_sgl.errors import ServerError
 
 __all__ = ["tune"]
 
-_TIMEOUT_S = 30.0  # a scheduler answers between two steps
+_TIMEOUT = aiohttp.ClientTimeout(total=30)  # a scheduler answers between two steps
 
 
 def tune(
@@ -40,43 +41,58 @@ def tune(
     table = Table("server", "offline", "waiting", "running", "ttft", "tpot", "yield_ms")
     try:
         for url in endpoints:
-            with httpx.Client(base_url=url, timeout=_TIMEOUT_S) as http:
-                if numbers:
-                    _change(http, numbers, admin_api_key or api_key)
-                table.add_row(url, *_cells(_state(http, api_key)))
+            table.add_row(
+                url, *_cells(asyncio.run(_tune_one(url, numbers, api_key, admin_api_key)))
+            )
     finally:
         if table.row_count:
             console.print(table)
 
 
-def _change(http: httpx.Client, numbers: Mapping[str, float], key: str | None) -> None:
-    body = {"server_args": dict(numbers)}
-    updated = _ask(http, "POST", "/set_internal_state", key, json=body)
-    if not isinstance(updated, list) or not all(updated):
-        raise ServerError(f"{http.base_url}: not changed; the server's log says why")
+async def _tune_one(
+    url: str, numbers: Mapping[str, float], api_key: str | None, admin_api_key: str | None
+) -> Mapping[str, Any]:
+    async with aiohttp.ClientSession(timeout=_TIMEOUT) as session:
+        server = _Server(session, url.rstrip("/"))
+        if numbers:
+            await server.change(numbers, admin_api_key or api_key)
+        return await server.state(api_key)
 
 
-def _state(http: httpx.Client, key: str | None) -> Mapping[str, Any]:
-    info = _ask(http, "GET", "/server_info", key)
-    try:
-        return info["internal_states"][0]["conserve"]
-    except (KeyError, IndexError, TypeError) as e:
-        raise ServerError(f"{http.base_url}: no conserve in this server") from e
+class _Server:
+    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
+        self._session = session
+        self._url = url
+
+    async def change(self, numbers: Mapping[str, float], key: str | None) -> None:
+        body = {"server_args": dict(numbers)}
+        updated = await self._ask("POST", "/set_internal_state", key, json=body)
+        if not isinstance(updated, list) or not all(updated):
+            raise ServerError(f"{self._url}: not changed; the server's log says why")
+
+    async def state(self, key: str | None) -> Mapping[str, Any]:
+        info = await self._ask("GET", "/server_info", key)
+        try:
+            return info["internal_states"][0]["conserve"]
+        except (KeyError, IndexError, TypeError) as e:
+            raise ServerError(f"{self._url}: no conserve in this server") from e
+
+    async def _ask(self, method: str, path: str, key: str | None, **kwargs: Any) -> Any:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        url = f"{self._url}{path}"
+        try:
+            async with self._session.request(method, url, headers=headers, **kwargs) as response:
+                if response.status != 200:
+                    raise ServerError(_refusal(url, response))
+                return await response.json()
+        except (aiohttp.ClientError, TimeoutError, ValueError) as e:
+            raise ServerError(f"{url}: {str(e) or type(e).__name__}") from e
 
 
-def _ask(http: httpx.Client, method: str, path: str, key: str | None, **kwargs: Any) -> Any:
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        response = http.request(method, path, headers=headers, **kwargs)
-        response.raise_for_status()
-        return response.json()
-    except httpx.HTTPStatusError as e:
-        text = f"{e.response.status_code} {e.response.reason_phrase}"
-        is_closed = e.response.status_code in (401, 403)
-        hint = "; give --api-key or --admin-api-key" if is_closed else ""
-        raise ServerError(f"{http.base_url}: {method} {path} was answered {text}{hint}") from e
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as e:
-        raise ServerError(f"{http.base_url}: {method} {path}: {e}") from e
+def _refusal(url: str, response: aiohttp.ClientResponse) -> str:
+    is_closed = response.status in (401, 403)
+    hint = "; give --api-key or --admin-api-key" if is_closed else ""
+    return f"{url}: {response.status} {response.reason}{hint}"
 
 
 def _cells(state: Mapping[str, Any]) -> list[str]:

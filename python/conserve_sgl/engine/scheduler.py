@@ -287,8 +287,10 @@ class ConserveScheduler(Scheduler):
         chunk_is_offline = self.chunked_req is not None and self.is_offline(self.chunked_req)
         offline_chunk = self.chunked_req if chunk_is_offline else self._aside.chunk
         online_chunk = None if chunk_is_offline else self.chunked_req
+        offline_waiting = len(self._offline_queue)
+        if self._settings.offline is not OfflineWork.RUNS:
+            offline_chunk, offline_waiting = None, 0
         parked = self._aside.parked.reqs
-        runs = self._settings.offline is OfflineWork.RUNS
         return StepView(
             now_s=now_s,
             free_at_s=self._meter.busy_until_s(self.latency.predict_s),
@@ -297,8 +299,8 @@ class ConserveScheduler(Scheduler):
             online_decoding=count.online,
             online_due_s=count.online_due_s,
             offline_due_s=count.offline_due_s,
-            offline_waiting=len(self._offline_queue) if runs else 0,
-            offline_chunk=rest_of_prompt(offline_chunk) if offline_chunk and runs else None,
+            offline_waiting=offline_waiting,
+            offline_chunk=None if offline_chunk is None else rest_of_prompt(offline_chunk),
             offline_decoding=count.offline,
             offline_parked=Rows(len(parked), sum(req.seqlen for req in parked)),
             offline_suspended=len(self._slices.suspended_reqs),
