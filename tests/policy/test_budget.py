@@ -102,6 +102,26 @@ class TestWithoutOnline:
         budget.plan(msgspec.structs.replace(VIEW, online_prompts=(Prompt(570),)))
         assert budget.plan(VIEW).offline_prefill_tokens == 270
 
+    @pytest.mark.parametrize(
+        ("prompt_tokens", "rows"),
+        [
+            (870, 12),  # 900 ms: 450 ms are left, and the yield bound is twice 33 ms
+            (60, 5),  # 90 ms: 45 ms are left
+            (20, 3),  # 50 ms: 25 ms are left, and a quarter more than 33 ms
+        ],
+    )
+    def test_a_relative_ttft_objective_bounds_it_below_twice_one_rows_step(
+        self, prompt_tokens, rows
+    ):
+        reserve = OnlineReserve(at_most=0.0)
+        budget = SlackBudget(
+            LinearTimes(), slo=RELATIVE, yield_s=0.001, reserve=reserve, smallest_chunk=16
+        )
+        prompt = (Prompt(prompt_tokens),)
+        budget.plan(msgspec.structs.replace(VIEW, online_prompts=prompt))
+        offline = msgspec.structs.replace(VIEW, offline_decoding=Rows(60, 6000))
+        assert budget.plan(offline).offline_decode_rows == rows
+
 
 class TestBesideOnlineRows:
     """Three rows, whose step alone takes 39 ms."""

@@ -40,8 +40,12 @@ _ROWS_KEPT_SHARE = 0.9
 rows in and out of the batch costs, and the slack of two steps is never quite the same."""
 
 _FLOOR_STEPS = 2.0
-"""An offline step may take twice the time of one row's step whatever the yield bound says: below
-that there is nothing left to bound, and offline work would run at batch size one."""
+"""An offline step may take twice the time of one row's step whatever `yield_s` says: below that
+there is little left to bound, and offline work would run at small batches."""
+
+_LEAST_STEPS = 1.25
+"""And a quarter more than one row's step whatever the time to first token allows: offline work
+would else run at batch size one."""
 
 
 class StepTimes(Protocol):
@@ -123,13 +127,14 @@ class SlackBudget:
         return _Step(online, online_s, slack_s, min(slack_s, online_s + self._yield_bound_s(view)))
 
     def _yield_bound_s(self, view: StepView) -> float:
-        rows = view.offline_decoding if view.offline_decoding.count else view.offline_parked
-        floor_s = 0.0
-        if not view.online_decoding.count:
-            one_row = StepWork(decode_rows=1, decode_context=rows.mean_context_tokens)
-            floor_s = _FLOOR_STEPS * self._times.upper_s(one_row)
         allowance_s = self._slo.ttft_allowance_s(self._typical_prefill_s)
-        return max(min(self._yield_s, allowance_s), floor_s)
+        if view.online_decoding.count:
+            return min(self._yield_s, allowance_s)
+        rows = view.offline_decoding if view.offline_decoding.count else view.offline_parked
+        one_row = StepWork(decode_rows=1, decode_context=rows.mean_context_tokens)
+        row_s = self._times.upper_s(one_row)
+        wanted_s = max(self._yield_s, _FLOOR_STEPS * row_s)
+        return max(min(wanted_s, allowance_s), _LEAST_STEPS * row_s)
 
     def _remember_prefill(self, prompt: Prompt) -> None:
         """Follow how long an online prompt takes alone: what a relative TTFT is relative to."""
