@@ -106,8 +106,8 @@ class TestWithoutOnline:
         ("prompt_tokens", "rows"),
         [
             (870, 12),  # 900 ms: 450 ms are left, and the yield bound is twice 33 ms
-            (60, 5),  # 90 ms: 45 ms are left
-            (20, 3),  # 50 ms: 25 ms are left, and a quarter more than 33 ms
+            (80, 8),  # 110 ms: 55 ms are left
+            (20, 6),  # 50 ms: 25 ms are left, but half as much again as 33 ms is allowed
         ],
     )
     def test_a_relative_ttft_objective_bounds_it_below_twice_one_rows_step(

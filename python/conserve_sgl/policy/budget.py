@@ -43,8 +43,8 @@ _FLOOR_STEPS = 2.0
 """An offline step may take twice the time of one row's step whatever `yield_s` says: below that
 there is little left to bound, and offline work would run at small batches."""
 
-_LEAST_STEPS = 1.25
-"""And a quarter more than one row's step whatever the time to first token allows: offline work
+_LEAST_STEPS = 1.5
+"""And half as much again as one row's step whatever the time to first token allows: offline work
 would else run at batch size one."""
 
 
