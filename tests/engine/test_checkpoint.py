@@ -25,7 +25,7 @@ memory: {{online_reserve: 0.0}}
 checkpoint: {{stride_tokens: 16}}
 slices: {{enabled: {slices}}}
 """
-PREEMPTIONS = int(os.environ.get("CONSERVE_TEST_PREEMPTIONS", "100"))
+PREEMPTIONS = int(os.environ.get("CONSERVE_TEST_PREEMPTIONS", "40"))
 """At least so many in each test that counts them; for a soak set some thousands."""
 PROMPTS = [f"{i}: " + "the quick brown fox jumps over the dog. " * (1 + i % 4) for i in range(16)]
 SERVERS = {
