@@ -63,7 +63,7 @@ MAY_IMPORT = {
         *_LEAVES,
     },
     "plugin": {"batch", "config", "compat", "engine", "ingress", "settings", *_LEAVES},
-    "tune": {"settings", *_LEAVES},
+    "tune": _LEAVES,
     "doctor": {"config", "compat", "plugin", "__init__", *_LEAVES},
     "cli": {
         "config",

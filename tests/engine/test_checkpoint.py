@@ -126,8 +126,8 @@ def test_a_flush_of_a_paused_engine_costs_recomputation(server):
     before = server.state()
     with ThreadPoolExecutor(1) as pool:
         offline = pool.submit(_preempted, server, bodies)
-        while server.state()["offline_accepted"] < before["offline_accepted"] + len(bodies):
-            time.sleep(0.01)
+        all_of_them = before["offline_accepted"] + len(bodies)
+        until(lambda: server.offline_accepted() >= all_of_them)
         server.http.post("/pause_generation", json={"mode": "retract"}).raise_for_status()
         server.http.post("/flush_cache").raise_for_status()
         assert server.state()["checkpoint"]["pinned_tokens"] == 0

@@ -10,7 +10,7 @@ from itertools import pairwise
 import httpx
 import pytest
 
-from support.server import OFFLINE
+from support.server import OFFLINE, until
 
 pytestmark = pytest.mark.engine
 
@@ -154,8 +154,7 @@ def test_abort_all(server):
             pool.submit(server.http.post, "/generate", headers=OFFLINE, json=body)
             for _ in range(12)
         ]
-        while server.offline_accepted() < accepted + 12:
-            time.sleep(0.05)
+        until(lambda: server.offline_accepted() >= accepted + 12)
         server.http.post("/abort_request", json={"abort_all": True}).raise_for_status()
         for post in posts:
             post.result()
@@ -171,8 +170,7 @@ def test_pause_and_continue_keep_every_token(server, mode):
         offline = pool.submit(
             server.generate_all, LONG_PROMPTS, sampling_params=sampling, headers=OFFLINE
         )
-        while server.offline_accepted() < accepted + len(LONG_PROMPTS):
-            time.sleep(0.02)
+        until(lambda: server.offline_accepted() >= accepted + len(LONG_PROMPTS))
         for _ in range(3):
             server.http.post("/pause_generation", json={"mode": mode}).raise_for_status()
             server.http.post("/continue_generation", json={}).raise_for_status()

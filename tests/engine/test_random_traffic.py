@@ -39,7 +39,8 @@ ENV = {
 SEED, SECONDS = map(int, os.environ.get("CONSERVE_TEST_TRAFFIC", "2:12").split(":"))
 CLIENTS = 20
 PREEMPTED = 6  # at least; 12 s see 4 to 10 on two cores
-FOREVER_S = 120  # the slowest online answers take 2 s
+FOREVER_S = 120
+STARVED_S = 15  # the slowest online answers take 2 s
 SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards mix potions"
 WORDS = SENTENCE.split()
 PREFIXES = [f"shared by many, {i}: {SENTENCE * 3}" for i in range(4)]
@@ -57,6 +58,7 @@ class Client:
     def __init__(self, number: int, base_url: str, over: Event) -> None:
         self.offline = number % 5 < 3
         self.answers: list[tuple[dict, str]] = []
+        self.slowest_s = 0.0
         self._chance = random.Random(1000 * SEED + number)
         self._url = f"{base_url}/generate"
         self._over = over
@@ -70,6 +72,7 @@ class Client:
 
     def _ask(self, http: httpx.Client) -> None:
         body, leaves = self._body(), self._chance.random() < 0.08
+        start_s = time.monotonic()
         try:
             answer = http.post(
                 self._url,
@@ -81,6 +84,7 @@ class Client:
             assert leaves, f"no answer to {body}"
             return
         assert answer.status_code == 200, answer.text
+        self.slowest_s = max(self.slowest_s, time.monotonic() - start_s)
         self.answers.append((body, answer.json()["text"]))
 
     def _body(self) -> dict:
@@ -118,7 +122,10 @@ def test_no_answer_changes_and_nobody_waits_for_ever(server):
         running.append(pool.submit(_disturb, server, over))
         for future in running:
             future.result()
-    assert server.state()["checkpoint"]["pinned_tokens"] == 0
+    state = server.state()
+    assert state["offline_preempted"] >= PREEMPTED
+    assert state["checkpoint"]["pinned_tokens"] == 0
+    assert max(client.slowest_s for client in clients if not client.offline) < STARVED_S
     server.assert_idle_and_balanced()
     answers = [answer for client in clients for answer in client.answers]
     for body, text in random.Random(SEED).sample(answers, 60):

@@ -92,16 +92,11 @@ def _paused_in_between(server, work: Callable[[], Any]) -> Any:
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work)
         until(lambda: server.state()["offline_tokens"]["computed"] > before)
-        _set_offline(server, 0)
+        assert server.set_internal_state({"conserve_offline": 0})
         until(lambda: server.state()["offline_running"] == 0)
         assert not future.done()
-        _set_offline(server, 1)
+        assert server.set_internal_state({"conserve_offline": 1})
         return future.result()
-
-
-def _set_offline(server, number: int) -> None:
-    body = {"server_args": {"conserve_offline": number}}
-    assert server.http.post("/set_internal_state", json=body).json() == [True]
 
 
 def test_tokens_are_those_of_an_unsliced_run(server):

@@ -71,12 +71,10 @@ def test_what_the_configuration_would_not_take_changes_nothing(server):
         {"conserve_offline": 0, "conserve_tea": 1},
         {"conserve_tpot_ms": 100, "pp_max_micro_batch_size": 0},  # SGLang's own, out of range
     ):
-        answer = server.http.post("/set_internal_state", json={"server_args": bad})
-        assert answer.json() == [False]
+        assert not server.set_internal_state(bad)
     assert server.state()["slo"] == before
     assert not server.state()["offline_paused"]
-    both = {"conserve_tpot_ms": 900, "pp_max_micro_batch_size": 8}
-    assert server.http.post("/set_internal_state", json={"server_args": both}).json() == [True]
+    assert server.set_internal_state({"conserve_tpot_ms": 900, "pp_max_micro_batch_size": 8})
     assert server.state()["slo"]["tpot"] == "900ms"
 
 

@@ -36,24 +36,31 @@ def due(in_s: float) -> dict[str, float]:
     return {"offline_due_s": NOW + in_s, "online_due_s": NOW + in_s + 0.01}
 
 
-def plan(
-    *, slo: Slo = ABSOLUTE, yield_s: float = 0.1, margin: float = 1.0, **view: Any
-) -> StepPlan:
-    budget = SlackBudget(
+def make_budget(
+    *,
+    slo: Slo = ABSOLUTE,
+    yield_s: float = 0.1,
+    margin: float = 1.0,
+    reserve: float = 0.25,
+) -> SlackBudget:
+    return SlackBudget(
         LinearTimes(margin=margin),
         slo=slo,
         yield_s=yield_s,
-        reserve=OnlineReserve(at_most=0.25),
+        reserve=OnlineReserve(at_most=reserve),
         smallest_chunk=16,
     )
+
+
+def plan(
+    *, slo: Slo = ABSOLUTE, yield_s: float = 0.1, margin: float = 1.0, **view: Any
+) -> StepPlan:
+    budget = make_budget(slo=slo, yield_s=yield_s, margin=margin)
     return budget.plan(msgspec.structs.replace(VIEW, **view))
 
 
 def test_other_objectives_hold_from_the_next_plan():
-    reserve = OnlineReserve(at_most=0.25)
-    budget = SlackBudget(
-        LinearTimes(), slo=ABSOLUTE, yield_s=0.1, reserve=reserve, smallest_chunk=16
-    )
+    budget = make_budget()
     assert budget.plan(VIEW).offline_prefill_tokens == 70
     budget.aim_at(RELATIVE, yield_s=0.15)
     assert budget.plan(VIEW).offline_prefill_tokens == 120
@@ -92,13 +99,7 @@ class TestWithoutOnline:
 
     def test_the_ttft_objective_bounds_the_step_too(self):
         # A typical prompt of 600 ms leaves 300 of the 900 that are planned with.
-        budget = SlackBudget(
-            LinearTimes(),
-            slo=ABSOLUTE,
-            yield_s=0.5,
-            reserve=OnlineReserve(at_most=0.0),
-            smallest_chunk=16,
-        )
+        budget = make_budget(yield_s=0.5, reserve=0.0)
         budget.plan(msgspec.structs.replace(VIEW, online_prompts=(Prompt(570),)))
         assert budget.plan(VIEW).offline_prefill_tokens == 270
 
@@ -113,10 +114,7 @@ class TestWithoutOnline:
     def test_a_relative_ttft_objective_bounds_it_below_twice_one_rows_step(
         self, prompt_tokens, rows
     ):
-        reserve = OnlineReserve(at_most=0.0)
-        budget = SlackBudget(
-            LinearTimes(), slo=RELATIVE, yield_s=0.001, reserve=reserve, smallest_chunk=16
-        )
+        budget = make_budget(slo=RELATIVE, yield_s=0.001, reserve=0.0)
         prompt = (Prompt(prompt_tokens),)
         budget.plan(msgspec.structs.replace(VIEW, online_prompts=prompt))
         offline = msgspec.structs.replace(VIEW, offline_decoding=Rows(60, 6000))

@@ -90,6 +90,12 @@ class Server:
         info = self.http.get("/server_info").raise_for_status().json()
         return info["internal_states"][0]["conserve"]
 
+    def set_internal_state(self, numbers: dict[str, float]) -> bool:
+        """Whether the scheduler took `numbers`, as `conserve_sgl.settings` names them."""
+        answer = self.http.post("/set_internal_state", json={"server_args": numbers})
+        (updated,) = answer.raise_for_status().json()
+        return updated
+
     @contextmanager
     def slow_steps(self, seconds: float) -> Iterator[None]:
         """Within, every step takes at least so long: a test can act in a certain one."""
