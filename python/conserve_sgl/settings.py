@@ -45,6 +45,11 @@ class Settings(msgspec.Struct, frozen=True):
     slo: SloConfig
     offline: OfflineWork = OfflineWork.RUNS
 
+    @property
+    def holds_offline(self) -> bool:
+        """Whether offline requests must not run."""
+        return self.offline is not OfflineWork.RUNS
+
     def changed_by(self, numbers: Mapping[str, float]) -> Settings:
         """These settings with `numbers`, by their names of the table above.
 

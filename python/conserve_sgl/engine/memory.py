@@ -111,13 +111,19 @@ class KvMemory:
 
     def preempt_all(self, running: ScheduleBatch) -> None:
         """Preempt all that is offline, in `running` or aside, but for beam searches, which SGLang
-        cannot take up again."""
-        self.preempt_aside(lambda _req: True)
-        self.preempt_suspended()
+        cannot take up again. Looks only, where there is none."""
+        if not self.holds_offline(running):
+            return
+        self.preempt_all_aside()
         rows = [req for req in running.reqs if self._is_offline(req) and req.beam_group is None]
         if rows:
             self.preempt_rows(running, rows)
-            running.batch_is_full = False
+        running.batch_is_full = False  # rows came free, be it those of requests aside
+
+    def preempt_all_aside(self) -> None:
+        """Preempt all that is aside."""
+        self.preempt_aside(lambda _req: True)
+        self.preempt_suspended()
 
     def preempt_suspended(self) -> None:
         """Preempt a suspended prefill: all of its requests, since it is computed as one."""

@@ -288,7 +288,7 @@ class ConserveScheduler(Scheduler):
         offline_chunk = self.chunked_req if chunk_is_offline else self._aside.chunk
         online_chunk = None if chunk_is_offline else self.chunked_req
         offline_waiting = len(self._offline_queue)
-        if self._settings.offline is not OfflineWork.RUNS:
+        if self._settings.holds_offline:
             offline_chunk, offline_waiting = None, 0
         parked = self._aside.parked.reqs
         return StepView(
@@ -349,7 +349,7 @@ class ConserveScheduler(Scheduler):
     def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> NextBatchPlan:
         plan = self._plan
         self._move_offline_chunk()
-        if self._settings.offline is not OfflineWork.RUNS:
+        if self._settings.holds_offline:
             self._hold_offline(running_batch)
         self._load_ahead(running_batch)
         if plan.online_prefill_tokens == 0:
@@ -561,8 +561,7 @@ class ConserveScheduler(Scheduler):
         super().pause_generation(recv_req)
         self._meter.forget()
         if recv_req.mode == "retract":
-            self._memory.preempt_aside(lambda _req: True)
-            self._memory.preempt_suspended()
+            self._memory.preempt_all_aside()
 
     def is_fully_idle(self, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
         if not super().is_fully_idle(for_health_check, ignore_waiting):
@@ -614,7 +613,7 @@ class ConserveScheduler(Scheduler):
         p50, p99 = np.percentile(latencies_ms or [0.0], (50, 99)).tolist()
         return {
             **self._ledger.state(time.monotonic(), parked=len(self._aside.whole)),
-            "offline_paused": self._settings.offline is not OfflineWork.RUNS,
+            "offline_paused": self._settings.holds_offline,
             "slo": asdict(self._settings.slo),
             "checkpoint": self._checkpoints.state(),
             "latency": self._latency_state(),
