@@ -23,6 +23,7 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 # A fresh interpreter: the server is then exactly `CONSERVE_CONFIG=... sglang serve ...`.
 _SGLANG_SERVE = [sys.executable, "-c", "from sglang.cli.main import main; main()", "serve"]
 _READY_S = 3600.0
+_DEFAULT_ENDPOINT = "http://127.0.0.1:30000"
 
 app = typer.Typer(
     name="conserve",
@@ -35,6 +36,11 @@ app = typer.Typer(
 ConfigOption = Annotated[
     Path | None,
     typer.Option("--config", help=f"The configuration, YAML. Default: ${CONFIG_ENV}."),
+]
+
+ApiKeyOption = Annotated[
+    str | None,
+    typer.Option(envvar="CONSERVE_API_KEY", help="Bearer token. Better in the environment."),
 ]
 
 
@@ -170,10 +176,7 @@ def run_batch(
         int,
         typer.Option(help="Sent along for gateways; 1 if low values are the urgent ones there."),
     ] = -1,
-    api_key: Annotated[
-        str | None,
-        typer.Option(envvar="CONSERVE_API_KEY", help="Bearer token. Better in the environment."),
-    ] = None,
+    api_key: ApiKeyOption = None,
     request_timeout_s: Annotated[
         float | None, typer.Option(help="Give a request up after so long. Default: never.")
     ] = None,
@@ -189,7 +192,7 @@ def run_batch(
         input=input,
         output=output,
         errors=error_file or output.with_suffix(".errors.jsonl"),
-        endpoints=endpoint or ["http://127.0.0.1:30000"],
+        endpoints=endpoint or [_DEFAULT_ENDPOINT],
         max_in_flight=max_in_flight,
         priority=priority,
         api_key=api_key,
@@ -212,10 +215,7 @@ def tune(
     ] = None,
     tpot: Annotated[str | None, typer.Option(help="As slo.tpot: 200ms, 1.25x.")] = None,
     yield_ms: Annotated[float | None, typer.Option(help="As slo.yield_ms.")] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(envvar="CONSERVE_API_KEY", help="Bearer token. Better in the environment."),
-    ] = None,
+    api_key: ApiKeyOption = None,
     admin_api_key: Annotated[
         str | None,
         typer.Option(
@@ -233,7 +233,7 @@ def tune(
     numbers = slo_numbers(ttft=ttft, tpot=tpot, yield_ms=yield_ms)
     if offline is not None:
         numbers |= offline_number(OfflineWork.RUNS if offline == "run" else OfflineWork.PAUSED)
-    servers = endpoint or ["http://127.0.0.1:30000"]
+    servers = endpoint or [_DEFAULT_ENDPOINT]
     tune_servers(servers, numbers, api_key=api_key, admin_api_key=admin_api_key, console=Console())
 
 

@@ -41,9 +41,8 @@ def tune(
     table = Table("server", "offline", "waiting", "running", "ttft", "tpot", "yield_ms")
     try:
         for url in endpoints:
-            table.add_row(
-                url, *_cells(asyncio.run(_tune_one(url, numbers, api_key, admin_api_key)))
-            )
+            state = asyncio.run(_tune_one(url, numbers, api_key, admin_api_key))
+            table.add_row(url, *_cells(state))
     finally:
         if table.row_count:
             console.print(table)

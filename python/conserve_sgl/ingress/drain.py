@@ -24,7 +24,7 @@ class Drain:
     """
 
     def __init__(self, shortest_s: int) -> None:
-        self._shortest_s = shortest_s
+        self.shortest_s = shortest_s
         self._longest_s = max(_LONGEST_S, shortest_s)
         self._freed_s: deque[float] = deque(maxlen=1024)
         self._next_place_s = 0.0
@@ -37,12 +37,12 @@ class Drain:
         """Whole seconds that the client in hand should wait."""
         per_place_s = self._per_place_s(now_s)
         if per_place_s is None:
-            return self._shortest_s
+            return self.shortest_s
         latest_s = now_s + self._longest_s
         self._next_place_s = min(max(self._next_place_s, now_s) + per_place_s, latest_s)
         # At the limit the difference of two clock readings may be a rounding error above it.
         wait_s = min(ceil(self._next_place_s - now_s), self._longest_s)
-        return max(self._shortest_s, wait_s)
+        return max(self.shortest_s, wait_s)
 
     def _per_place_s(self, now_s: float) -> float | None:
         """Seconds from one place to the next, over the last minute; None without any."""

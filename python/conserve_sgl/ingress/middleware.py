@@ -69,7 +69,6 @@ class ServiceClassMiddleware:
     ) -> None:
         self._app = app
         self._max_offline = max_offline
-        self._retry_after_s = retry_after_s
         self._drain = Drain(retry_after_s)
         self._on_refusal = on_refusal
         self.offline_in_hand = 0
@@ -133,9 +132,12 @@ class ServiceClassMiddleware:
 
         async def send_on(message: Message) -> None:
             status = message["status"] if message["type"] == "http.response.start" else 0
-            if status == 429 or (status == 503 and is_offline):
-                full = status == 429
-                wait_s = self._drain.wait_s(time.monotonic()) if full else self._retry_after_s
+            wait_s = None
+            if status == 429:
+                wait_s = self._drain.wait_s(time.monotonic())
+            elif status == 503 and is_offline:
+                wait_s = self._drain.shortest_s
+            if wait_s is not None:
                 retry_after = (b"retry-after", b"%d" % wait_s)
                 message = {**message, "headers": [*message["headers"], retry_after]}
             await send(message)
