@@ -226,7 +226,11 @@ def split_flags(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
 
 @contextmanager
 def serving(
-    model: Path, config: str, flags: Sequence[str], env: Mapping[str, str] | None = None
+    model: Path,
+    config: str,
+    flags: Sequence[str],
+    env: Mapping[str, str] | None = None,
+    log_path: Path | None = None,
 ) -> Iterator[ServerProcess]:
     """A `conserve serve` that is ready, for a measurement of its own.
 
@@ -235,6 +239,7 @@ def serving(
         config: YAML text of its configuration.
         flags: of SGLang.
         env: added to this process's environment.
+        log_path: where its log is kept; None keeps none.
 
     Raises:
         ServerError: it did not start.
@@ -248,7 +253,7 @@ def serving(
                 *(f"--model-path={model}", f"--port={port}", *flags),
             ],
             port=port,
-            log_path=Path(folder, "log"),
+            log_path=log_path or Path(folder, "log"),
             env=env,
         )
         with server:
