@@ -94,6 +94,7 @@ RANGES = {
     "a folder or null": lambda type_: type_ == str | None,
     # Parsed by the section itself; tests/test_config.py has its edges.
     "`ms` above 0 or `x` of at least 1": lambda type_: type_ is str,
+    "or null": lambda type_: type_ == str | None,
 }
 
 

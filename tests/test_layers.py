@@ -58,6 +58,7 @@ MAY_IMPORT = {
         "ingress",
         "engine",
         "jobs",
+        "profile",
         "machine",
         "strict_yaml",
         *_LEAVES,

@@ -62,20 +62,27 @@ class SloConfig(_Section):
     Args:
         ttft: from a request's arrival to its first token.
         tpot: for every token after the first, on average over the request.
-        yield_ms: how long an arrival may have to wait for offline work that cannot be
-            interrupted: a step, or a slice of layers.
+        longest_gap: between two tokens, for offline work: a time, or a factor of `tpot`'s own
+            value. Without it twice that, and at least 50 ms.
+        yield_ms: how long an arrival that finds no online request may have to wait for offline
+            work that cannot be interrupted: a step, or a slice of layers.
     """
 
-    ttft: str = "1.25x"
-    tpot: str = "1.25x"
+    ttft: str = "2x"
+    tpot: str = "2x"
+    longest_gap: str | None = None
     yield_ms: Milliseconds = 5.0
 
     def __post_init__(self) -> None:
         self.objectives()  # raises ValueError
 
     def objectives(self) -> Slo:
-        """The two objectives as the policy takes them."""
-        return Slo(ttft=_objective("ttft", self.ttft), tpot=_objective("tpot", self.tpot))
+        """The objectives as the policy takes them."""
+        return Slo(
+            ttft=_objective("ttft", self.ttft),
+            tpot=_objective("tpot", self.tpot),
+            longest_gap=self.longest_gap and _objective("longest_gap", self.longest_gap),
+        )
 
 
 _OBJECTIVE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)(?P<unit>ms|x)")

@@ -81,12 +81,15 @@ __all__ = ["ConserveScheduler"]
 logger = logging.getLogger(__name__)
 
 _NO_PLAN = StepPlan(
-    online_prefill_tokens=0,
     offline_prefill_tokens=0,
     offline_admissions=0,
     offline_decode_rows=0,
     kv_reserve_tokens=0,
 )
+
+
+_ONLINE_ROWS_SHARE = 1 / 8
+"""Of the engine's rows, what offline work leaves to online requests that come."""
 
 
 class _OnlineFirst(SchedulePolicy):
@@ -146,6 +149,9 @@ class ConserveScheduler(Scheduler):
         self._rows_decoded = True
         self._counts = self._ledger.counts
         self._always_mixes = False
+        # Online requests take rows back, but those that are free are there at once.
+        online_rows = max(int(self.max_running_requests * _ONLINE_ROWS_SHARE), 1)
+        self._max_offline_rows = max(self.max_running_requests - online_rows, 1)
         self._config = config
         self._slices = LayerSlices(
             self.tp_worker.model_runner,
@@ -186,6 +192,7 @@ class ConserveScheduler(Scheduler):
             aside=self._aside,
             is_offline=self.is_offline,
             requeue=partial(self._add_request_to_queue, is_retracted=True),
+            free_rows=self.req_to_token_pool.available_size,
         )
 
     def init_metrics_reporter(self) -> None:
@@ -280,7 +287,7 @@ class ConserveScheduler(Scheduler):
 
     def _observe(self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None) -> StepView:
         now_s = time.monotonic()
-        count = RowCount(self._slo, now_s, self.is_offline)
+        count = RowCount(self._step_policy.pace, now_s, self.is_offline)
         running_rows(
             count, running_batch, last_batch, self.chunked_req, overlap=self.enable_overlap
         )
@@ -298,15 +305,14 @@ class ConserveScheduler(Scheduler):
             online_prompts=waiting_prompts(self._slo, online_chunk, self.waiting_queue),
             online_decoding=count.online,
             online_due_s=count.online_due_s,
-            offline_due_s=count.offline_due_s,
+            online_late_s=count.online_late_s,
             offline_waiting=offline_waiting,
             offline_chunk=None if offline_chunk is None else rest_of_prompt(offline_chunk),
             offline_decoding=count.offline,
             offline_parked=Rows(len(parked), sum(req.seqlen for req in parked)),
             offline_suspended=len(self._slices.suspended_reqs),
             free_rows=self.req_to_token_pool.available_size(),
-            # Rows are a hard limit in SGLang: an online request that finds none waits for one.
-            max_rows=max(self.max_running_requests // 2, 1),
+            max_rows=self._max_offline_rows,
             free_kv_tokens=self._memory.free_tokens,
             total_kv_tokens=self.max_total_num_tokens,
             chunk_tokens=self.chunked_prefill_size,
@@ -336,7 +342,6 @@ class ConserveScheduler(Scheduler):
         plan = self._plan
         return make_adder_class(
             OfflinePurse(
-                online_tokens=plan.online_prefill_tokens,
                 tokens=plan.offline_prefill_tokens,
                 kv_reserve_tokens=plan.kv_reserve_tokens,
                 memory=self._memory,
@@ -352,15 +357,15 @@ class ConserveScheduler(Scheduler):
         if self._settings.holds_offline:
             self._hold_offline(running_batch)
         self._load_ahead(running_batch)
-        if plan.online_prefill_tokens == 0:
-            # The rows that decode go first; what waits is looked at again in the next step.
-            return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
         self.is_mixed_chunk = plan.mix or self._always_mixes
         if self.is_mixed_chunk:
-            self._sit_out_surplus(running_batch)
+            # A chunk of an online prompt goes with online rows alone.
+            rows = 0 if self._view.online_prompts else plan.offline_decode_rows
+            self._sit_out_surplus(running_batch, rows)
         if self.waiting_queue and self._memory.holds_offline(running_batch):
             # SGLang takes a batch for full until a row ends; here rows give way.
             running_batch.batch_is_full = False
+            self._memory.make_rows(running_batch, 1)
         if not self._chunk_finds_kv(running_batch):
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
         suspended = self._slices.suspended is not None
@@ -414,7 +419,7 @@ class ConserveScheduler(Scheduler):
         chunk = self.chunked_req
         if chunk is None or self.is_offline(chunk):
             return True
-        tokens = min(rest_of_prompt(chunk).new_tokens, self._plan.online_prefill_tokens)
+        tokens = min(rest_of_prompt(chunk).new_tokens, self.chunked_prefill_size)
         tokens += self.page_size + (len(running_batch.reqs) if self.is_mixed_chunk else 0)
         return self._memory.make_room(running_batch, tokens)
 
@@ -467,7 +472,7 @@ class ConserveScheduler(Scheduler):
         return super().is_disable_overlap_for_batch(batch, last_batch)
 
     def _runs_in_slices(self, batch: ScheduleBatch) -> bool:
-        return self._slices.accepts(batch, self.is_offline)
+        return self._slices.accepts(batch, self.is_offline, fresh=self._plan.in_slices)
 
     def run_batch(self, batch: ScheduleBatch, pp_proxy_tensors: Any = None) -> Any:
         if not self._runs_in_slices(batch):
@@ -500,7 +505,7 @@ class ConserveScheduler(Scheduler):
     # ------------------------------------------------------ the plan, for decode
 
     def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
-        self._sit_out_surplus(batch)
+        self._sit_out_surplus(batch, self._plan.offline_decode_rows)
         self._memory.preempt_at_random(batch)
         if batch.is_empty():
             return batch
@@ -514,10 +519,9 @@ class ConserveScheduler(Scheduler):
             self._memory.preempt_rows(batch, list(batch.reqs), urgent=True)
         return batch if batch.is_empty() else super().update_running_batch(batch)
 
-    def _sit_out_surplus(self, batch: ScheduleBatch) -> None:
+    def _sit_out_surplus(self, batch: ScheduleBatch, rows: int) -> None:
         offline = sum(map(self.is_offline, batch.reqs))
-        surplus = offline - self._plan.offline_decode_rows
-        parked = self._aside.parked.sit_out(batch, surplus, self.is_offline)
+        parked = self._aside.parked.sit_out(batch, offline - rows, self.is_offline)
         self._counts["offline_rows_parked"] += parked
 
     # ------------------------------------- everything else that looks at requests

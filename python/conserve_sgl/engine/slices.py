@@ -169,15 +169,19 @@ class LayerSlices:
         """The requests of the suspended batch; they hold rows and KV."""
         return [] if self.suspended is None else self.suspended.reqs
 
-    def accepts(self, batch: ScheduleBatch, is_offline: Callable[[Req], bool]) -> bool:
-        """Whether `batch` runs in slices: the suspended one, or an offline prefill.
+    def accepts(
+        self, batch: ScheduleBatch, is_offline: Callable[[Req], bool], *, fresh: bool
+    ) -> bool:
+        """Whether `batch` runs in slices: the suspended one, or, where `fresh` ones may, an offline
+        prefill.
 
         The answer is the same on all ranks.
         """
         if batch is self.suspended:
             return True
         return (
-            self.enabled
+            fresh
+            and self.enabled
             and self.suspended is None
             and batch.forward_mode == ForwardMode.EXTEND
             and all(map(is_offline, batch.reqs))
