@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from math import inf
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -72,6 +73,8 @@ class SloConfig(_Section):
 
     def __post_init__(self) -> None:
         self.objectives()  # raises ValueError
+        if not self.yield_ms < inf:
+            raise ValueError(f"yield_ms: {self.yield_ms} is no time")
 
     def objectives(self) -> Slo:
         """The two objectives as the policy takes them."""

@@ -27,6 +27,7 @@ _PREFIX = "conserve_"
 _OFFLINE = f"{_PREFIX}offline"
 _OBJECTIVES = ("ttft", "tpot")
 _UNITS = ("ms", "x")
+_MOST = 10**12  # milliseconds, 31 years
 
 
 class OfflineWork(IntEnum):
@@ -54,10 +55,11 @@ class Settings(msgspec.Struct, frozen=True):
         """These settings with `numbers`, by their names of the table above.
 
         Raises:
-            SettingError: an unknown name, or a value that the configuration would not take.
+            SettingError: an unknown name, no number, or one that the configuration would not take.
         """
         slo, offline = msgspec.structs.asdict(self.slo), self.offline
         for name, number in numbers.items():
+            _check_number(name, number)
             key, _, unit = name.removeprefix(_PREFIX).rpartition("_")
             if name == _OFFLINE:
                 offline = _offline(number)
@@ -70,6 +72,13 @@ class Settings(msgspec.Struct, frozen=True):
         if self.offline is OfflineWork.ENDS:
             offline = OfflineWork.ENDS
         return Settings(_checked(slo), offline)
+
+
+def _check_number(name: str, number: object) -> None:
+    """It comes from a client, as whatever JSON knows."""
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    if not is_number or not abs(number) <= _MOST:
+        raise SettingError(f"{name} is a number from -{_MOST} to {_MOST}")
 
 
 def _offline(number: float) -> OfflineWork:

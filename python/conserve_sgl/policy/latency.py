@@ -47,6 +47,7 @@ _ERRORS_KEPT = 256
 _UPPER = 0.90
 _BIAS_LIMIT = 0.10
 _BIAS_STEPS = 128
+_YEAR_S = 3.2e7
 
 
 class StepKind(IntEnum):
@@ -279,6 +280,8 @@ class LatencyModel:
 
         Measured with `upper_s`. 0 when not even one token fits; bounded by `MAX_CHUNK_TOKENS`.
         """
+        # Within what can be squared; no chunk takes a year.
+        budget_s = min(max(budget_s, -_YEAR_S), _YEAR_S)
         budget_s /= self._upper[base.plus_prompt(1, resident).kind]
         k = self.coefficients
         fixed_s = self.predict_s(base.plus_prompt(1, resident)) - self._chunk_s(1, resident, base)
