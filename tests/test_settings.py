@@ -14,6 +14,7 @@ from conserve_sgl.errors import SettingError
 from conserve_sgl.settings import (
     OfflineWork,
     Settings,
+    batches_number,
     is_setting,
     offline_number,
     slo_numbers,
@@ -63,6 +64,13 @@ def test_offline_work_is_paused_and_runs_again():
     assert paused.changed_by({"conserve_offline": 1.0}) == START
 
 
+def test_batches_are_held_and_sent_again():
+    held = START.changed_by(batches_number(held=True))
+    assert held.batches_held
+    assert held.changed_by(slo_numbers(yield_ms=1.0)).batches_held
+    assert held.changed_by(batches_number(held=False)) == START
+
+
 def test_nothing_runs_again_in_a_server_that_ends():
     ended = START.changed_by(offline_number(OfflineWork.ENDS))
     for work in OfflineWork:
@@ -74,6 +82,8 @@ def test_nothing_runs_again_in_a_server_that_ends():
     [
         ({"conserve_offline": 3}, "conserve_offline is 0, 1 or 2, not 3"),
         ({"conserve_offline": 0.5}, "not 0.5"),
+        ({"conserve_batches": 2}, "conserve_batches is 0 or 1"),
+        ({"conserve_batches": "run"}, "conserve_batches is 0 or 1"),
         ({"conserve_tpot": 1.5}, "conserve_tpot is no setting"),
         ({"conserve_tpot_s": 1.5}, "conserve_tpot_s is no setting"),
         ({"conserve_queue_requests": 1}, "conserve_queue_requests is no setting"),

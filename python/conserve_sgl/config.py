@@ -139,6 +139,8 @@ class BatchConfig(_Section):
         max_requests: requests that a batch may have.
         max_file_bytes: size of an uploaded file.
         max_storage_bytes: size of all files; an upload beyond it is refused.
+        max_deaths: a request that was in flight at so many deaths of the server has failed.
+        start: `held` sends nothing of any batch until `conserve tune --batches run`.
     """
 
     storage_dir: str | None = None
@@ -147,6 +149,8 @@ class BatchConfig(_Section):
     max_requests: Count = 50_000
     max_file_bytes: Count = 200 << 20
     max_storage_bytes: Count = 20 << 30
+    max_deaths: Count = 2
+    start: Literal["run", "held"] = "run"
 
 
 class ConserveConfig(_Section):

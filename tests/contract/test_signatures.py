@@ -146,6 +146,10 @@ SIGNATURES_BY_MODULE = {
         "TokenizerManager.set_internal_state": "(self, obj)",
         "TokenizerManager.init_ipc_channels": "(self, port_args)",
         "TokenizerManager._init_req_state": "(self, obj, request=None)",
+        "TokenizerManager._create_tokenized_object": (
+            "(self, obj, input_text, input_ids, input_embeds=None, mm_inputs=None, "
+            "token_type_ids=None)"
+        ),
     },
     "sglang.srt.model_executor.model_runner": {
         "ModelRunner.forward": (
@@ -155,6 +159,9 @@ SIGNATURES_BY_MODULE = {
     },
     "sglang.srt.managers.cache_controller": {
         "LayerDoneCounter.wait_until": "(self, threshold)",
+    },
+    "sglang.srt.managers.io_struct": {
+        "GenerateReqInput._handle_parallel_sampling": "(self)",
     },
     "sglang.srt.managers.utils": {
         "is_health_check_generate_req": "(recv_req)",

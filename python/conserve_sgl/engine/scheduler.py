@@ -139,7 +139,7 @@ class ConserveScheduler(Scheduler):
             config.offline.queue_requests, no_deadline_share=config.offline.no_deadline_share
         )
         self._ledger = OfflineLedger(self._offline_queue, self.is_offline)
-        self._settings = Settings(config.slo)
+        self._settings = Settings(config.slo, batches_held=config.batch.start == "held")
         self._slo = config.slo.objectives()
         self._view = StepView(now_s=time.monotonic())
         self._plan = _NO_PLAN
@@ -614,6 +614,7 @@ class ConserveScheduler(Scheduler):
         return {
             **self._ledger.state(time.monotonic(), parked=len(self._aside.whole)),
             "offline_paused": self._settings.holds_offline,
+            "batches_held": self._settings.batches_held,
             "slo": asdict(self._settings.slo),
             "checkpoint": self._checkpoints.state(),
             "latency": self._latency_state(),
