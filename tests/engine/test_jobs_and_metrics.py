@@ -15,7 +15,12 @@ from support.server import OFFLINE, until
 pytestmark = pytest.mark.engine
 
 CONFIG = "offline: {queue_requests: 24, no_deadline_share: 0}"
-FLAGS = ("--max-running-requests=2", "--enable-metrics", "--enable-custom-logit-processor")
+FLAGS = (
+    "--max-running-requests=2",
+    "--enable-metrics",
+    "--enable-custom-logit-processor",
+    "--sleep-on-idle",  # the harder case for what is written while nothing runs
+)
 PROMPT = "the quick brown fox jumps over the lazy dog"
 
 
@@ -56,6 +61,16 @@ def in_queue(server, pool, *tags: dict[str, str], first_tokens: int = 400) -> li
     return futures
 
 
+def test_what_is_done_is_no_longer_shown_as_running_though_the_engine_sleeps(server):
+    for n in range(1, 4):
+        server.generate(PROMPT, headers=OFFLINE)
+        # Only this is read: /server_info would wake the engine.
+        until(lambda n=n: samples(server)["conserve:offline_finished_total"][""] == n)
+        assert samples(server)["conserve:offline_running_reqs"][""] == 0
+    state = server.state()
+    assert (state["offline_running"], state["offline_finished"]) == (0, 3)
+
+
 def test_every_metric_is_scraped_and_says_what_the_state_says(server):
     before = server.state()
     server.generate(PROMPT)
@@ -69,7 +84,8 @@ def test_every_metric_is_scraped_and_says_what_the_state_says(server):
     )
     assert prompt_tokens == answer["prompt_tokens"]
 
-    until(lambda: samples(server)["conserve:offline_finished_total"][""] == 1)
+    finished = state["offline_finished"]
+    until(lambda: samples(server)["conserve:offline_finished_total"][""] == finished)
     found = samples(server)
     for metric in METRICS:
         if metric.key.startswith("latency"):

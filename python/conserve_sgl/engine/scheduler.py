@@ -604,6 +604,7 @@ class ConserveScheduler(Scheduler):
 
     def get_internal_state(self, recv_req: Any) -> Any:
         output = super().get_internal_state(recv_req)
+        self._ledger.close_finished(time.monotonic())  # all ranks are asked, in the same step
         output.internal_state["conserve"] = self._state()
         return output
 
