@@ -27,7 +27,7 @@ import msgspec
 
 from conserve_sgl.batch.dispatch import Application
 from conserve_sgl.batch.in_flight import InFlight
-from conserve_sgl.batch.results import Results
+from conserve_sgl.batch.results import Results, finished_lines
 from conserve_sgl.batch.schema import (
     Batch,
     BatchError,
@@ -166,9 +166,21 @@ class Runner:
                 ", ..." if len(lines) > MAX_NAMED else "",
             )
         for record in await self._store.active_batches():
-            self.submit(record)
+            self.submit(await self._in_thread(self._recounted, record))
         for service in (self._sender.feed(), self._tick(), self._purge()):
             self._services.append(asyncio.create_task(_loudly(service)))
+
+    def _recounted(self, record: BatchRecord) -> BatchRecord:
+        """With the counts of its result files: those in the store are of some seconds before the
+        last server ended, and the files are opened only when the batch has its turn."""
+        if record.batch.status == "validating":
+            return record
+        completed, failed = (
+            finished_lines(self._store.content(i)) for i in (record.output_id, record.error_id)
+        )
+        total = record.batch.request_counts.total
+        counts = RequestCounts(total=total, completed=completed, failed=failed)
+        return record.with_batch(request_counts=counts)
 
     async def stop(self) -> None:
         """Give up what is in flight; the store then holds all that the next start needs."""

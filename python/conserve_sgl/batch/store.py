@@ -119,7 +119,7 @@ def make_storage(folder: Path) -> None:
         for path in (folder, folder / _FILES, folder / _UPLOADS):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as e:
-        raise StorageError(f"cannot use {folder} for batches: {e.strerror}") from e
+        raise StorageError(f"cannot use {folder} for batches: {e.strerror or e}") from e
     os.close(_open_lock(folder))
 
 
@@ -127,7 +127,7 @@ def _open_lock(folder: Path) -> int:
     try:
         return os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as e:
-        raise StorageError(f"cannot use {folder} for batches: {e.strerror}") from e
+        raise StorageError(f"cannot use {folder} for batches: {e.strerror or e}") from e
 
 
 class Store:
@@ -441,7 +441,7 @@ async def _on_disk(do: Callable[[], T]) -> T:
     try:
         return await asyncio.to_thread(do)
     except OSError as e:
-        raise StorageError(f"cannot write {e.filename or 'a file'}: {e.strerror}") from e
+        raise StorageError(f"cannot write {e.filename or 'a file'}: {e.strerror or e}") from e
 
 
 def _sync(path: Path) -> None:

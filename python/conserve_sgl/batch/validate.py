@@ -111,6 +111,8 @@ class _Fault(Exception):
 
 _decode_line = msgspec.json.Decoder(RequestLine).decode
 _decode_body = msgspec.json.Decoder(_Body).decode
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_NULL = msgspec.Raw(b"null")
 _decode_inputs = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
@@ -149,15 +151,24 @@ def read_plan(
 
 
 def read_request(fd: int, offset: int, length: int) -> RequestLine:
-    """The line at `offset` of an open file whose plan has been read.
+    """The line at `offset` of an open file whose plan has been read, as it is to be sent.
+
+    Fields of its body that are null are left out: to OpenAI they say nothing, and SGLang refuses
+    them.
 
     Raises:
         OSError: it cannot be read, or is not the line that it was.
     """
     try:
-        return _decode_line(os.pread(fd, length, offset))
+        line = _decode_line(os.pread(fd, length, offset))
+        return _without_nulls(line) if b"null" in bytes(line.body) else line
     except msgspec.MsgspecError as e:
         raise OSError(f"the input file changed while its batch ran: {e}") from e
+
+
+def _without_nulls(line: RequestLine) -> RequestLine:
+    fields = {name: raw for name, raw in _decode_fields(line.body).items() if raw != _NULL}
+    return msgspec.structs.replace(line, body=msgspec.Raw(msgspec.json.encode(fields)))
 
 
 def _lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, int, bytes | None]]:

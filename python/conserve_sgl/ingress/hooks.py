@@ -37,7 +37,7 @@ class Ingress:
         self._rule = PriorityRule.of(manager.server_args)
         self._sender = ArrivalSender(arrival_endpoint(port_args.instance_id))
         if manager.server_args.enable_metrics:
-            self._count_refusal = refusal_counter(manager.server_args.served_model_name)
+            self._count_refusal = refusal_counter(manager.served_model_name)
 
     def before_run_http_server(self, app: Any) -> None:
         """BEFORE `_setup_and_run_http_server`: put our layer around the whole application."""

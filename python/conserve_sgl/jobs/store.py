@@ -344,6 +344,6 @@ def _replace(path: Path, text: bytes) -> None:
 
 def _cannot_write(path: Path, e: OSError) -> JobError:
     return JobError(
-        f"cannot write {path}: {e.strerror}. The finished lines before this are kept; "
+        f"cannot write {path}: {e.strerror or e}. The finished lines before this are kept; "
         f"run the same command again to go on"
     )
