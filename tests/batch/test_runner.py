@@ -92,6 +92,17 @@ def test_the_other_endpoints(server, client, endpoint, body):
     assert (path, sent) == (endpoint, body)
 
 
+def test_characters_that_end_a_line_for_some_readers_do_not_end_one_of_a_result(server, client):
+    text = "a\u2028b\u2029c\x85d"
+    batch = create(client, jsonl(request(text, text), request("wrong", "word 1")))
+    server.engine.script = {"word 1": [(400, {})]}
+    batch = ended(server, client, batch, "completed")
+    (line,) = client.files.content(batch.output_file_id).iter_lines()
+    assert json.loads(line)["custom_id"] == text
+    answer = json.loads(line)["response"]["body"]["choices"][0]["message"]["content"]
+    assert answer == text.upper()
+
+
 def test_every_request_is_offline_and_names_its_job(server, client):
     batch = create(client, requests(3), window="1h")
     ended(server, client, batch, "completed")

@@ -177,6 +177,22 @@ def test_a_full_queue_says_when_to_come_back_and_counts_it(server):
     server.assert_idle_and_balanced()
 
 
+@pytest.mark.parametrize("headers", [OFFLINE, {}], ids=["offline", "online"])
+def test_an_abort_ends_the_request_of_that_id_and_none_that_begins_so(server, pool, headers):
+    def ask(rid: str) -> Future:
+        params = {"max_new_tokens": 600, "ignore_eos": True}
+        text = f"{PROMPT} {rid}"
+        return pool.submit(server.generate, text, rid=rid, sampling_params=params, headers=headers)
+
+    with server.slow_steps(0.02):
+        asked = {rid: ask(rid) for rid in ("job-1", "job-10", "job-11", "job-12")}
+        while not asked["job-1"].done():  # it may be on its way to the scheduler still
+            server.http.post("/abort_request", json={"rid": "job-1"}).raise_for_status()
+    endings = {rid: f.result()["meta_info"]["finish_reason"]["type"] for rid, f in asked.items()}
+    assert endings == {"job-1": "abort", "job-10": "length", "job-11": "length", "job-12": "length"}
+    server.assert_idle_and_balanced()
+
+
 def test_a_client_that_leaves_takes_its_request_out_of_the_queue_at_once(server, pool):
     aborted = server.state()["offline_aborted"]
     futures = in_queue(server, pool, {}, first_tokens=2000)

@@ -165,12 +165,12 @@ def test_remove_returns_the_matches_and_keeps_the_rest():
     assert take_all(queue) == ["b1", "b2"]
 
 
-def test_remove_by_id_takes_every_id_that_starts_so_and_waits():
+def test_remove_by_id_takes_that_id_alone_and_only_if_it_waits():
     queue = queue_of("job-1", "job-10", "job-2", "jo")
     (taken,) = queue.take(1)
     assert taken.name == "job-1"
-    assert names(queue.remove_rid("job-1")) == ["job-10"]
-    assert queue.remove_rid("job-1") == []
+    assert queue.remove_rid("job-1") == queue.remove_rid("job") == queue.remove_rid("") == []
+    assert names(queue.remove_rid("job-10")) == ["job-10"]
     queue.give_back([taken])
     assert names(queue.remove_rid("job-1")) == ["job-1"]
     assert take_all(queue) == ["job-2", "jo"]
@@ -583,7 +583,7 @@ class QueueBesideSets(RuleBasedStateMachine):
             if by_id
             else self.queue.remove(lambda request: request.name.startswith(prefix))
         )
-        matching = [name for name in self.waiting if name.startswith(prefix)]
+        matching = [n for n in self.waiting if n == prefix or (n.startswith(prefix) and not by_id)]
         assert names(removed) == sorted(matching, key=lambda name: int(name[1:]))
         for name in matching:
             del self.waiting[name]

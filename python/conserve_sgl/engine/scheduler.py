@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 from functools import partial
 from http import HTTPStatus
 from math import inf
@@ -49,6 +50,7 @@ from conserve_sgl.engine.ledger import OfflineLedger
 from conserve_sgl.engine.memory import KvMemory
 from conserve_sgl.engine.metering import StepMeter, work_of
 from conserve_sgl.engine.metrics import Exporter
+from conserve_sgl.engine.namesakes import namesakes_spared
 from conserve_sgl.engine.observe import (
     OnlineClock,
     RowCount,
@@ -384,7 +386,7 @@ class ConserveScheduler(Scheduler):
         """Take rows and KV from all offline requests, and their place in the queue if they end."""
         self._memory.preempt_all(running_batch)
         if self._settings.offline is OfflineWork.ENDS:
-            for req in self._take_queued(""):
+            for req in self._take_queued(None):
                 self._refuse(req, HTTPStatus.SERVICE_UNAVAILABLE, "The server is shutting down.")
 
     def _load_ahead(self, running_batch: ScheduleBatch) -> None:
@@ -523,20 +525,22 @@ class ConserveScheduler(Scheduler):
     # ------------------------------------- everything else that looks at requests
 
     def abort_request(self, recv_req: AbortReq) -> None:
-        prefix = "" if recv_req.abort_all else recv_req.rid
-        aside = self._aside.take(lambda req: req.rid.startswith(prefix))
+        rid = None if recv_req.abort_all else recv_req.rid
+        aside = self._aside.take(lambda req: rid in (None, req.rid))
         for req in aside:
             self._checkpoints.release(req)
             self._ledger.close(time.monotonic(), req)
-        queued = self._take_queued(prefix)
+        queued = self._take_queued(rid)
         # Now they are queued requests like any other, and SGLang's own code aborts those.
         self.waiting_queue += aside + queued
-        super().abort_request(recv_req)
+        with nullcontext() if rid is None else namesakes_spared(self, rid):
+            super().abort_request(recv_req)
         self._drop_aborted_slices()
 
-    def _take_queued(self, prefix: str) -> list[Req]:
-        """Take out of the queue whose id begins so; they are about to be answered."""
-        queued = self._offline_queue.remove_rid(prefix)
+    def _take_queued(self, rid: str | None) -> list[Req]:
+        """Take the request of that id out of the queue, or all; they are about to be answered."""
+        queue = self._offline_queue
+        queued = queue.remove(lambda _: True) if rid is None else queue.remove_rid(rid)
         self._checkpoints.forget(queued)
         self._ledger.removed(queued)
         return queued

@@ -407,11 +407,11 @@ class OfflineQueue(Generic[T]):
         entries = [entry for lane in self._lanes.values() for entry in lane if matches(entry.of)]
         return self._remove(entries)
 
-    def remove_rid(self, prefix: str) -> list[T]:
-        """The same for ids that start with `prefix`, without looking at every request."""
-        at = bisect_left(self._rids, (prefix,))
+    def remove_rid(self, rid: str) -> list[T]:
+        """The same for the requests of that id, without looking at every request."""
+        at = bisect_left(self._rids, (rid,))
         named = []
-        while at < len(self._rids) and self._rids[at][0].startswith(prefix):
+        while at < len(self._rids) and self._rids[at][0] == rid:
             named.append(self._rids[at][2])
             at += 1
         return self._remove([entry for entry in named if id(entry.of) not in self._taken])
