@@ -31,6 +31,7 @@ from conserve_sgl.checkpoint.checkpointer import Checkpointer
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.engine.adder import OfflinePurse, make_adder_class
 from conserve_sgl.engine.aside import Aside
+from conserve_sgl.engine.hidden_states import with_flat_hidden_states
 from conserve_sgl.engine.host import (
     AbortReq,
     NextBatchPlan,
@@ -194,6 +195,10 @@ class ConserveScheduler(Scheduler):
         super().init_metrics_reporter()
         here = self.metrics_collector_context.current_scheduler_metrics_enabled
         self._exporter = Exporter(self.metrics_collector.labels) if here else None
+
+    def init_batch_result_processor(self) -> None:
+        super().init_batch_result_processor()
+        self.batch_result_processor = with_flat_hidden_states(self.batch_result_processor)
 
     def init_invariant_checker(self) -> None:
         super().init_invariant_checker()
