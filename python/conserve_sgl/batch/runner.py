@@ -175,9 +175,13 @@ class Runner:
         last server ended, and the files are opened only when the batch has its turn."""
         if record.batch.status == "validating":
             return record
-        completed, failed = (
-            finished_lines(self._store.content(i)) for i in (record.output_id, record.error_id)
-        )
+        try:
+            completed, failed = (
+                finished_lines(self._store.content(i)) for i in (record.output_id, record.error_id)
+            )
+        except OSError as e:  # it will be met again where it matters
+            logger.error("%s: its lines cannot be counted: %s", record.batch.id, e)
+            return record
         total = record.batch.request_counts.total
         counts = RequestCounts(total=total, completed=completed, failed=failed)
         return record.with_batch(request_counts=counts)

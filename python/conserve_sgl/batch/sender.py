@@ -5,8 +5,8 @@ its slot until its result is on disk: while the server's queue is full (429) or 
 wait in their slots and nothing more is sent.
 
 A line that was in flight when a server died is sent alone: once nothing else of any batch is in
-flight, and nothing else is sent until it is done. Should the server die again, it was this line or
-none. They go first, all of them, so the time in which lines go one by one is short and comes once.
+flight, and nothing else is sent until it is done. Should the server die again, it was this line, or
+none of any batch. All of them go first, so the time in which lines go one by one comes once.
 """
 
 from __future__ import annotations
