@@ -210,6 +210,10 @@ def tune(
         Literal["run", "pause"] | None,
         typer.Option(help="pause: offline requests give up rows and KV and wait; run: they go on."),
     ] = None,
+    batches: Annotated[
+        Literal["run", "hold"] | None,
+        typer.Option(help="hold: nothing more of any batch is sent; run: it is. See batch.start."),
+    ] = None,
     ttft: Annotated[
         str | None, typer.Option(help="As slo.ttft of the configuration: 1500ms, 1.25x.")
     ] = None,
@@ -227,12 +231,14 @@ def tune(
 
     Exit code 0: all changed. 1: a server could not be changed; those before it are. 2: bad input.
     """
-    from conserve_sgl.settings import OfflineWork, offline_number, slo_numbers
+    from conserve_sgl.settings import OfflineWork, batches_number, offline_number, slo_numbers
     from conserve_sgl.tune import tune as tune_servers
 
     numbers = slo_numbers(ttft=ttft, tpot=tpot, yield_ms=yield_ms)
     if offline is not None:
         numbers |= offline_number(OfflineWork.RUNS if offline == "run" else OfflineWork.PAUSED)
+    if batches is not None:
+        numbers |= batches_number(held=batches == "hold")
     servers = endpoint or [_DEFAULT_ENDPOINT]
     tune_servers(servers, numbers, api_key=api_key, admin_api_key=admin_api_key, console=Console())
 

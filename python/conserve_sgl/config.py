@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from math import inf
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -75,6 +76,8 @@ class SloConfig(_Section):
 
     def __post_init__(self) -> None:
         self.objectives()  # raises ValueError
+        if not self.yield_ms < inf:
+            raise ValueError(f"yield_ms: {self.yield_ms} is no time")
 
     def objectives(self) -> Slo:
         """The objectives as the policy takes them."""
@@ -143,6 +146,8 @@ class BatchConfig(_Section):
         max_requests: requests that a batch may have.
         max_file_bytes: size of an uploaded file.
         max_storage_bytes: size of all files; an upload beyond it is refused.
+        max_deaths: a request that was in flight at so many deaths of the server has failed.
+        start: `held` sends nothing of any batch until `conserve tune --batches run`.
     """
 
     storage_dir: str | None = None
@@ -151,6 +156,8 @@ class BatchConfig(_Section):
     max_requests: Count = 50_000
     max_file_bytes: Count = 200 << 20
     max_storage_bytes: Count = 20 << 30
+    max_deaths: Count = 2
+    start: Literal["run", "held"] = "run"
 
 
 class ConserveConfig(_Section):

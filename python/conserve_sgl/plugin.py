@@ -25,7 +25,7 @@ from conserve_sgl import compat
 from conserve_sgl.batch.store import make_storage
 from conserve_sgl.config import CONFIG_ENV, BatchConfig, ConserveConfig
 from conserve_sgl.errors import ConserveError, HookError
-from conserve_sgl.settings import OfflineWork, offline_number
+from conserve_sgl.settings import OfflineWork, batches_held, offline_number
 
 __all__ = ["HOOK_TARGETS", "register", "verify"]
 
@@ -33,10 +33,23 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _LAUNCH = "sglang.srt.entrypoints.engine.Engine._launch_subprocesses"
 _RUN_HTTP = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 _INIT_IPC = "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_ipc_channels"
+_SET_STATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager.set_internal_state"
 _SIGTERM = "sglang.srt.managers.tokenizer_manager.SignalHandler.sigterm_handler"
 _INIT_STATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._init_req_state"
+_SAMPLES = "sglang.srt.managers.io_struct.GenerateReqInput._handle_parallel_sampling"
+_CREATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object"
 
-HOOK_TARGETS = (_SCHEDULER, _LAUNCH, _RUN_HTTP, _INIT_IPC, _INIT_STATE, _SIGTERM)
+HOOK_TARGETS = (
+    _SCHEDULER,
+    _LAUNCH,
+    _RUN_HTTP,
+    _INIT_IPC,
+    _INIT_STATE,
+    _SAMPLES,
+    _CREATE,
+    _SET_STATE,
+    _SIGTERM,
+)
 """Every place in SGLang that this plugin hooks, in the order of registration."""
 
 
@@ -92,12 +105,17 @@ def _hooks(config: ConserveConfig) -> list[_Hook]:
     from conserve_sgl.ingress.hooks import Ingress
 
     ingress = Ingress(config, is_health_check_generate_req)
+    batches = _Batches(config.batch)
     return [
         _Hook(_SCHEDULER, ConserveScheduler, "REPLACE"),
         _Hook(_LAUNCH, functools.partial(_before_launch, config.batch), "BEFORE"),
-        _Hook(_RUN_HTTP, functools.partial(_around_app, ingress, config.batch), "BEFORE"),
+        _Hook(_RUN_HTTP, functools.partial(_around_app, ingress, batches), "BEFORE"),
         _Hook(_INIT_IPC, ingress.after_init_ipc_channels, "AFTER"),
         _Hook(_INIT_STATE, ingress.before_init_req_state, "BEFORE"),
+        _Hook(_SAMPLES, ingress.after_handle_parallel_sampling, "AFTER"),
+        _Hook(_CREATE, ingress.around_create_tokenized_object, "AROUND"),
+        _Hook(_SET_STATE, batches.around_set_internal_state, "AROUND"),
+        _Hook(_SIGTERM, batches.after_sigterm, "AFTER"),
         _Hook(_SIGTERM, _after_sigterm, "AFTER"),
     ]
 
@@ -133,7 +151,7 @@ def _before_launch(batch: BatchConfig, *args: Any, **kwargs: Any) -> None:
 
 def _around_app(
     ingress: Any,
-    batch: BatchConfig,
+    batches: _Batches,
     server_args: Any,
     tokenizer_manager: Any,
     *_args: Any,
@@ -142,20 +160,47 @@ def _around_app(
     from sglang.srt.entrypoints.http_server import app
 
     ingress.before_run_http_server(app)
-    if batch.storage_dir is None:
-        return
-    from conserve_sgl.batch.server import BatchServer
+    batches.serve(app, server_args, tokenizer_manager)
 
-    try:
-        BatchServer(
-            app,
-            batch,
-            api_key=server_args.api_key,
-            is_draining=lambda: tokenizer_manager.gracefully_exit,
-            serves_embeddings=not tokenizer_manager.is_generation,
-        )
-    except ConserveError as e:
-        _refuse_to_start(e)
+
+class _Batches:
+    """The batches of the HTTP process, and the hooks that reach them: none without a folder."""
+
+    def __init__(self, config: BatchConfig) -> None:
+        self._config = config
+        self._server: Any = None
+
+    def serve(self, app: Any, server_args: Any, tokenizer_manager: Any) -> None:
+        if self._config.storage_dir is None:
+            return
+        from conserve_sgl.batch.server import BatchServer
+
+        try:
+            self._server = BatchServer(
+                app,
+                self._config,
+                api_key=server_args.api_key,
+                is_draining=lambda: tokenizer_manager.gracefully_exit,
+                serves_embeddings=not tokenizer_manager.is_generation,
+            )
+        except ConserveError as e:
+            _refuse_to_start(e)
+
+    async def around_set_internal_state(
+        self, change: Callable[..., Any], manager: Any, asked: Any
+    ) -> list[bool]:
+        """AROUND `TokenizerManager.set_internal_state`: once the scheduler has taken it."""
+        updated = await change(manager, asked)
+        if self._server is not None and all(updated):
+            held = batches_held(asked.server_args)
+            if held is not None:
+                self._server.hold(held)
+        return updated
+
+    def after_sigterm(self, _result: None, *_args: Any, **_kwargs: Any) -> None:
+        """AFTER `SignalHandler.sigterm_handler`, at once: SGLang may end in a moment."""
+        if self._server is not None:
+            self._server.leave()
 
 
 def _after_sigterm(_result: None, handler: Any, *_args: Any, **_kwargs: Any) -> None:

@@ -56,7 +56,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as e:
-        raise InputError(path, f"cannot be read: {e.strerror}") from e
+        raise InputError(path, f"cannot be read: {e.strerror or e}") from e
     except UnicodeDecodeError as e:
         raise InputError(path, f"is not UTF-8 text: {e.reason}") from e
 

@@ -14,7 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conserve_sgl.policy import OnlineReserve, SlackBudget, StepPlan, StepView, StepWork
+from conserve_sgl.policy import (
+    Coefficients,
+    LatencyModel,
+    OnlineReserve,
+    SlackBudget,
+    StepPlan,
+    StepView,
+    StepWork,
+)
 from conserve_sgl.policy.slo import Factor, Pace, Seconds, Slo
 from policy.simulator import Engine, Job, LinearTimes
 
@@ -173,3 +181,20 @@ def test_slack_is_used(seed, rate_per_s, can_mix):
 
 def _offline_rate(run: Engine) -> float:
     return sum(step.offline_tokens + step.offline_rows for step in run.steps) / run.now_s
+
+
+# Every objective that the configuration takes, or `conserve tune`.
+COSTS = Coefficients(step=0.03, token=0.0011, attention=6e-8, row=0.003, context=1.2e-6)
+SECONDS = st.floats(5e-324, 1e308)
+OBJECTIVES = SECONDS.map(Seconds) | st.floats(1.0, 1e308).map(Factor)
+
+
+@settings(max_examples=50, deadline=None)
+@given(ttft=OBJECTIVES, tpot=OBJECTIVES, yield_s=SECONDS, can_mix=st.booleans())
+def test_no_objective_stops_the_engine(ttft, tpot, yield_s, can_mix):
+    slo, model = Slo(ttft, tpot), LatencyModel.of_coefficients(COSTS)
+    reserve = OnlineReserve(at_most=0.25)
+    budget = SlackBudget(model, slo=slo, yield_s=yield_s, reserve=reserve, smallest_chunk=16)
+    online, offline = online_jobs(3, n=3, rate_per_s=1.0), offline_jobs(3, 3)
+    Engine(budget, slo, true_times(3), can_mix=can_mix).run(online, offline)
+    assert all(job.done for job in [*online, *offline])

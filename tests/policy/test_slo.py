@@ -81,7 +81,15 @@ def test_beside_online_rows_a_relative_objective_adds_its_share_to_a_step():
 
 
 @pytest.mark.parametrize(
-    ("objective", "value"), [(Seconds, 0.0), (Seconds, float("nan")), (Factor, 0.99)]
+    ("objective", "value"),
+    [
+        (Seconds, 0.0),
+        (Seconds, float("nan")),
+        (Seconds, inf),
+        (Factor, 0.99),
+        (Factor, float("nan")),
+        (Factor, inf),
+    ],
 )
 def test_what_cannot_be_kept_is_refused(objective, value):
     with pytest.raises(ValueError, match="objective"):

@@ -31,6 +31,7 @@ from conserve_sgl.bench.metrics import (
 from conserve_sgl.bench.offline import OfflineSummary, summarize_backlog
 from conserve_sgl.bench.systems import SystemConfig
 from conserve_sgl.errors import InputError
+from conserve_sgl.json_lines import json_line
 
 __all__ = [
     "ONLINE_FIGURES",
@@ -319,6 +320,5 @@ def _place(run: Run) -> Mapping[str, Any]:
 
 def _write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """One JSON document a line."""
-    encode = msgspec.json.encode
     with path.open("wb") as file:
-        file.writelines(encode(row) + b"\n" for row in rows)
+        file.writelines(map(json_line, rows))

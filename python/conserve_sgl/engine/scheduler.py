@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 from functools import partial
 from http import HTTPStatus
 from math import inf
@@ -30,6 +31,7 @@ from conserve_sgl.checkpoint.checkpointer import Checkpointer
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.engine.adder import OfflinePurse, make_adder_class
 from conserve_sgl.engine.aside import Aside
+from conserve_sgl.engine.hidden_states import with_flat_hidden_states
 from conserve_sgl.engine.host import (
     AbortReq,
     NextBatchPlan,
@@ -49,6 +51,7 @@ from conserve_sgl.engine.ledger import OfflineLedger
 from conserve_sgl.engine.memory import KvMemory
 from conserve_sgl.engine.metering import StepMeter, work_of
 from conserve_sgl.engine.metrics import Exporter
+from conserve_sgl.engine.namesakes import namesakes_spared
 from conserve_sgl.engine.observe import (
     OnlineClock,
     RowCount,
@@ -142,7 +145,7 @@ class ConserveScheduler(Scheduler):
             config.offline.queue_requests, no_deadline_share=config.offline.no_deadline_share
         )
         self._ledger = OfflineLedger(self._offline_queue, self.is_offline)
-        self._settings = Settings(config.slo)
+        self._settings = Settings(config.slo, batches_held=config.batch.start == "held")
         self._slo = config.slo.objectives()
         self._view = StepView(now_s=time.monotonic())
         self._plan = _NO_PLAN
@@ -199,6 +202,10 @@ class ConserveScheduler(Scheduler):
         super().init_metrics_reporter()
         here = self.metrics_collector_context.current_scheduler_metrics_enabled
         self._exporter = Exporter(self.metrics_collector.labels) if here else None
+
+    def init_batch_result_processor(self) -> None:
+        super().init_batch_result_processor()
+        self.batch_result_processor = with_flat_hidden_states(self.batch_result_processor)
 
     def init_invariant_checker(self) -> None:
         super().init_invariant_checker()
@@ -389,7 +396,7 @@ class ConserveScheduler(Scheduler):
         """Take rows and KV from all offline requests, and their place in the queue if they end."""
         self._memory.preempt_all(running_batch)
         if self._settings.offline is OfflineWork.ENDS:
-            for req in self._take_queued(""):
+            for req in self._take_queued(None):
                 self._refuse(req, HTTPStatus.SERVICE_UNAVAILABLE, "The server is shutting down.")
 
     def _load_ahead(self, running_batch: ScheduleBatch) -> None:
@@ -527,20 +534,22 @@ class ConserveScheduler(Scheduler):
     # ------------------------------------- everything else that looks at requests
 
     def abort_request(self, recv_req: AbortReq) -> None:
-        prefix = "" if recv_req.abort_all else recv_req.rid
-        aside = self._aside.take(lambda req: req.rid.startswith(prefix))
+        rid = None if recv_req.abort_all else recv_req.rid
+        aside = self._aside.take(lambda req: rid in (None, req.rid))
         for req in aside:
             self._checkpoints.release(req)
             self._ledger.close(time.monotonic(), req)
-        queued = self._take_queued(prefix)
+        queued = self._take_queued(rid)
         # Now they are queued requests like any other, and SGLang's own code aborts those.
         self.waiting_queue += aside + queued
-        super().abort_request(recv_req)
+        with nullcontext() if rid is None else namesakes_spared(self, rid):
+            super().abort_request(recv_req)
         self._drop_aborted_slices()
 
-    def _take_queued(self, prefix: str) -> list[Req]:
-        """Take out of the queue whose id begins so; they are about to be answered."""
-        queued = self._offline_queue.remove_rid(prefix)
+    def _take_queued(self, rid: str | None) -> list[Req]:
+        """Take the request of that id out of the queue, or all; they are about to be answered."""
+        queue = self._offline_queue
+        queued = queue.remove(lambda _: True) if rid is None else queue.remove_rid(rid)
         self._checkpoints.forget(queued)
         self._ledger.removed(queued)
         return queued
@@ -608,6 +617,7 @@ class ConserveScheduler(Scheduler):
 
     def get_internal_state(self, recv_req: Any) -> Any:
         output = super().get_internal_state(recv_req)
+        self._ledger.close_finished(time.monotonic())  # all ranks are asked, in the same step
         output.internal_state["conserve"] = self._state()
         return output
 
@@ -618,6 +628,7 @@ class ConserveScheduler(Scheduler):
         return {
             **self._ledger.state(time.monotonic(), parked=len(self._aside.whole)),
             "offline_paused": self._settings.holds_offline,
+            "batches_held": self._settings.batches_held,
             "slo": asdict(self._settings.slo),
             "checkpoint": self._checkpoints.state(),
             "latency": self._latency_state(),

@@ -40,7 +40,7 @@ class Seconds(msgspec.Struct, frozen=True):
     seconds: float
 
     def __post_init__(self) -> None:
-        if not self.seconds > 0:
+        if not 0 < self.seconds < inf:
             raise ValueError("an objective is a time above 0")
 
 
@@ -50,7 +50,7 @@ class Factor(msgspec.Struct, frozen=True):
     factor: float
 
     def __post_init__(self) -> None:
-        if not self.factor >= 1:
+        if not 1 <= self.factor < inf:
             raise ValueError("a relative objective is 1x or more: online work alone takes 1x")
 
 

@@ -54,7 +54,7 @@ class StepLog:
         try:
             return cls(open(path, "ab", buffering=0))
         except OSError as e:
-            raise InputError(path, f"cannot be written: {e.strerror}") from e
+            raise InputError(path, f"cannot be written: {e.strerror or e}") from e
 
     def write(self, sample: StepSample) -> None:
         """Append one step."""
@@ -76,7 +76,7 @@ def read_steps(path: Path) -> list[StepSample]:
     try:
         text = path.read_bytes()
     except OSError as e:
-        raise InputError(path, f"cannot be read: {e.strerror}") from e
+        raise InputError(path, f"cannot be read: {e.strerror or e}") from e
     decoder = msgspec.json.Decoder(StepSample)
     samples: list[StepSample] = []
     *lines, _cut_off = text.split(b"\n")
