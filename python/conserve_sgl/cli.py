@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -260,6 +261,10 @@ def bench(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure again what the folder holds already.")
     ] = False,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(min=0, help="Begin no run that would not end within so many seconds."),
+    ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(help="Set the results in two folders side by side."),
@@ -270,7 +275,8 @@ def bench(
 ) -> None:
     """Measure systems side by side: conserve bench FILE [-- SGLANG FLAGS for every server].
 
-    Exit code 0: measured. 1: a server failed; finished runs are kept. 2: bad input.
+    Exit code 0: measured. 1: a server failed, or the time limit left runs out; finished runs are
+    kept. 2: bad input.
     """
     from conserve_sgl.bench.command import compare_folders, run_bench
     from conserve_sgl.bench.micro import micro_table, run_micros
@@ -283,7 +289,7 @@ def bench(
         return
     if config is None:
         raise typer.BadParameter("give the benchmark's YAML file", param_hint="CONFIG")
-    run_bench(
+    complete = run_bench(
         config,
         console=Console(stderr=True),
         model=model,
@@ -293,8 +299,10 @@ def bench(
         duration_s=duration,
         out=out,
         fresh=fresh,
+        time_limit_s=math.inf if time_limit is None else time_limit,
         flags=context.args,
     )
+    raise typer.Exit(0 if complete else _FAILED)
 
 
 @app.command(context_settings=_PASS_ON)

@@ -12,13 +12,16 @@ import msgspec
 
 from conserve_sgl.machine import cpu_name
 
-__all__ = ["Environment", "environment"]
+__all__ = ["Environment", "clocks", "environment"]
 
 _DISTRIBUTIONS = ("conserve-sgl", "sglang", "torch", "transformers", "numpy", "aiohttp")
 
 
 class Environment(msgspec.Struct, frozen=True):
-    """`commit` is None outside a git checkout; it ends in "+" when files differ from it."""
+    """`commit` is None outside a git checkout; it ends in "+" when files differ from it.
+
+    `driver` is that of the GPUs, with their greatest clocks and power; None without one.
+    """
 
     cpu: str
     cores: int
@@ -28,6 +31,7 @@ class Environment(msgspec.Struct, frozen=True):
     python: str
     versions: dict[str, str]
     commit: str | None
+    driver: str | None = None
 
     @property
     def hardware(self) -> str:
@@ -43,12 +47,25 @@ def environment() -> Environment:
         cpu=cpu_name(),
         cores=len(os.sched_getaffinity(0)),
         memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
-        gpus=tuple(_output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()),
+        gpus=tuple(_gpus("name").splitlines()),
         system=platform.platform(),
         python=platform.python_version(),
         versions=_versions(),
         commit=_commit(),
+        driver=_gpus("driver_version,clocks.max.sm,clocks.max.memory,power.limit,memory.total")
+        or None,
     )
+
+
+def clocks() -> str | None:
+    """Clocks, power and temperature of the GPUs right now, a line each; None without one."""
+    return (
+        _gpus("clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active") or None
+    )
+
+
+def _gpus(query: str) -> str:
+    return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
 
 
 def _versions() -> dict[str, str]:

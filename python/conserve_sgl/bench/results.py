@@ -1,6 +1,6 @@
 """Results of a benchmark on disk, and what they say of each system.
 
-    OUT/runs/SYSTEM.REPEAT/   run.json, requests.jsonl, server.log, conserve.yaml
+    OUT/runs/SYSTEM.REPEAT/   run.json, requests.jsonl, server.log, conserve.yaml, steps.jsonl
     OUT/runs.jsonl            every run.json, one a line
     OUT/requests.jsonl        every request of every run, with its system and repeat
 
@@ -60,6 +60,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         ready_s: how long the server took to start.
         idle_share: of the window in which SGLang's scheduler had no work; None when not known.
         counters_before, counters_after: numbers that the server showed around the window.
+        clocks: of the GPUs at the window's end; None without one.
     """
 
     system: SystemConfig
@@ -79,6 +80,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     server_command: list[str]
     server_env: dict[str, str]
     environment: Environment
+    clocks: str | None = None
 
     @property
     def counters(self) -> dict[str, float]:
