@@ -126,8 +126,8 @@ class Runner:
         return hashlib.sha256(text).hexdigest()[:16]
 
     def window_s(self, system: SystemConfig) -> float:
-        """Seconds of the stream that `system` gets."""
-        return system.window_s or self.config.online.duration_s
+        """Seconds of the stream that `system` gets: all of it, or its own window."""
+        return min(system.window_s or math.inf, self.config.online.duration_s)
 
     def run_all(
         self,
