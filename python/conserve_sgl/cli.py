@@ -275,10 +275,10 @@ def bench(
 ) -> None:
     """Measure systems side by side: conserve bench FILE [-- SGLANG FLAGS for every server].
 
-    Exit code 0: measured. 1: a server failed, or the time limit left runs out; finished runs are
-    kept. 2: bad input.
+    Exit code 0: measured. 1: a server failed; finished runs are kept. 2: bad input. 3: the time
+    limit left runs out.
     """
-    from conserve_sgl.bench.command import compare_folders, run_bench
+    from conserve_sgl.bench.command import UNFINISHED, compare_folders, run_bench
     from conserve_sgl.bench.micro import micro_table, run_micros
 
     if micro:
@@ -302,7 +302,7 @@ def bench(
         time_limit_s=math.inf if time_limit is None else time_limit,
         flags=context.args,
     )
-    raise typer.Exit(0 if complete else _FAILED)
+    raise typer.Exit(0 if complete else UNFINISHED)
 
 
 @app.command(context_settings=_PASS_ON)

@@ -1,6 +1,6 @@
 """Whether an attention backend answers as another one does: the same prompts on both.
 
-    python -m conserve_sgl.bench.backends --reference triton --candidate fa3 [-- SGLANG FLAGS]
+    python -m conserve_sgl.bench.backends --out DIR [--candidate fa3] [-- SGLANG FLAGS]
 
 Weights that SGLang makes up are so small that any attention would pass with them. Those of this
 small model (8 layers, heads of 128, bf16) are drawn so wide that an answer depends on its whole
@@ -193,23 +193,26 @@ def ask(base_url: str, of: Sequence[Sequence[int]]) -> list[Answer]:
 
 
 def _answers(
-    model: Path, backend: str, flags: Sequence[str], ready_s: float, count: int
+    model: Path, backend: str, flags: Sequence[str], given: argparse.Namespace
 ) -> tuple[float, list[Answer]]:
     """Seconds until a server with `backend` was ready, and its answers."""
     started_s = time.monotonic()
     on = [] if backend == "default" else [f"--attention-backend={backend}"]
-    with serving(model, "{}", [*_FLAGS, *flags, *on], ready_s=ready_s) as server:
+    log = given.out / f"backend-{backend}.log"
+    with serving(
+        model, "{}", [*_FLAGS, *flags, *on], log_path=log, ready_s=given.ready_s
+    ) as server:
         took_s = time.monotonic() - started_s
-        return took_s, ask(server.base_url, prompts(count))
+        return took_s, ask(server.base_url, prompts(given.prompts))
 
 
 def _try(
-    backends: Sequence[str], model: Path, flags: Sequence[str], ready_s: float, count: int
+    backends: Sequence[str], model: Path, flags: Sequence[str], given: argparse.Namespace
 ) -> tuple[dict[str, tuple[float, list[Answer]]], dict[str, str]]:
     """Of each backend its answers, or why there are none; all at a time."""
     found, faults = {}, {}
     with ThreadPoolExecutor(len(backends)) as pool:
-        futures = {b: pool.submit(_answers, model, b, flags, ready_s, count) for b in backends}
+        futures = {b: pool.submit(_answers, model, b, flags, given) for b in backends}
         for backend, future in futures.items():
             try:
                 found[backend] = future.result()
@@ -245,18 +248,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--prompts", type=int, default=_PROMPTS)
     parser.add_argument("--ready-s", type=float, default=75.0, help="a server gets so long")
-    parser.add_argument("--out", type=Path, help="a file for the result")
+    parser.add_argument("--out", type=Path, required=True, help="folder for result and logs")
     options, flags = split_flags(argv)
     given = parser.parse_args(options)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         model = write_model(folder, layers=given.layers, hidden=given.hidden)
         backends = list(dict.fromkeys([given.reference, given.candidate]))
-        found, faults = _try(backends, model, flags, given.ready_s, given.prompts)
+        found, faults = _try(backends, model, flags, given)
     report = _report(given.reference, given.candidate, found, faults)
     text = msgspec.json.format(msgspec.json.encode(report), indent=1).decode()
-    if given.out is not None:
-        given.out.write_text(f"{text}\n", encoding="utf-8")
+    (given.out / "backend.json").write_text(f"{text}\n", encoding="utf-8")
     print(text)
 
 

@@ -25,7 +25,10 @@ from conserve_sgl.bench.tables import (
 )
 from conserve_sgl.errors import InputError
 
-__all__ = ["compare_folders", "run_bench", "stop_on_signals"]
+__all__ = ["UNFINISHED", "compare_folders", "run_bench", "stop_on_signals"]
+
+UNFINISHED = 3
+"""Exit code of a benchmark whose time limit left runs out."""
 
 
 def run_bench(
