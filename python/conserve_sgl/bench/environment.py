@@ -12,7 +12,10 @@ import msgspec
 
 from conserve_sgl.machine import cpu_name
 
-__all__ = ["Environment", "clocks", "environment"]
+__all__ = ["COMMIT_ENV", "Environment", "clocks", "environment"]
+
+COMMIT_ENV = "CONSERVE_COMMIT"
+"""Environment variable with the commit, for a checkout that was carried without its history."""
 
 _DISTRIBUTIONS = ("conserve-sgl", "sglang", "torch", "transformers", "numpy", "aiohttp")
 
@@ -82,7 +85,7 @@ def _commit() -> str | None:
     here = str(Path(__file__).parent)
     # Installed into some other project's tree, that project's commit would say nothing of us.
     if not _output("git", "-C", here, "ls-files", "__init__.py"):
-        return None
+        return os.environ.get(COMMIT_ENV) or None
     commit = _output("git", "-C", here, "rev-parse", "--short=12", "HEAD")
     changed = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no")
     return f"{commit}+" if changed else commit or None

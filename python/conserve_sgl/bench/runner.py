@@ -60,7 +60,7 @@ __all__ = ["Runner"]
 _WARMUP, _ONLINE, _OFFLINE = range(3)  # each draws other prompts from the seed
 _QUIET_LEAD_S = 0.5
 _DYING_S = 5.0
-_START_S, _END_S = 40.0, 5.0  # guesses, for the progress bar and for what fits into a time limit
+_START_S, _END_S = 45.0, 5.0  # guesses, for the progress bar and for what fits into a time limit
 
 OnStep = Callable[[str], None]
 Pending = tuple[SystemConfig, int]
@@ -178,6 +178,11 @@ class Runner:
     def _lead_s(self, system: SystemConfig) -> float:
         return self.config.offline.lead_s if system.load != "online" else _QUIET_LEAD_S
 
+    def _start_s(self) -> float:
+        """What a server takes to start: as long as the slowest of this folder, or a guess."""
+        known = (read_run(path) for path in (self.out / "runs").glob("*.*"))
+        return max((result.run.ready_s for result in known if result), default=_START_S)
+
     def _run_group(
         self,
         group: Sequence[Pending],
@@ -186,7 +191,7 @@ class Runner:
         on_result: Callable[[Result], None],
     ) -> Sequence[Pending]:
         """Measure a group on a server of its own; what did not fit in before `ends_s`."""
-        if time.monotonic() + _START_S + self._expected_s(group[0][0]) > ends_s:
+        if time.monotonic() + self._start_s() + self._expected_s(group[0][0]) > ends_s:
             return group
         folders = [run_folder(self.out, system.name, repeat) for system, repeat in group]
         for folder in folders:

@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         flags=tuple(shlex.split(os.environ.get("CONSERVE_GPU_FLAGS", ""))),
         rehearse=given.rehearse,
         flashinfer=_folder("CONSERVE_FLASHINFER"),
+        chosen_backend=given.backend,
     )
     parts = [part_named(name) for name in given.parts] or list(PARTS)
     minutes_s = math.inf if given.minutes is None else 60 * given.minutes
@@ -69,6 +70,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("parts", nargs="*", metavar="PART", help="all that are not done, if none")
     parser.add_argument("--minutes", type=float, help="end within so long")
     parser.add_argument("--from", dest="earlier", type=Path, help="archives of an earlier run")
+    parser.add_argument("--backend", help="of attention; what the part `check` chose, if none")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, for seconds")
     parser.add_argument("--results", type=Path, default=_RESULTS, help="the folder for results")
     parser.add_argument("--list", action="store_true", help="name the parts")

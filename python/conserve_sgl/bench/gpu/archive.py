@@ -12,10 +12,13 @@ from pathlib import Path
 
 from conserve_sgl.errors import InputError
 
-__all__ = ["LIMIT_BYTES", "Packer", "unpack"]
+__all__ = ["KERNELS", "LIMIT_BYTES", "Packer", "unpack"]
 
 LIMIT_BYTES = 16 * 2**20
 """Of one archive."""
+
+KERNELS = "cache-"
+"""How the name of an archive of compiled kernels begins: those belong to a kit, not to results."""
 
 _SUFFIX = ".tar.xz"
 _PRESET = 1  # a machine is held meanwhile
@@ -27,7 +30,7 @@ class Packer:
 
     Args:
         to: gets NAME.tar.xz.
-        folders: what there is to pack, by name; looked at in every call.
+        folders: what there is to pack, by the name of its archive; looked at in every call.
     """
 
     def __init__(self, to: Path, folders: Callable[[], dict[str, Path]]) -> None:
@@ -61,7 +64,7 @@ class Packer:
         files = list(_files(folder))
         state = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
         if files and self._packed.get(name) != state:
-            self.left_out[name] = _pack(self._to / f"{name}{_SUFFIX}", name, folder, files)
+            self.left_out[name] = _pack(self._to / f"{name}{_SUFFIX}", folder, files)
             self._packed[name] = state
 
 
@@ -71,7 +74,7 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _pack(archive: Path, name: str, folder: Path, files: list[Path]) -> list[str]:
+def _pack(archive: Path, folder: Path, files: list[Path]) -> list[str]:
     """Write `archive`; what had to stay out of it, the largest first, for it to be small enough."""
     by_size = sorted(files, key=lambda path: path.stat().st_size)
     out: list[str] = []
@@ -80,7 +83,7 @@ def _pack(archive: Path, name: str, folder: Path, files: list[Path]) -> list[str
         while True:
             with tarfile.open(partial, "w:xz", preset=_PRESET) as tar:
                 for path in by_size:
-                    tar.add(path, Path(name, path.relative_to(folder)), recursive=False)
+                    tar.add(path, path.relative_to(folder.parent), recursive=False)
             if partial.stat().st_size <= LIMIT_BYTES:
                 break
             out.append(by_size.pop().relative_to(folder).as_posix())
@@ -90,12 +93,13 @@ def _pack(archive: Path, name: str, folder: Path, files: list[Path]) -> list[str
 
 
 def unpack(archives: Path, into: Path) -> list[str]:
-    """Unpack every archive of a folder; their names.
+    """Unpack every archive of results in a folder; their names.
 
     Raises:
         InputError: there is none, or one that cannot be read.
     """
     found = sorted(archives.glob(f"*{_SUFFIX}"))
+    found = [path for path in found if not path.name.startswith(KERNELS)]
     if not found:
         raise InputError(archives, f"holds no *{_SUFFIX}")
     for path in found:

@@ -7,6 +7,7 @@ a server takes about 35 s to start, 15 more with its first latency profile and 1
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,12 +31,14 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
         flags: of every server, but for its attention backend and its model.
         rehearse: on a CPU with a tiny model, for seconds.
         flashinfer: a folder for PYTHONPATH that makes FlashInfer importable; None without.
+        chosen_backend: of attention; None leaves it to the part `check`.
     """
 
     results: Path
     flags: tuple[str, ...] = ()
     rehearse: bool = False
     flashinfer: Path | None = None
+    chosen_backend: str | None = None
 
     @property
     def machine(self) -> Path:
@@ -49,7 +52,10 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def backend(self) -> str:
-        """The attention backend that the part `check` chose; before it, the one that held."""
+        """The attention backend that was chosen, by hand or by the part `check`; without either,
+        the one that held first."""
+        if self.chosen_backend:
+            return self.chosen_backend
         try:
             return json.loads((self.machine / "backend.json").read_bytes())["use"]
         except (OSError, ValueError, KeyError):
@@ -171,6 +177,11 @@ def _no_flashinfer(setting: Setting) -> str | None:
     return None if setting.flashinfer else "FlashInfer is not here"
 
 
+def _with_flashinfer(setting: Setting) -> dict[str, str]:
+    paths = [str(setting.flashinfer), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 PARTS: tuple[Part, ...] = (
     Part(
         name="check",
@@ -285,7 +296,7 @@ PARTS: tuple[Part, ...] = (
         wants_s=400,
         commands=_bench("conserve", "online-only", "offline-only", backend="flashinfer"),
         obstacle=_no_flashinfer,
-        env=lambda setting: {"CONSERVE_EXTRA_PATH": str(setting.flashinfer)},
+        env=_with_flashinfer,
     ),
     Part(
         name="qwen",

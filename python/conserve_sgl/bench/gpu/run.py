@@ -15,10 +15,10 @@ from pathlib import Path
 
 import msgspec
 
-from conserve_sgl.bench.environment import clocks, environment
-from conserve_sgl.bench.gpu.archive import Packer
+from conserve_sgl.bench.environment import Environment, clocks, environment
+from conserve_sgl.bench.gpu.archive import KERNELS, Packer
 from conserve_sgl.bench.gpu.parts import Part, Setting
-from conserve_sgl.bench.gpu.plan import plan
+from conserve_sgl.bench.gpu.plan import END_S, plan
 from conserve_sgl.bench.gpu.state import State, States
 from conserve_sgl.bench.server import ManagedProcess
 from conserve_sgl.errors import ServerError
@@ -55,9 +55,9 @@ class Run:
         self._cache, self._cache_before = cache, _sizes(cache)
         self._packer = Packer(out, self._folders)
         self._id = uuid.uuid4().hex[:12]
-        (setting.machine / "environment.json").write_bytes(
-            msgspec.json.format(msgspec.json.encode(environment()), indent=1)
-        )
+        self._environment = environment()
+        text = msgspec.json.format(msgspec.json.encode(self._environment), indent=1)
+        (setting.machine / "environment.json").write_bytes(text)
 
     def all(self, parts: Sequence[Part], *, again: bool = False) -> int:
         """Run what fits of `parts` and is not done, `again` all of them; how many failed."""
@@ -70,7 +70,11 @@ class Run:
                 waiting.remove(part)
                 # Asked only now: an earlier part decides what there is to do, such as the backend.
                 if self._is_possible(part):
-                    failed += self._run(part, planned[0].limit_s).failed
+                    # A rehearsal shows the order of things; how long a CPU takes does not matter.
+                    limit_s = planned[0].limit_s
+                    if self._setting.rehearse:
+                        limit_s = self._left_s() - END_S
+                    failed += self._run(part, limit_s).failed
         finally:
             self._packer.close()
         for part in waiting:
@@ -171,7 +175,7 @@ class Run:
         results = self._setting.results
         found = {path.name: path for path in sorted(results.iterdir()) if path.is_dir()}
         if self._cache is not None and _sizes(self._cache) != self._cache_before:
-            found[f"cache-{_short_name()}"] = self._cache
+            found[f"{KERNELS}{_short_name(self._environment)}"] = self._cache
         return found
 
 
@@ -185,10 +189,9 @@ def _sizes(folder: Path | None) -> dict[Path, int]:
     return {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
-def _short_name() -> str:
+def _short_name(on: Environment) -> str:
     """Of the GPU: h100, a100."""
-    gpus = environment().gpus
-    found = re.search(r"\b[A-Z]{1,3}\d{2,4}\w*\b", gpus[0]) if gpus else None
+    found = re.search(r"\b[A-Z]{1,3}\d{2,4}\w*\b", on.gpus[0]) if on.gpus else None
     return found[0].lower() if found else "cpu"
 
 
