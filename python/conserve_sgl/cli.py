@@ -261,6 +261,7 @@ def bench(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure again what the folder holds already.")
     ] = False,
+    pictures: Annotated[bool, typer.Option(help="Draw pictures when all is measured.")] = True,
     time_limit: Annotated[
         float | None,
         typer.Option(min=0, help="Begin no run that would not end within so many seconds."),
@@ -268,6 +269,10 @@ def bench(
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(help="Set the results in two folders side by side."),
+    ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(help="Write the results of scripts/gpu/run.sh in this folder to --out, .md."),
     ] = None,
     micro: Annotated[
         bool, typer.Option("--micro", help="Time single operations instead, without a server.")
@@ -287,6 +292,13 @@ def bench(
     if compare is not None:
         print(compare_folders(*compare), end="")
         return
+    if page is not None:
+        if out is None:
+            raise typer.BadParameter("give the page's file", param_hint="--out")
+        from conserve_sgl.bench.gpu.page import write_page
+
+        write_page(page, out)
+        return
     if config is None:
         raise typer.BadParameter("give the benchmark's YAML file", param_hint="CONFIG")
     complete = run_bench(
@@ -300,6 +312,7 @@ def bench(
         out=out,
         fresh=fresh,
         time_limit_s=math.inf if time_limit is None else time_limit,
+        pictures=pictures,
         flags=context.args,
     )
     raise typer.Exit(0 if complete else UNFINISHED)

@@ -48,7 +48,7 @@ def test_the_commands_of_the_page_are_understood(checkout: Path, asked: dict) ->
 def test_options_and_flags_reach_the_benchmark(asked: dict) -> None:
     done = run(
         *("a.yaml", "--systems", "x,y", "--repeats", "3", "--duration", "5", "--model", "m"),
-        *("--trace", "t", "--out", "o", "--fresh", "--time-limit", "9"),
+        *("--trace", "t", "--out", "o", "--fresh", "--time-limit", "9", "--no-pictures"),
         *("--", "--dtype=float32"),
     )
 
@@ -64,6 +64,7 @@ def test_options_and_flags_reach_the_benchmark(asked: dict) -> None:
         "out": Path("o"),
         "fresh": True,
         "time_limit_s": 9.0,
+        "pictures": False,
         "flags": ["--dtype=float32"],
     }
 

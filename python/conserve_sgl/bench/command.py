@@ -43,6 +43,7 @@ def run_bench(
     out: Path | None = None,
     fresh: bool = False,
     time_limit_s: float = math.inf,
+    pictures: bool = True,
     flags: Sequence[str] = (),
 ) -> bool:
     """Measure the systems of the benchmark at `path`, and report on all runs in `out`.
@@ -76,7 +77,8 @@ def run_bench(
         return False
     systems_done = _in_order(config, by_system(read_folder(out)))
     (out / "table.md").write_text(results_markdown(systems_done), "utf-8")
-    files = ["table.md", "runs.jsonl", "requests.jsonl", *write_plots(systems_done, out)]
+    files = ["table.md", "runs.jsonl", "requests.jsonl"]
+    files += write_plots(systems_done, out) if pictures else []
     Console().print(terminal_table(systems_done))
     console.print(f"Written to {out}: {', '.join(files)}", soft_wrap=True)
     return not left_out

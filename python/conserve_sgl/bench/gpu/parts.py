@@ -139,7 +139,7 @@ def _bench(*systems: str, model: str = LLAMA, backend: str | None = None, repeat
             *("--systems", ",".join(systems), "--repeats", str(repeats)),
             *(["--duration", "3"] if setting.rehearse else []),
             *("--model", setting.model(model), "--out", str(setting.results / f"{model}-{on}")),
-            *("--time-limit", f"{max(left_s() - _BENCH_RESERVE_S, 0):.0f}"),
+            *("--no-pictures", "--time-limit", f"{max(left_s() - _BENCH_RESERVE_S, 0):.0f}"),
             *("--", *setting.server_flags(on)),
         ]
 
