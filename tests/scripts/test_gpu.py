@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,10 +76,14 @@ def test_archives_that_are_not_there_are_refused_before_anything_runs(run, tmp_p
 
 
 @pytest.mark.parametrize("options", [(), ("--rehearse",)], ids=["run", "rehearsal"])
-def test_every_command_is_one_that_exists(run, checkout, shared_data, monkeypatch, options):
+def test_every_command_is_one_that_exists(
+    run, checkout, shared_data, monkeypatch, tmp_path, options
+):
     monkeypatch.setenv("CONSERVE_BENCH_DATA", str(shared_data))
     monkeypatch.setenv("CONSERVE_FLASHINFER", "/some/folder")
-    done, commands = run(*options, "--backend", "fa3")
+    run("check")
+    (tmp_path / "res" / "machine" / "backend.json").write_text('{"use": "fa3"}')
+    done, commands = run(*options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(commands) > 20
     for command in commands:
@@ -93,7 +98,7 @@ def test_every_command_is_one_that_exists(run, checkout, shared_data, monkeypatc
             assert load_bench(checkout / command[3]).only(systems)
     tests = next(command for command in commands if "pytest" in command)
     assert all((checkout / word).is_file() for word in tests if word.endswith(".py"))
-    for part in ALL:
+    for part in ALL[1:]:
         assert f"== {part}: done" in done.stdout
 
 
@@ -107,7 +112,7 @@ def _reached(*_args: object, **_kwargs: object) -> None:
 
 def test_every_measurement_understands_what_it_is_asked(run, monkeypatch):
     """Options that a module does not know would show on the GPU only."""
-    _, commands = run("--backend", "fa3")
+    _, commands = run()
     modules = [c for c in commands if c[1].startswith("conserve_sgl.bench.")]
     assert len(modules) == 6
     for _, name, *argv in modules:
@@ -128,6 +133,12 @@ def test_flags_and_backend_reach_every_server(run):
     assert chosen == [["--attention-backend=fa3"]] * 2 + [["--attention-backend=triton"]] + [
         ["--attention-backend=fa3"]
     ]
+
+
+def test_a_backend_that_is_chosen_is_not_checked(run):
+    done, commands = run("--backend", "fa3", "check")
+    assert commands == []
+    assert "check is left out: the backend was chosen by hand" in done.stdout
 
 
 def test_triton_has_no_second_row_where_it_is_the_first(run):
@@ -151,12 +162,12 @@ def test_a_second_run_on_a_fresh_machine_does_what_is_missing(run, tmp_path):
     for path in sorted((tmp_path / "res").rglob("*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
 
-    done, _ = run("--from", str(tmp_path / "earlier"), "--minutes", "500", "--backend", "fa3")
+    done, _ = run("--from", str(tmp_path / "earlier"), "--minutes", "500")
 
-    begun = [
-        line.split("== ")[1].split(",")[0] for line in done.stdout.splitlines() if "at most" in line
+    begun = re.findall(r"== (\w+), at most", done.stdout)
+    assert begun == [
+        part for part in ALL if part not in ("check", "yields", "triton", "flashinfer")
     ]
-    assert begun == [part for part in ALL if part not in ("check", "yields", "flashinfer")]
 
 
 def test_geometries_are_written_where_they_are_asked_for(run):

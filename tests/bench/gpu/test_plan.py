@@ -43,12 +43,16 @@ def test_the_end_is_kept_for_the_last_archives():
     assert plan([part("a", 10, 20)], 9 + END_S) == []
 
 
-def test_eight_minutes_hold_the_main_table_and_the_dial():
+def test_eight_minutes_hold_the_main_table():
     planned = plan(PARTS, 480)
     assert names(planned) == ["check", "stock", "conserve"]
-    last = planned[-1]
-    assert last.starts_s + last.limit_s <= 480 - END_S
-    assert last.limit_s >= last.part.least_s + 2 * 30  # with at least two settings of the dial
+    assert planned[-1].starts_s + planned[-1].limit_s <= 480 - END_S
+
+
+def test_with_a_backend_that_is_known_they_hold_some_of_the_dial_too():
+    last = plan(PARTS[1:], 480)[-1]
+    assert last.part.name == "conserve"
+    assert last.limit_s >= last.part.least_s + 3 * 30
 
 
 def test_a_second_call_goes_on_with_the_costs_and_the_stock_variants():

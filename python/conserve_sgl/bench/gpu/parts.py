@@ -1,7 +1,8 @@
 """The parts of a run on a GPU, in the order of worth: what each measures, runs and takes.
 
 Times are those of one H100 with Llama-3.1-8B, seen in a first run or added up from what was seen;
-a server takes about 35 s to start, 15 more with its first latency profile and 10 with a host cache.
+a server takes 35 s to start where Python is quick and 60 s where it is not, 10 more with its first
+latency profile and 10 with a host cache.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ __all__ = ["PARTS", "Part", "Setting", "part_named"]
 
 LLAMA, QWEN = "llama8b", "qwen7b"
 _GEOMETRY = {LLAMA: "llama-3.1-8b", QWEN: "qwen2.5-7b"}
+_REHEARSED = 3  # of the systems of a part
 _BENCH_RESERVE_S = 8.0  # a benchmark ends so long before its part is cut off
 
 Argv = list[str]
@@ -133,10 +135,11 @@ def _bench(*systems: str, model: str = LLAMA, backend: str | None = None, repeat
 
     def commands(setting: Setting, left_s: LeftS) -> Iterator[Argv]:
         on = backend or setting.backend
+        named = systems[:_REHEARSED] if setting.rehearse else systems
         yield setting.write_model(model)
         yield [
             *("-m", "conserve_sgl.cli", "bench", f"configs/bench/h100-{model}.yaml"),
-            *("--systems", ",".join(systems), "--repeats", str(repeats)),
+            *("--systems", ",".join(named), "--repeats", str(repeats)),
             *(["--duration", "3"] if setting.rehearse else []),
             *("--model", setting.model(model), "--out", str(setting.results / f"{model}-{on}")),
             *("--no-pictures", "--time-limit", f"{max(left_s() - _BENCH_RESERVE_S, 0):.0f}"),
@@ -146,7 +149,13 @@ def _bench(*systems: str, model: str = LLAMA, backend: str | None = None, repeat
     return commands
 
 
-def _module(name: str, out: str, *options: str, rehearsed: tuple[str, ...] = ()):
+def _module(
+    name: str,
+    out: str,
+    *options: str,
+    rehearsed: tuple[str, ...] = (),
+    flags: tuple[str, ...] = (),
+):
     """A measurement with a server of its own, by a module of `conserve_sgl.bench`."""
 
     def commands(setting: Setting, _: LeftS) -> Iterator[Argv]:
@@ -155,7 +164,8 @@ def _module(name: str, out: str, *options: str, rehearsed: tuple[str, ...] = ())
             *("-m", f"conserve_sgl.bench.{name}", "--model", setting.model(LLAMA)),
             *(rehearsed if setting.rehearse else options),
             *("--out", str(setting.costs / out)),
-            *("--", *setting.server_flags(setting.backend)),
+            *("--", *([] if setting.rehearse else flags)),
+            *setting.server_flags(setting.backend),
         ]
 
     return commands
@@ -167,6 +177,10 @@ def _tests(_setting: Setting, _left_s: LeftS) -> Iterator[Argv]:
         *("--durations", "10", "tests/engine/test_checkpoint.py", "tests/engine/test_slices.py"),
         *("tests/engine/test_coserving.py", "tests/engine/test_random_traffic.py"),
     ]
+
+
+def _is_chosen(setting: Setting) -> str | None:
+    return "the backend was chosen by hand" if setting.chosen_backend else None
 
 
 def _main_is_triton(setting: Setting) -> str | None:
@@ -186,25 +200,26 @@ PARTS: tuple[Part, ...] = (
     Part(
         name="check",
         about="whether FlashAttention-3 answers as Triton does; the backend of all that follows",
-        least_s=30,
-        wants_s=45,
+        least_s=40,
+        wants_s=60,
         commands=_check,
+        obstacle=_is_chosen,
     ),
     Part(
         name="stock",
         about="online-only, offline-only, stock-priority, on one server",
         least_s=110,
-        wants_s=220,
+        wants_s=230,
         commands=_bench("online-only", "offline-only", "stock-priority"),
     ),
     Part(
         name="conserve",
         about="conserve at 500 / 25 ms, its dial, and without offline work, on one server",
-        least_s=140,
-        wants_s=330,
+        least_s=130,
+        wants_s=340,
         commands=_bench(
             *("conserve", "conserve-50ms", "conserve-1.25x", "conserve-15ms", "conserve-2x"),
-            "conserve-online-only",
+            *("conserve-online-only",),
         ),
     ),
     Part(
@@ -217,6 +232,7 @@ PARTS: tuple[Part, ...] = (
             "yields",
             *("--lengths", "512", "2048", "8192"),
             rehearsed=("--lengths", "256", "1024", "--arrivals", "3"),
+            flags=("--max-running-requests=16",),
         ),
     ),
     Part(
@@ -229,6 +245,7 @@ PARTS: tuple[Part, ...] = (
             "resume",
             *("--contexts", "1024", "4096", "8192", "16384"),
             rehearsed=("--contexts", "256", "1024"),
+            flags=("--max-running-requests=16", "--chunked-prefill-size=4096"),
         ),
     ),
     Part(
@@ -244,7 +261,14 @@ PARTS: tuple[Part, ...] = (
         about="mixed, graph and eager steps over a grid of rows and tokens: a simulated device",
         least_s=100,
         wants_s=150,
-        commands=_module("step_grid", "grid"),
+        commands=_module(
+            "step_grid",
+            "grid",
+            flags=(
+                *("--mem-fraction-static=0.85", "--max-running-requests=256"),
+                "--chunked-prefill-size=4096",
+            ),
+        ),
     ),
     Part(
         name="variants",
@@ -287,6 +311,7 @@ PARTS: tuple[Part, ...] = (
             "unsliced",
             *("--lengths", "8192", "--unsliced"),
             rehearsed=("--lengths", "1024", "--arrivals", "3", "--unsliced"),
+            flags=("--max-running-requests=16",),
         ),
     ),
     Part(
