@@ -19,6 +19,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +76,15 @@ class Measured(NamedTuple):
     before: Reading
     after: Reading
     clocks: str | None
+
+
+class _Served(NamedTuple):
+    """A server that is ready, and what is to be noted of it."""
+
+    server: ServerProcess
+    env: dict[str, str]
+    ready_s: float
+    files: ServerFiles
 
 
 class Runner:
@@ -190,44 +200,56 @@ class Runner:
         ends_s: float,
         on_result: Callable[[Result], None],
     ) -> Sequence[Pending]:
-        """Measure a group on a server of its own; what did not fit in before `ends_s`."""
-        if time.monotonic() + self._start_s() + self._expected_s(group[0][0]) > ends_s:
-            return group
-        folders = [run_folder(self.out, system.name, repeat) for system, repeat in group]
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in ("run.json", SERVER_LOG, STEPS):
-                (folder / name).unlink(missing_ok=True)
-        server, env = self._server(group[0][0], folders[0])
-        files = ServerFiles(folders[0])
-        finished = 0
+        """Measure a group on a server of its own; what would not end before `ends_s`."""
+        start_s = self._start_s()
+        with ExitStack() as stack:
+            served = None
+            for number, (system, repeat) in enumerate(group):
+                expected_s = self._expected_s(system) + (0.0 if served else start_s)
+                if time.monotonic() + expected_s > ends_s:
+                    return group[number:]
+                folder = self._emptied_folder(system, repeat)
+                if served is None:
+                    step = steps.next(system.name, start_s)
+                    served = stack.enter_context(self._serving(system, folder, step))
+                step = steps.next(system.name, self._expected_s(system), is_new=number > 0)
+                self._make_ready(served, system, step, is_first=number == 0)
+                measured = self._measured(system, served.server, step)
+                served.server.check()
+                served.files.share(folder)
+                on_result(self._write(folder, system, repeat, measured, served))
+        return ()
+
+    def _emptied_folder(self, system: SystemConfig, repeat: int) -> Path:
+        """Of a run that begins; what an earlier one of its name left no longer counts."""
+        folder = run_folder(self.out, system.name, repeat)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("run.json", SERVER_LOG, STEPS):
+            (folder / name).unlink(missing_ok=True)
+        return folder
+
+    @contextmanager
+    def _serving(self, system: SystemConfig, folder: Path, step: OnStep) -> Iterator[_Served]:
+        """A server for `system` and those that share it, whose files grow in `folder`."""
+        server, env = self._server(system, folder)
+        files = ServerFiles(folder)
         with server:
-            step = steps.next(group[0][0].name, _START_S)
-            ready_s = server.wait_healthy(
-                self.config.server.ready_timeout_s, lambda _: step("starting the server")
-            )
-            for (system, repeat), folder in zip(group, folders, strict=True):
-                if finished and time.monotonic() + self._expected_s(system) > ends_s:
-                    break
-                step = steps.next(system.name, self._expected_s(system), is_new=finished > 0)
-                if finished:
-                    step("emptying the caches")
-                    empty_caches(server.base_url)
-                    turn_dial(server.base_url, system)
-                else:
-                    step("warming up")
-                    self._warm_up(system, server)
-                measured = self._measured(system, server, step)
-                server.check()
-                files.share(folder)
-                self._write(folder, system, repeat, measured, server, env, ready_s)
-                finished += 1
-                result = read_run(folder)
-                assert result is not None  # it has just been written
-                on_result(result)
+            timeout_s = self.config.server.ready_timeout_s
+            ready_s = server.wait_healthy(timeout_s, lambda _: step("starting the server"))
+            yield _Served(server, env, ready_s, files)
             step("stopping the server")
-        files.close([system for system, _ in group])
-        return group[finished:]
+        files.close()
+
+    def _make_ready(
+        self, served: _Served, system: SystemConfig, step: OnStep, *, is_first: bool
+    ) -> None:
+        if is_first:
+            step("warming up")
+            self._warm_up(system, served.server)
+        else:
+            step("emptying the caches")
+            empty_caches(served.server.base_url)
+            turn_dial(served.server.base_url, system)
 
     def _write(
         self,
@@ -235,13 +257,11 @@ class Runner:
         system: SystemConfig,
         repeat: int,
         measured: Measured,
-        server: ServerProcess,
-        env: dict[str, str],
-        ready_s: float,
-    ) -> None:
+        served: _Served,
+    ) -> Result:
         load, offline, before, after, at_clocks = measured
         records = (*load.records, *offline)
-        _check_served(system, records, server)
+        _check_served(system, records, served.server)
         window_s = self.window_s(system)
         run = Run(
             system=system,
@@ -253,17 +273,19 @@ class Runner:
             started_unix_s=load.started_unix_s,
             window_s=window_s,
             duration_s=max(load.duration_s, window_s),
-            ready_s=ready_s,
+            ready_s=served.ready_s,
             idle_share=idle_share(before, after),
             counters_before=before.counters,
             counters_after=after.counters,
             clocks=at_clocks,
             command=sys.argv,
-            server_command=server.argv,
-            server_env=env,
+            server_command=served.server.argv,
+            server_env=served.env,
             environment=self.environment,
         )
-        write_run(folder, Result(run, records))
+        result = Result(run, records)
+        write_run(folder, result)
+        return result
 
     def _server(self, system: SystemConfig, folder: Path) -> tuple[ServerProcess, dict[str, str]]:
         conserve = ""  # a configuration that this process was given is not for a stock server

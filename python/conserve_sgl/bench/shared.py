@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ class ServerFiles:
         self._folder = folder
         self._marks: dict[str, int] = dict.fromkeys((SERVER_LOG, STEPS), 0)
         self._first_share: Mapping[str, int] | None = None
+        self._is_shared = False
 
     def share(self, folder: Path) -> None:
         """The system of `folder` is done: what was written since the last one's end is its own."""
@@ -81,13 +82,14 @@ class ServerFiles:
         if self._first_share is None:
             self._first_share = ends
         else:
+            self._is_shared = True
             for name, end in ends.items():
                 _copy(self._folder / name, self._marks[name], end, folder / name)
         self._marks = ends
 
-    def close(self, systems: Sequence[SystemConfig]) -> None:
-        """The server has ended."""
-        if len(systems) > 1 and self._first_share is not None:
+    def close(self) -> None:
+        """The server has ended: what it wrote after its last system is nobody's."""
+        if self._is_shared and self._first_share is not None:
             for name, end in self._first_share.items():
                 if (path := self._folder / name).exists():
                     os.truncate(path, end)
