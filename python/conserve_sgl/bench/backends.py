@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,8 @@ from tempfile import TemporaryDirectory
 import httpx
 import msgspec
 
-from conserve_sgl.bench.server import serving, split_flags
+from conserve_sgl.bench.server import ServerProcess, free_port, split_flags
+from conserve_sgl.config import CONFIG_ENV
 from conserve_sgl.errors import ServerError
 
 __all__ = ["Answer", "Comparison", "compare", "main", "prompts", "write_model"]
@@ -199,9 +201,14 @@ def _answers(
     started_s = time.monotonic()
     on = [] if backend == "default" else [f"--attention-backend={backend}"]
     log = given.out / f"backend-{backend}.log"
-    with serving(
-        model, "{}", [*_FLAGS, *flags, *on], log_path=log, ready_s=given.ready_s
-    ) as server:
+    port = free_port()
+    argv = [
+        *(sys.executable, "-c", "from sglang.cli.main import main; main()", "serve"),
+        *("--model-path", str(model), "--port", str(port), *_FLAGS, *flags, *on),
+    ]
+    # Stock: a latency profile would only take time.
+    with ServerProcess(argv, port=port, log_path=log, env={CONFIG_ENV: ""}) as server:
+        server.wait_healthy(given.ready_s)
         took_s = time.monotonic() - started_s
         return took_s, ask(server.base_url, prompts(given.prompts))
 

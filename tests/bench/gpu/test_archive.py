@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,23 @@ def test_a_folder_is_packed_anew_when_something_in_it_changed(results: Path, tmp
 
     with tarfile.open(out / "costs.tar.xz") as tar:
         assert "costs/yields.md" in tar.getnames()
+
+
+def test_a_log_that_grows_is_packed_at_the_end(results: Path, tmp_path: Path):
+    log = results / "bench" / "server.log"
+    log.write_text("a line")
+    packs = packer(results, tmp_path / "out")
+    packs.poke()
+    archive = tmp_path / "out" / "bench.tar.xz"
+    until_s = time.monotonic() + 30
+    while not archive.exists():
+        assert time.monotonic() < until_s
+    log.write_text("a line and another")
+    packs.poke()
+    packs.close()
+
+    unpack(tmp_path / "out", tmp_path / "again")
+    assert (tmp_path / "again" / "bench" / "server.log").read_text() == "a line and another"
 
 
 def test_requests_that_the_runs_hold_are_not_packed_twice(results: Path, tmp_path: Path):

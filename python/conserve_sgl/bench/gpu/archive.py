@@ -22,6 +22,7 @@ KERNELS = "cache-"
 
 _SUFFIX = ".tar.xz"
 _PRESET = 1  # a machine is held meanwhile
+_GROWING = (".log", ".jsonl")
 _LEFT_OUT = ("requests.jsonl",)  # directly in a folder: all of it is in the runs', too
 
 
@@ -35,37 +36,40 @@ class Packer:
 
     def __init__(self, to: Path, folders: Callable[[], dict[str, Path]]) -> None:
         self._to, self._folders = to, folders
-        self._packed: dict[str, tuple] = {}
+        self._packed: dict[str, dict[Path, tuple[int, int]]] = {}
         self._thread = ThreadPoolExecutor(1)
         self._running: Future[None] | None = None
         self.left_out: dict[str, list[str]] = {}
         self.faults: dict[str, str] = {}
 
     def poke(self) -> None:
-        """Pack what changed, unless that is being done."""
+        """Pack what changed, unless that is being done. A file that only grows is no change:
+        packing takes a core, and something may be measured beside it."""
         if self._running is None or self._running.done():
-            self._running = self._thread.submit(self._pack_changed)
+            self._running = self._thread.submit(self._pack_changed, _GROWING)
 
     def close(self) -> None:
         """Pack what changed, and wait for it."""
         self._thread.submit(self._pack_changed).result()
         self._thread.shutdown()
 
-    def _pack_changed(self) -> None:
+    def _pack_changed(self, ignored: tuple[str, ...] = ()) -> None:
         for name, folder in self._folders().items():
             try:
-                self._pack_if_changed(name, folder)
+                self._pack_if_changed(name, folder, ignored)
             except OSError as e:  # a file went, or was cut, meanwhile: the next call packs it
                 self.faults[name] = str(e)
             else:
                 self.faults.pop(name, None)
 
-    def _pack_if_changed(self, name: str, folder: Path) -> None:
+    def _pack_if_changed(self, name: str, folder: Path, ignored: tuple[str, ...]) -> None:
         files = list(_files(folder))
-        state = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-        if files and self._packed.get(name) != state:
+        sizes = {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+        before = self._packed.get(name, {})
+        changed = {path for path, _ in sizes.items() ^ before.items() if path.suffix not in ignored}
+        if changed:
             self.left_out[name] = _pack(self._to / f"{name}{_SUFFIX}", folder, files)
-            self._packed[name] = state
+            self._packed[name] = sizes
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -30,7 +30,7 @@ PART_ENV = "CONSERVE_GPU_PART"
 """In the environment of everything that a part starts: its own name in this run."""
 
 _GRACE_S = 12.0
-_PACK_EVERY_S = 10.0
+_PACK_EVERY_S = 2.0
 _POLL_S = 0.2
 _SHOWN_LINES = 25
 
