@@ -54,15 +54,15 @@ MAY_IMPORT = {
     # bench/micro.py times parts of the house.
     "bench": {
         "config",
+        "profile",
+        "settings",
+        "tune",
         "policy",
         "ingress",
         "engine",
         "jobs",
         "machine",
-        "profile",
-        "settings",
         "strict_yaml",
-        "tune",
         *_LEAVES,
     },
     "plugin": {"batch", "config", "compat", "engine", "ingress", "profile", "settings", *_LEAVES},
