@@ -249,7 +249,8 @@ class Runner:
         else:
             step("emptying the caches")
             empty_caches(served.server.base_url)
-            turn_dial(served.server.base_url, system)
+            if system.kind == "conserve":
+                turn_dial(served.server.base_url, system.conserve or {})
 
     def _write(
         self,

@@ -35,15 +35,13 @@ def server_key(system: SystemConfig) -> Any:
     return msgspec.json.encode(alike, order="deterministic")
 
 
-def turn_dial(base_url: str, system: SystemConfig) -> None:
-    """Give a server that runs the objectives of `system`, by what `conserve tune` does.
+def turn_dial(base_url: str, conserve: Mapping[str, Any]) -> None:
+    """Give a server that runs the objectives of this configuration, by what `conserve tune` does.
 
     Raises:
         ServerError: it does not take them.
     """
-    if system.kind != "conserve":
-        return
-    section = (system.conserve or {}).get("slo", {})
+    section = conserve.get("slo", {})
     slo = SloConfig(**{key: value for key, value in section.items() if key in _DIAL})
     numbers = slo_numbers(ttft=slo.ttft, tpot=slo.tpot, yield_ms=slo.yield_ms)
     tune([base_url], numbers, api_key=None, admin_api_key=None, console=Console(quiet=True))
