@@ -139,6 +139,8 @@ def test_a_backend_that_is_chosen_is_not_checked(run):
     done, commands = run("--backend", "fa3", "check")
     assert commands == []
     assert "check is left out: the backend was chosen by hand" in done.stdout
+    _, commands = run("yields")  # goes on with it
+    assert "--attention-backend=fa3" in commands[-1]
 
 
 def test_triton_has_no_second_row_where_it_is_the_first(run):

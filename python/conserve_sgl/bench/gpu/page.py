@@ -94,8 +94,8 @@ def _bench(name: str, systems: list[SystemResult]) -> str:
     text = (
         f"## {model}, attention {backend}\n\n"
         f"{Path(run.model).name}; TTFT {run.slo.ttft_ms:g} ms and TPOT {run.slo.tpot_ms:g} ms "
-        f"(where a system's name has a time, that one); seed {run.seed}; one repeat each unless "
-        f"said; SGLang flags of the first server: `{_flags(run.server_command)}`\n\n"
+        f"(where a system's name has a time, that one); seed {run.seed}; SGLang flags of the first "
+        f"server: `{_flags(run.server_command)}`\n\n"
         f"{bench_table(systems)}"
     )
     short = [s for s in systems if s.results[0].run.window_s > FIRST_RUN_S]

@@ -63,6 +63,12 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
         except (OSError, ValueError, KeyError):
             return "default" if self.rehearse else "triton"
 
+    def keep_backend(self) -> None:
+        """Note a backend that was chosen by hand, for a later run that goes on from here."""
+        path = self.machine / "backend.json"
+        if self.chosen_backend and not path.exists():
+            path.write_text(json.dumps({"use": self.chosen_backend}), "utf-8")
+
     def model(self, name: str) -> str:
         """The folder of a geometry."""
         return f".cache/models/{self._geometry(name)}-dummy"

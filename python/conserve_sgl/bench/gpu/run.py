@@ -51,6 +51,7 @@ class Run:
         self._setting, self._limit_s = setting, limit_s
         self._start_s = time.monotonic()
         setting.machine.mkdir(parents=True, exist_ok=True)
+        setting.keep_backend()
         self._states = States(setting.machine / "parts.json")
         self._cache, self._cache_before = cache, _sizes(cache)
         self._packer = Packer(out, self._folders)

@@ -65,10 +65,10 @@ def _row(system: SystemResult, offline_only: float | None) -> dict[str, str]:
     online, offline = system.online, system.offline
     total = offline and offline.total_tokens_per_s
     shared = system.system.load == "both"
-    run = system.results[0].run
+    run, repeats = system.results[0].run, len(system.results)
     return {
         "system": system.name,
-        "s": f"{run.window_s:g}",
+        "s": f"{run.window_s:g}" if repeats == 1 else f"{repeats} x {run.window_s:g}",
         "requests": f"{online.completed}/{online.sent}" if online else "-",
         "TTFT P50 / P99": f"{online.ttft_ms.median:.0f} / {online.ttft_ms.p99:.0f}"
         if online
