@@ -100,13 +100,15 @@ def test_a_part_that_is_out_of_time_ends_with_all_it_started(
 
 
 def test_results_leave_as_they_come_and_a_later_run_goes_on(setting: Setting, out: Path):
-    write = f"import os; os.mkdir({str(setting.costs)!r}); open({str(setting.costs / 'a')!r}, 'w')"
+    folder = str(setting.costs / "a")
+    write = f"import os; os.makedirs({folder!r}); open(os.path.join({folder!r}, 'figures'), 'w')"
     Run(setting, out, limit_s=BIG_S).all([part("a", write)])
 
     fresh = Setting(results=setting.results.with_name("fresh"), rehearse=True)
     assert unpack(out, fresh.results) == ["costs", "machine"]
     assert Run(fresh, out, limit_s=BIG_S).all([part("a", "raise SystemExit(1)")]) == 0
-    assert (fresh.costs / "a").exists()
+    assert (fresh.costs / "a" / "figures").exists()
+    assert b"clocks" in (fresh.costs / "a" / "device.json").read_bytes()
 
 
 def test_an_obstacle_is_looked_for_when_the_part_is_due(setting: Setting, out: Path, capfd):

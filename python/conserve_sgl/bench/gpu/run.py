@@ -123,9 +123,18 @@ class Run:
         seconds = time.monotonic() - began_s
         state = State(status, round(seconds, 1), round(began_s - self._start_s, 1))
         self._states.note(part.name, state)
-        self._say(f"== {part.name}: {state.text} after {seconds:.0f} s; GPU: {clocks()}")
+        at_clocks = clocks()
+        self._note_device(part, at_clocks)
+        self._say(f"== {part.name}: {state.text} after {seconds:.0f} s; GPU: {at_clocks}")
         self._packer.poke()
         return state
+
+    def _note_device(self, part: Part, at_clocks: str | None) -> None:
+        """Beside what a part measured that is no benchmark: those say it of every run."""
+        folder = self._setting.costs / part.name
+        if folder.is_dir():
+            on = {"environment": self._environment, "clocks": at_clocks}
+            (folder / "device.json").write_bytes(msgspec.json.format(msgspec.json.encode(on)))
 
     def _command(
         self, part: Part, argv: list[str], log: Path, token: str, ends_s: float
