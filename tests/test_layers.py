@@ -55,17 +55,19 @@ MAY_IMPORT = {
     # bench/micro.py times parts of the house.
     "bench": {
         "config",
+        "profile",
+        "settings",
+        "tune",
         "policy",
         "ingress",
         "engine",
         "jobs",
         "json_lines",
-        "profile",
         "machine",
         "strict_yaml",
         *_LEAVES,
     },
-    "plugin": {"batch", "config", "compat", "engine", "ingress", "settings", *_LEAVES},
+    "plugin": {"batch", "config", "compat", "engine", "ingress", "profile", "settings", *_LEAVES},
     "tune": _LEAVES,
     "doctor": {"config", "compat", "plugin", "__init__", *_LEAVES},
     "cli": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -266,9 +267,18 @@ def bench(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure again what the folder holds already.")
     ] = False,
+    pictures: Annotated[bool, typer.Option(help="Draw pictures when all is measured.")] = True,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(min=0, help="Begin no run that would not end within so many seconds."),
+    ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(help="Set the results in two folders side by side."),
+    ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(help="Write the results of scripts/gpu/run.sh in this folder to --out, .md."),
     ] = None,
     micro: Annotated[
         bool, typer.Option("--micro", help="Time single operations instead, without a server.")
@@ -276,9 +286,10 @@ def bench(
 ) -> None:
     """Measure systems side by side: conserve bench FILE [-- SGLANG FLAGS for every server].
 
-    Exit code 0: measured. 1: a server failed; finished runs are kept. 2: bad input.
+    Exit code 0: measured. 1: a server failed; finished runs are kept. 2: bad input. 3: the time
+    limit left runs out.
     """
-    from conserve_sgl.bench.command import compare_folders, run_bench
+    from conserve_sgl.bench.command import UNFINISHED, compare_folders, run_bench
     from conserve_sgl.bench.micro import micro_table, run_micros
 
     if micro:
@@ -287,9 +298,16 @@ def bench(
     if compare is not None:
         print(compare_folders(*compare), end="")
         return
+    if page is not None:
+        if out is None:
+            raise typer.BadParameter("give the page's file", param_hint="--out")
+        from conserve_sgl.bench.gpu.page import write_page
+
+        write_page(page, out)
+        return
     if config is None:
         raise typer.BadParameter("give the benchmark's YAML file", param_hint="CONFIG")
-    run_bench(
+    complete = run_bench(
         config,
         console=Console(stderr=True),
         model=model,
@@ -299,8 +317,11 @@ def bench(
         duration_s=duration,
         out=out,
         fresh=fresh,
+        time_limit_s=math.inf if time_limit is None else time_limit,
+        pictures=pictures,
         flags=context.args,
     )
+    raise typer.Exit(0 if complete else UNFINISHED)
 
 
 @app.command(context_settings=_PASS_ON)

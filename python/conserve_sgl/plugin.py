@@ -5,7 +5,8 @@ swallows whatever goes wrong on the way. A server that runs half hooked would lo
 badly, so this plugin checks itself right after the hooks are applied and ends the process with
 the reason when anything is amiss.
 
-Without `CONSERVE_CONFIG` in the environment it does nothing at all.
+Without `CONSERVE_CONFIG` in the environment it does nothing at all, unless `CONSERVE_STEP_LOG` asks
+for a record of every step: then SGLang's scheduler is metered, and nothing else changed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import functools
 import os
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ from conserve_sgl import compat
 from conserve_sgl.batch.store import make_storage
 from conserve_sgl.config import CONFIG_ENV, BatchConfig, ConserveConfig
 from conserve_sgl.errors import ConserveError, HookError
+from conserve_sgl.profile.steps import STEP_LOG_ENV
 from conserve_sgl.settings import OfflineWork, batches_held, offline_number
 
 __all__ = ["HOOK_TARGETS", "register", "verify"]
@@ -66,36 +68,44 @@ def register() -> None:
     Exits the process, with the reason on stderr, when the configuration cannot be used or this
     SGLang is not one that conserve was tested with.
     """
-    if not os.environ.get(CONFIG_ENV):
+    if not (os.environ.get(CONFIG_ENV) or os.environ.get(STEP_LOG_ENV)):
         return
     try:
         compat.check_version(compat.sglang_version())
         compat.check_environment(os.environ)
-        config = ConserveConfig.from_environment()
-        assert config is not None  # the variable is set
-        _register(config)
+        _register(ConserveConfig.from_environment())
     except ConserveError as e:
         _refuse_to_start(e)
 
 
-def _register(config: ConserveConfig) -> None:
+def _register(config: ConserveConfig | None) -> None:
+    """The hooks of a server with this configuration; None only meters stock SGLang."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for hook in _hooks(config):
+    if config is None:
+        hooks = [_meter()]
+    else:
+        hooks = _hooks(config)
+        _prefer_online_prefixes()
+    for hook in hooks:
         HookRegistry.register(hook.target, hook.function, HookType[hook.kind])
-
-    _prefer_online_prefixes()
     apply_hooks = HookRegistry.apply_hooks
 
     @functools.wraps(apply_hooks)
     def apply_and_verify() -> None:
         apply_hooks()
         try:
-            verify()
+            verify(hooks)
         except HookError as e:
             _refuse_to_start(e)
 
     HookRegistry.apply_hooks = apply_and_verify
+
+
+def _meter() -> _Hook:
+    from conserve_sgl.engine.metered import MeteredScheduler
+
+    return _Hook(_SCHEDULER, MeteredScheduler, "REPLACE")
 
 
 def _hooks(config: ConserveConfig) -> list[_Hook]:
@@ -212,26 +222,32 @@ def _after_sigterm(_result: None, handler: Any, *_args: Any, **_kwargs: Any) -> 
     manager.asyncio_tasks.add(asyncio.ensure_future(manager.set_internal_state(ends)))
 
 
-def verify() -> None:
-    """Check that every hook of this process is in place.
+def verify(hooks: Sequence[_Hook]) -> None:
+    """Check that every one of `hooks` is in place in this process.
 
     Raises:
         HookError: naming each target whose hook did not take.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    from conserve_sgl.engine.scheduler import ConserveScheduler
-
-    missing = [target for target in HOOK_TARGETS if target not in HookRegistry._patched]
-    if _SCHEDULER not in missing and not issubclass(
-        pkgutil.resolve_name(_SCHEDULER.replace(".Scheduler", ":Scheduler")), ConserveScheduler
-    ):
-        missing.append(_SCHEDULER)
+    missing = [
+        hook.target
+        for hook in hooks
+        if hook.target not in HookRegistry._patched or not _is_in_place(hook)
+    ]
     if missing:
         raise HookError(
             f"hooks into SGLang that did not take in process {os.getpid()}: {', '.join(missing)}; "
             "SGLang's log above has the error, or another plugin replaced the same target"
         )
+
+
+def _is_in_place(hook: _Hook) -> bool:
+    """A class that another plugin replaced later is not."""
+    if hook.kind != "REPLACE":
+        return True
+    module, _, name = hook.target.rpartition(".")
+    return issubclass(pkgutil.resolve_name(f"{module}:{name}"), hook.function)
 
 
 def _refuse_to_start(error: ConserveError) -> NoReturn:

@@ -4,7 +4,8 @@
     OUT/runs.jsonl            every run.json, one a line
     OUT/requests.jsonl        every request of every run, with its system and repeat
 
-A run's folder counts once its run.json is there; it is written last, and in one step.
+A run's folder counts once its run.json is there; it is written last, and in one step. A server
+that was asked for them leaves its steps there too, in steps.jsonl.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         duration_s: with the draining of the last online requests.
         ready_s: how long the server took to start.
         idle_share: of the window in which SGLang's scheduler had no work; None when not known.
+        clocks: of the GPUs at the window's end; None without one.
         counters_before, counters_after: numbers that the server showed around the window.
     """
 
@@ -74,6 +76,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     duration_s: float
     ready_s: float
     idle_share: float | None
+    clocks: str | None = None
     counters_before: dict[str, int | float]
     counters_after: dict[str, int | float]
     command: list[str]

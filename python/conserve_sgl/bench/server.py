@@ -231,6 +231,8 @@ def serving(
     flags: Sequence[str],
     env: Mapping[str, str] | None = None,
     log_path: Path | None = None,
+    *,
+    ready_s: float = _READY_S,
 ) -> Iterator[ServerProcess]:
     """A `conserve serve` that is ready, for a measurement of its own.
 
@@ -240,6 +242,7 @@ def serving(
         flags: of SGLang.
         env: added to this process's environment.
         log_path: where its log is kept; None keeps none.
+        ready_s: how long it may take to be.
 
     Raises:
         ServerError: it did not start.
@@ -257,5 +260,5 @@ def serving(
             env=env,
         )
         with server:
-            server.wait_healthy(_READY_S)
+            server.wait_healthy(ready_s)
             yield server

@@ -29,12 +29,20 @@ class _Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CommonFlags(_Config):
-    """What every system's server is started with; a system's own flags come after these."""
+    """What every system's server is started with; a system's own flags come after these.
+
+    With `shared`, systems in a row whose servers are started alike are measured on one server, its
+    caches emptied between them: for machines where a start takes as long as a measurement. Those of
+    conserve are alike, too, when they differ in objectives that `conserve tune` can set. With
+    `step_log` every server, stock or not, leaves a record of its steps.
+    """
 
     flags: tuple[str, ...] = ()
     env: dict[str, str] = {}
     ready_timeout_s: Positive = 600.0
     warmup_requests: Count = 4
+    shared: bool = False
+    step_log: bool = False
 
 
 class OfflineLoad(_Config):
@@ -52,6 +60,8 @@ class SystemConfig(_Config):
     fields of its own; offline requests to a `conserve` system carry conserve's header, too.
     `conserve` is the content of the file that CONSERVE_CONFIG names. Systems that differ in the
     setting of one dial say it in `dial`, and are joined by a line in the plot of the trade-off.
+    `slo` and `window_s` stand for the benchmark's objectives and duration: a system that is set to
+    another objective is judged by that one, and one that is a point of a curve may be shorter.
     """
 
     name: Name
@@ -63,6 +73,8 @@ class SystemConfig(_Config):
     offline_body: dict[str, Any] = {}
     conserve: dict[str, Any] | None = None
     dial: str | None = None
+    slo: Slo | None = None
+    window_s: Positive | None = None
 
     def __post_init__(self) -> None:
         if self.conserve is not None and self.kind != "conserve":

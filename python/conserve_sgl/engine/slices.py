@@ -335,12 +335,12 @@ class LayerSlices:
     def state(self) -> dict[str, Any]:
         """Counters since the start; see docs/layer-slices.md."""
         latencies_ms = [1e3 * seconds for seconds in self._latencies_s]
-        p50, p99 = np.percentile(latencies_ms or [0.0], (50, 99)).tolist()
+        p50, p99, longest = np.percentile(latencies_ms or [0.0], (50, 99, 100)).tolist()
         return {
             **self._counts,
             "host_stalls": self._pacer.host_stalls,
             "suspended_requests": len(self.suspended_reqs),
-            "arrival_to_yield_ms": {"p50": p50, "p99": p99},
+            "arrival_to_yield_ms": {"p50": p50, "p99": p99, "longest": longest},
         }
 
 
