@@ -1,0 +1,310 @@
+"""A device: what a step truly takes on it, in the simulator.
+
+A device is a table of measured steps. The time of a step that was not measured is interpolated
+between its neighbours in the table, of the same regime:
+
+    decode     in a CUDA graph, padded to the graph's rows, or eager beyond the largest graph
+    prefill    in a CUDA graph, or eager; always eager in layer slices, layer by layer
+    mixed      prompts and decode rows in one step
+
+What is interpolated is the logarithm of a step's time over its roofline (the time in which the
+device could at best compute the work or read the memory that it needs): a plane through the nearest
+measured steps, in the logarithms of what they hold. The table's edge is kept where a step lies
+beyond it, so the roofline alone extrapolates; a regime in which no step was measured has the
+roofline alone. This is not the policy's own model of step times (`policy.latency`), which is what
+the simulator is there to try.
+"""
+
+from __future__ import annotations
+
+import bisect
+import random
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+
+from conserve_sgl.errors import InputError
+from conserve_sgl.policy.latency import StepKind, StepSample, StepWork
+
+__all__ = ["FORMAT", "Device", "Roofline", "StepTimes", "load_device", "shipped_devices"]
+
+FORMAT = 1
+
+_NEIGHBOURS = 12
+_RIDGE = 0.05
+"""How strongly the plane is held level: neighbours on one line say nothing across it."""
+_NEAREST = 0.05
+"""Distance, in doublings, below which neighbours are equally near: a table has noise of its own."""
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+Graphs = tuple[Count, ...]
+
+
+class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class Roofline(_Record, kw_only=True):
+    """What the hardware could do at best.
+
+    Args:
+        flop_per_s: dense, in the dtype of the weights.
+        bytes_per_s: of the device's memory.
+        weight_bytes: read in every step.
+        flop_per_token: of the linear layers: twice the weights.
+        flop_per_pair: attention, for a query token and a key token: 4 x heads x head size x layers.
+        kv_bytes_per_token: of all layers.
+    """
+
+    flop_per_s: Positive
+    bytes_per_s: Positive
+    weight_bytes: Positive
+    flop_per_token: Positive
+    flop_per_pair: Positive
+    kv_bytes_per_token: Positive
+
+    def seconds(self, work: StepWork) -> float:
+        """Weights once or the linear layers, whichever is longer; KV and attention on top."""
+        tokens = work.prefill_tokens + work.decode_rows
+        linear_s = self.flop_per_token * tokens / self.flop_per_s
+        weights_s = self.weight_bytes / self.bytes_per_s
+        kv_s = self.kv_bytes_per_token * work.decode_context / self.bytes_per_s
+        return max(linear_s, weights_s) + kv_s + self._attention_s(work)
+
+    def _attention_s(self, work: StepWork) -> float:
+        return self.flop_per_pair * work.prefill_attention / self.flop_per_s
+
+
+class Device(_Record, kw_only=True):
+    """A device file: one model on one GPU with one attention backend.
+
+    Args:
+        name: what it is called on the command line.
+        gpu, model, backend, sglang: what was measured.
+        source: how, in a sentence.
+        layers: decoder layers of the model.
+        roofline: see there.
+        copy_bytes_per_s: between host and device memory, one way.
+        decode_graph_rows: rows of the captured decode graphs, rising; a batch is padded to the
+            next of them, and one beyond the last runs eagerly. Empty: no graphs.
+        prefill_graph_tokens: the largest prefill that runs in a graph; 0: none does.
+        eager_layer_s: what launching one layer takes the host outside of a graph: a sliced prefill
+            takes no less.
+        steps: the table. Several measurements of one shape are one step, their median.
+        noise: of each kind of step (0 prefill, 1 decode, 2 mixed) measured times over the table's,
+            as evenly spaced quantiles from the least to the greatest; none: no noise.
+        first_runs: the same for steps of a shape that never ran before, which compile kernels.
+    """
+
+    format: int = FORMAT
+    name: str
+    gpu: str
+    model: str
+    backend: str
+    sglang: str
+    source: str
+    layers: Count
+    roofline: Roofline
+    copy_bytes_per_s: Positive
+    decode_graph_rows: Graphs = ()
+    prefill_graph_tokens: Natural = 0
+    eager_layer_s: NotNegative = 0.0
+    steps: tuple[StepSample, ...]
+    noise: tuple[tuple[Positive, ...], ...] = ((), (), ())
+    first_runs: tuple[tuple[Positive, ...], ...] = ((), (), ())
+
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise ValueError(f"a device of format {self.format}, not {FORMAT}")
+        if list(self.decode_graph_rows) != sorted(set(self.decode_graph_rows)):
+            raise ValueError("decode_graph_rows do not rise")
+        if len(self.noise) != len(StepKind) or len(self.first_runs) != len(StepKind):
+            raise ValueError("noise and first_runs have a list for prefill, decode and mixed each")
+        for i, step in enumerate(self.steps):
+            check_step(step, f"steps[{i}]")
+
+    def padded(self, work: StepWork) -> StepWork:
+        """`work` with the rows of the graph in which it runs, if it is a decode step in one."""
+        rows, graphs = work.decode_rows, self.decode_graph_rows
+        if work.prefill_tokens or not graphs or rows > graphs[-1]:
+            return work
+        slot = graphs[bisect.bisect_left(graphs, rows)]
+        return work if slot == rows else msgspec.structs.replace(work, decode_rows=slot)
+
+    def regime(self, work: StepWork) -> tuple[StepKind, bool]:
+        """The kind of a step, and whether it runs in a graph."""
+        if work.kind is StepKind.DECODE:
+            graphs = self.decode_graph_rows
+            return StepKind.DECODE, bool(graphs) and work.decode_rows <= graphs[-1]
+        in_graph = work.prefill_tokens + work.decode_rows <= self.prefill_graph_tokens
+        return work.kind, in_graph
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        return self.roofline.kv_bytes_per_token
+
+    def copy_s(self, tokens: int) -> float:
+        """Seconds to copy the KV of so many tokens between host and device."""
+        return tokens * self.kv_bytes_per_token / self.copy_bytes_per_s
+
+
+def check_step(step: StepSample, key: str) -> None:
+    """
+    Raises:
+        ValueError: `step` cannot have been measured; names `key` and the field.
+    """
+    work = step.work
+    if not 0 < step.seconds < float("inf"):
+        raise ValueError(f"{key}: a step takes a time above 0, not {step.seconds} s")
+    for field, value in msgspec.structs.asdict(work).items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{key}: {field} is {value}")
+    if not (work.prefill_tokens or work.decode_rows):
+        raise ValueError(f"{key}: a step of nothing")
+    if bool(work.prefill_tokens) != bool(work.prompts):
+        raise ValueError(f"{key}: prompt tokens and prompts go together")
+
+
+def load_device(name: str | Path) -> Device:
+    """The device of that name among those that are shipped, or the file at that path.
+
+    Raises:
+        InputError: there is none, or it is no device; names the key.
+    """
+    shipped = shipped_devices()
+    if str(name) in shipped:
+        return read_device(shipped[str(name)])
+    path = Path(name)
+    if path.suffix != ".json" and not path.exists():
+        reason = f"is no device; there are {', '.join(shipped)}, or give a .json file"
+        raise InputError(path, reason)
+    return read_device(path)
+
+
+def read_device(path: Path) -> Device:
+    """The device in the file at `path`.
+
+    Raises:
+        InputError: unreadable, or no device; names the key.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Device)
+    except OSError as e:
+        raise InputError(path, f"cannot be read: {e.strerror}") from e
+    except ValueError as e:  # msgspec's are ValueErrors too
+        raise InputError(path, f"not a device of this version: {e}") from e
+
+
+def shipped_devices() -> dict[str, Path]:
+    """By name; files of this package."""
+    folder = Path(str(resources.files("conserve_sgl.simulate") / "devices"))
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
+class StepTimes:
+    """Step times of a device.
+
+    Args:
+        device: the device.
+        seed: of the noise; None: no noise.
+    """
+
+    def __init__(self, device: Device, seed: int | None = None) -> None:
+        self.device = device
+        self._random = None if seed is None else random.Random(seed)
+        regimes: dict[tuple[StepKind, bool], list[StepSample]] = {}
+        for step in device.steps:
+            work = device.padded(step.work)
+            regimes.setdefault(device.regime(work), []).append(StepSample(work, step.seconds))
+        self._tables = {key: _Table(device.roofline, some) for key, some in regimes.items()}
+
+    def mean_s(self, work: StepWork) -> float:
+        """Seconds of a step of `work`, without noise; 0 of nothing."""
+        if not (work.prefill_tokens or work.decode_rows):
+            return 0.0
+        work = self.device.padded(work)
+        table = self._tables.get(self.device.regime(work))
+        roofline_s = self.device.roofline.seconds(work)
+        return roofline_s if table is None else roofline_s * table.over_roofline(work)
+
+    def draw_s(self, work: StepWork) -> float:
+        """Seconds that one such step takes, with noise."""
+        return self.mean_s(work) * self._factor(self.device.noise, work)
+
+    def first_s(self, work: StepWork) -> float:
+        """Seconds that the first step of such a shape takes."""
+        return self.mean_s(work) * self._factor(self.device.first_runs, work)
+
+    def draw_layer_s(self, work: StepWork) -> float:
+        """Seconds of one layer of a prefill that runs in layer slices, with noise."""
+        layer_s = self.mean_s(work) / self.device.layers
+        layer_s = max(layer_s, self.device.eager_layer_s)
+        return layer_s * self._factor(self.device.noise, work)
+
+    def _factor(self, quantiles: Sequence[Sequence[float]], work: StepWork) -> float:
+        of_kind = quantiles[work.kind]
+        if self._random is None or not of_kind:
+            return 1.0
+        place = self._random.random() * (len(of_kind) - 1)
+        low = int(place)
+        high = min(low + 1, len(of_kind) - 1)
+        return of_kind[low] + (place - low) * (of_kind[high] - of_kind[low])
+
+
+class _Table:
+    """Measured steps of one regime."""
+
+    def __init__(self, roofline: Roofline, steps: Sequence[StepSample]) -> None:
+        self._points = np.array([_place(step.work) for step in steps])
+        ratios = [step.seconds / roofline.seconds(step.work) for step in steps]
+        self._heights = np.log(ratios)
+        self._low, self._high = self._points.min(axis=0), self._points.max(axis=0)
+        self._spread = np.flatnonzero(self._high > self._low)
+        self._points = self._points[:, self._spread]
+
+    def over_roofline(self, work: StepWork) -> float:
+        """The time of `work` over its roofline."""
+        at = np.clip(_place(work), self._low, self._high)[self._spread]
+        offsets = self._points - at
+        distances = np.einsum("ij,ij->i", offsets, offsets)
+        if len(distances) > _NEIGHBOURS:
+            near = np.argpartition(distances, _NEIGHBOURS)[:_NEIGHBOURS]
+            offsets, distances, heights = offsets[near], distances[near], self._heights[near]
+        else:
+            heights = self._heights
+        return float(np.exp(_height(offsets, distances, heights)))
+
+
+def _height(offsets: np.ndarray, distances: np.ndarray, heights: np.ndarray) -> float:
+    """At the origin, of the plane through points at `offsets` [n, d], the nearest most."""
+    weights = 1.0 / (distances + _NEAREST**2) ** 1.5
+    weights /= weights.sum()
+    mean = float(weights @ heights)
+    centre = weights @ offsets
+    spread = offsets - centre
+    gram = (spread * weights[:, None]).T @ spread
+    gram[np.diag_indices(len(gram))] += _RIDGE * (np.trace(gram) / max(len(gram), 1) + 1e-9)
+    slope = np.linalg.solve(gram, (spread * weights[:, None]).T @ (heights - mean))
+    at_origin = mean - float(slope @ centre)
+    return min(max(at_origin, float(heights.min())), float(heights.max()))
+
+
+def _place(work: StepWork) -> np.ndarray:
+    """Where a step lies, in doublings: tokens, tokens each of them sees, prompts, rows, context."""
+    seen = work.prefill_attention / work.prefill_tokens if work.prefill_tokens else 0.0
+    context = work.decode_context / work.decode_rows if work.decode_rows else 0.0
+    parts = (
+        1.0 + work.prefill_tokens,
+        64.0 + seen,
+        1.0 + work.prompts,
+        0.5 + work.decode_rows,
+        256.0 + context,
+    )
+    return np.log2(parts)
