@@ -32,13 +32,13 @@ LINE = re.compile(
 )
 SYSTEMS = ("offline-only", "online-only")
 
+PARAMETERS, KV_BYTES = 8.03e9, 131_072
+BYTES_PER_S, FLOP_PER_S = 3.35e12, 989e12  # HBM3, dense bf16
 LLAMA_8B_ON_H100 = Roofline(
-    flop_per_s=989e12,
-    bytes_per_s=3.35e12,
-    weight_bytes=16.06e9,
-    flop_per_token=2 * 8.03e9,
-    flop_per_pair=4 * 4096 * 32,
-    kv_bytes_per_token=131_072,
+    weights_s=2 * PARAMETERS / BYTES_PER_S,
+    token_s=2 * PARAMETERS / FLOP_PER_S,
+    pair_s=4 * 4096 * 32 / FLOP_PER_S,  # two products of 32 heads of 128, in 32 layers
+    context_s=KV_BYTES / BYTES_PER_S,
 )
 DEVICE = Device(
     name="h100-llama8b-triton",
@@ -49,6 +49,7 @@ DEVICE = Device(
     source="the first H100 run: SGLang's log lines, and for mixed steps the costs fitted to 157",
     layers=32,
     roofline=LLAMA_8B_ON_H100,
+    kv_bytes_per_token=KV_BYTES,
     copy_bytes_per_s=40e9,
     decode_graph_rows=(1, 2, 4, 8, 12, *range(16, 257, 8)),
     prefill_graph_tokens=8192,

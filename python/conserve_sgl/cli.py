@@ -297,6 +297,61 @@ def bench(
     )
 
 
+@app.command()
+def simulate(
+    simulation: Annotated[Path, typer.Argument(help="The simulation, YAML; docs/simulate.md.")],
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="A configuration of conserve, instead of the file's."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="A device that is shipped, or its .json file, instead of the file's."),
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="The online trace, instead of the file's.")
+    ] = None,
+    duration: Annotated[
+        float | None, typer.Option(min=1, help="Seconds of the stream, instead of the file's.")
+    ] = None,
+    systems: Annotated[
+        str, typer.Option(help="Only these systems and the baselines, names with commas between.")
+    ] = "",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE instead of the file's: slo.tpot=25ms. Repeatable."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results. Default: out/simulate/NAME.")
+    ] = None,
+) -> None:
+    """How much offline work fits beside a stream on a GPU: without the GPU, in seconds.
+
+    Runs SGLang's and conserve's schedulers on a fake clock, over measured step times.
+
+    Exit code 0: simulated. 2: bad input.
+    """
+    from conserve_sgl.simulate.command import run_simulation
+
+    changes = {}
+    for text in set_ or []:
+        key, given, value = text.partition("=")
+        if not given or not key:
+            raise typer.BadParameter(f"{text}: give KEY=VALUE", param_hint="--set")
+        changes[key] = value
+    run_simulation(
+        simulation,
+        console=Console(stderr=True),
+        out=out,
+        device=device,
+        conserve=config,
+        trace=trace,
+        duration_s=duration,
+        systems=[name for name in systems.split(",") if name],
+        changes=changes,
+    )
+
+
 @app.command(context_settings=_PASS_ON)
 def doctor(context: typer.Context, config: ConfigOption = None) -> None:
     """Check this installation: conserve doctor [--config FILE] [-- SGLANG FLAGS].

@@ -55,31 +55,22 @@ class Roofline(_Record, kw_only=True):
     """What the hardware could do at best.
 
     Args:
-        flop_per_s: dense, in the dtype of the weights.
-        bytes_per_s: of the device's memory.
-        weight_bytes: read in every step.
-        flop_per_token: of the linear layers: twice the weights.
-        flop_per_pair: attention, for a query token and a key token: 4 x heads x head size x layers.
-        kv_bytes_per_token: of all layers.
+        weights_s: reading all weights once: no step takes less.
+        token_s: computing a token's linear layers, a prompt's or a row's.
+        pair_s: attention of a prompt's token to one other.
+        context_s: reading a token's KV for a decode row.
     """
 
-    flop_per_s: Positive
-    bytes_per_s: Positive
-    weight_bytes: Positive
-    flop_per_token: Positive
-    flop_per_pair: Positive
-    kv_bytes_per_token: Positive
+    weights_s: Positive
+    token_s: Positive
+    pair_s: NotNegative
+    context_s: NotNegative
 
     def seconds(self, work: StepWork) -> float:
         """Weights once or the linear layers, whichever is longer; KV and attention on top."""
-        tokens = work.prefill_tokens + work.decode_rows
-        linear_s = self.flop_per_token * tokens / self.flop_per_s
-        weights_s = self.weight_bytes / self.bytes_per_s
-        kv_s = self.kv_bytes_per_token * work.decode_context / self.bytes_per_s
-        return max(linear_s, weights_s) + kv_s + self._attention_s(work)
-
-    def _attention_s(self, work: StepWork) -> float:
-        return self.flop_per_pair * work.prefill_attention / self.flop_per_s
+        linear_s = self.token_s * (work.prefill_tokens + work.decode_rows)
+        attention_s = self.pair_s * work.prefill_attention
+        return max(linear_s, self.weights_s) + self.context_s * work.decode_context + attention_s
 
 
 class Device(_Record, kw_only=True):
@@ -91,6 +82,7 @@ class Device(_Record, kw_only=True):
         source: how, in a sentence.
         layers: decoder layers of the model.
         roofline: see there.
+        kv_bytes_per_token: of all layers.
         copy_bytes_per_s: between host and device memory, one way.
         decode_graph_rows: rows of the captured decode graphs, rising; a batch is padded to the
             next of them, and one beyond the last runs eagerly. Empty: no graphs.
@@ -112,6 +104,7 @@ class Device(_Record, kw_only=True):
     source: str
     layers: Count
     roofline: Roofline
+    kv_bytes_per_token: Positive
     copy_bytes_per_s: Positive
     decode_graph_rows: Graphs = ()
     prefill_graph_tokens: Natural = 0
@@ -145,10 +138,6 @@ class Device(_Record, kw_only=True):
             return StepKind.DECODE, bool(graphs) and work.decode_rows <= graphs[-1]
         in_graph = work.prefill_tokens + work.decode_rows <= self.prefill_graph_tokens
         return work.kind, in_graph
-
-    @property
-    def kv_bytes_per_token(self) -> float:
-        return self.roofline.kv_bytes_per_token
 
     def copy_s(self, tokens: int) -> float:
         """Seconds to copy the KV of so many tokens between host and device."""

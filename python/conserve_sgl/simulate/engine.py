@@ -78,7 +78,7 @@ class Engine:
         times: StepTimes,
         *,
         online: Sequence[Request] = (),
-        backlog: Iterator[Request] = iter(()),
+        backlog: Iterator[Request] | None = None,
         in_flight: int = 0,
         begins_s: float = 0.0,
         host: Host = Host(),  # noqa: B008
@@ -93,7 +93,7 @@ class Engine:
         self.steps = 0
         self.busy: list[tuple[float, float]] = []
         self._on_step, self._on_time = on_step, on_time
-        self._backlog = backlog
+        self._backlog = backlog or iter(())
         self._free_s = self.now_s
         self._running: Batch | None = None
         self._announced = deque(sorted(online, key=lambda r: r.due_s))

@@ -22,9 +22,9 @@ from conserve_sgl.simulate.engine import Engine, Host, Step
 from conserve_sgl.simulate.load import backlog_requests, online_requests
 from conserve_sgl.simulate.stock import Limits, StockOptions, StockScheduler
 
-__all__ = ["Load", "Outcome", "measure_profile", "run_system"]
+__all__ = ["OFFLINE_DRAW", "Load", "Outcome", "measure_profile", "run_system"]
 
-_OFFLINE_DRAW = 2  # as in bench/runner.py: the same requests
+OFFLINE_DRAW = 2  # as in bench/runner.py: the same requests
 _LONGEST_CONTEXT = 32_768
 
 MakePolicy = Callable[[ConserveConfig, LatencyModel], Policy]
@@ -117,7 +117,7 @@ def run_system(
     requests = online_requests(load.arrivals) if online else []
     backlog = iter(())
     if offline and load.backlog is not None:
-        backlog = backlog_requests(load.backlog, [load.seed, _OFFLINE_DRAW])
+        backlog = backlog_requests(load.backlog, [load.seed, OFFLINE_DRAW])
     engine = Engine(
         scheduler,
         times,

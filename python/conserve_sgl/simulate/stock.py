@@ -39,12 +39,14 @@ class StockOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         mixed_chunk: `--enable-mixed-chunk`: running rows decode along with prompts.
         prefill_decode_interval: decode steps after each prefill before the next.
         prefill_decode_interval_min_bs: rows below which that does not hold.
+        retract_offline_first: `--retraction-policy priority`.
     """
 
     priority: bool = False
     mixed_chunk: bool = False
     prefill_decode_interval: int = 0
     prefill_decode_interval_min_bs: int = 0
+    retract_offline_first: bool = False
 
 
 class StockScheduler:
@@ -193,8 +195,12 @@ class StockScheduler:
         if not self.running:
             return None
         while self.pool.free_tokens < len(self.running) and len(self.running) > 1:
-            self.preempt(min(self.running, key=lambda row: (row.read, -row.prompt_tokens)))
+            self.preempt(min(self.running, key=self._retraction_order))
         return Batch.of([], self._grown(self.running), now_s)
+
+    def _retraction_order(self, row: Request) -> tuple[bool, int, int]:
+        spared = self.options.retract_offline_first and row.online
+        return (spared, row.read, -row.prompt_tokens)
 
     def _grown(self, rows: list[Request]) -> list[Request]:
         for row in rows:

@@ -1,4 +1,4 @@
-"""The StepView of the simulated scheduler: the one place that knows how its state looks to a policy.
+"""The StepView of the simulated scheduler: the one place that knows how a policy sees its state.
 
 As `engine/observe.py` does for the real one; the two change together.
 """
