@@ -55,6 +55,8 @@ DEVICE = Device(
     prefill_graph_tokens=8192,
     # 512 tokens in slices: 27.9 ms for 32 layers, which no longer prompt needs a layer.
     eager_layer_s=0.00087,
+    # 31.6 decode steps/s of 163 rows with a prefix of 1,024 beside 12.6 prefills/s of 33 ms.
+    repeated_read=0.4,
     steps=(),
 )
 

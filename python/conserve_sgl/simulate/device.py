@@ -89,7 +89,9 @@ class Device(_Record, kw_only=True):
         prefill_graph_tokens: the largest prefill that runs in a graph; 0: none does.
         eager_layer_s: what launching one layer takes the host outside of a graph: a sliced prefill
             takes no less.
-        steps: the table. Several measurements of one shape are one step, their median.
+        repeated_read: what a row's reading of KV costs that another row of the step reads as well,
+            a shared prefix, over that of KV which no other reads: the second finds it in a cache.
+        steps: the table, of rows that share nothing. Several measurements of one shape are one step, their median.
         noise: of each kind of step (0 prefill, 1 decode, 2 mixed) measured times over the table's,
             as evenly spaced quantiles from the least to the greatest; none: no noise.
         first_runs: the same for steps of a shape that never ran before, which compile kernels.
@@ -109,6 +111,7 @@ class Device(_Record, kw_only=True):
     decode_graph_rows: Graphs = ()
     prefill_graph_tokens: Natural = 0
     eager_layer_s: NotNegative = 0.0
+    repeated_read: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
     steps: tuple[StepSample, ...]
     noise: tuple[tuple[Positive, ...], ...] = ((), (), ())
     first_runs: tuple[tuple[Positive, ...], ...] = ((), (), ())
@@ -223,8 +226,12 @@ class StepTimes:
         roofline_s = self.device.roofline.seconds(work)
         return roofline_s if table is None else roofline_s * table.over_roofline(work)
 
-    def draw_s(self, work: StepWork) -> float:
-        """Seconds that one such step takes, with noise."""
+    def draw_s(self, work: StepWork, repeated_context: int = 0) -> float:
+        """Seconds that one such step takes, with noise; `repeated_context` tokens of its rows'
+        contexts are of blocks that another row has read."""
+        if repeated_context:
+            saved = round((1 - self.device.repeated_read) * repeated_context)
+            work = msgspec.structs.replace(work, decode_context=work.decode_context - saved)
         return self.mean_s(work) * self._factor(self.device.noise, work)
 
     def first_s(self, work: StepWork) -> float:

@@ -174,7 +174,7 @@ class Engine:
 
     def _launch(self, batch: Batch) -> None:
         began_s = max(self.now_s + self.host.launch_s, self._free_s)
-        self._runs(batch, began_s, self.times.draw_s(batch.work))
+        self._runs(batch, began_s, self.times.draw_s(batch.work, batch.repeated_context))
 
     def _runs(self, batch: Batch, began_s: float, seconds: float) -> None:
         batch.began_s, batch.ends_s = began_s, began_s + seconds

@@ -110,7 +110,7 @@ class Batch:
     Attributes:
         rows: requests that decode in it, with their epoch.
         planned_s: when it was formed. began_s, ends_s: on the device.
-        sliced: an offline prefill that runs in layer slices; `layers` of them are computed.
+        layers: computed of a prefill that runs in layer slices.
         learned: whether its time says what a step of `work` takes.
     """
 
@@ -120,7 +120,6 @@ class Batch:
     planned_s: float
     began_s: float = 0.0
     ends_s: float = 0.0
-    sliced: bool = False
     layers: int = 0
     learned: bool = True
 
@@ -135,6 +134,20 @@ class Batch:
         for row in rows:
             row.launched += 1
         return cls(chunks, [(row, row.epoch) for row in rows], work, now_s)
+
+    @property
+    def repeated_context(self) -> int:
+        """Tokens of the rows' contexts in blocks that a row before them holds too."""
+        seen: set[Hashable] = set()
+        repeated = 0
+        for row, _ in self.rows:
+            if not row.block_tokens:
+                continue
+            for key in row.blocks[: row.shared // row.block_tokens]:
+                if key in seen:
+                    repeated += row.block_tokens
+                seen.add(key)
+        return repeated
 
     @property
     def is_prefill(self) -> bool:
