@@ -7,7 +7,8 @@ program's optimum is at least as good, wherever a schedule's own shapes cost no 
 of the grid's: the grid holds every graph size.
 
     maximise    offline prompt tokens + offline decode tokens
-    time        of a bin's steps and of the online prefills in it: at most the bin
+    time        of a bin's steps and of the online prefills in it: at most the bin; and what
+                launching the steps takes the host, too
     rows        every step's rows are online or offline; an online request gets at most one token
                 from a step; offline rows are at most what is in flight, and what the KV pool holds
                 of the rows' mean context
@@ -70,9 +71,11 @@ class BacklogMean(msgspec.Struct, frozen=True, kw_only=True):
     held_tokens: float
 
     @classmethod
-    def of(cls, requests: Iterable[tuple[int, int, int]]) -> BacklogMean:
+    def of(
+        cls, requests: Iterable[tuple[int, int, int]], *, repeated_read: float = 1.0
+    ) -> BacklogMean:
         """Of (cached, new, output) tokens of some requests; a step of a long answer counts as one
-        of a short one."""
+        of a short one. Of what is cached, a row reads so much as `repeated_read` says."""
         cached, new, output = np.array(list(requests), dtype=float).T
         middle = new + (output + 1) / 2
         steps = output.sum()
@@ -80,7 +83,7 @@ class BacklogMean(msgspec.Struct, frozen=True, kw_only=True):
             new_tokens=float(new.mean()),
             resident_tokens=float((cached * new).sum() / new.sum()),
             output_tokens=float(output.mean()),
-            context_tokens=float(((cached + middle) * output).sum() / steps),
+            context_tokens=float(((repeated_read * cached + middle) * output).sum() / steps),
             held_tokens=float((middle * output).sum() / steps),
         )
 
@@ -125,6 +128,7 @@ def ceiling(
     window_s: float,
     ttft_s: float = inf,
     tpot_s: float = inf,
+    launch_s: MeanTime = lambda _: 0.0,
     slack_requests: float = 0.0,
     bins: int = _BINS,
 ) -> Ceiling:
@@ -136,10 +140,12 @@ def ceiling(
         backlog: what the offline requests are like.
         room: what fits into a step and into the engine.
         ttft_s, tpot_s: the objectives.
+        launch_s: seconds of the host to launch a step.
         slack_requests: requests by which the window's prompts and answers may be out of proportion.
         bins: that the window is cut into.
     """
-    program = _Program(mean_s, backlog, room, window_s, bins if online else 1)
+    shapes = list(_shapes(mean_s, launch_s, backlog, room))
+    program = _Program(mean_s, shapes, backlog, room, window_s, bins if online else 1)
     unmet = _unmet(mean_s, online, room, ttft_s, tpot_s)
     for request in online:
         if request.at_s < window_s:
@@ -189,6 +195,7 @@ class _Shape(msgspec.Struct, frozen=True):
     prefill_tokens: int
     rows: int
     seconds: float
+    launch_s: float
 
 
 class _Program:
@@ -199,12 +206,18 @@ class _Program:
     """
 
     def __init__(
-        self, mean_s: MeanTime, backlog: BacklogMean, room: Room, window_s: float, bins: int
+        self,
+        mean_s: MeanTime,
+        shapes: Sequence[_Shape],
+        backlog: BacklogMean,
+        room: Room,
+        window_s: float,
+        bins: int,
     ) -> None:
         self._mean_s, self._backlog, self._room = mean_s, backlog, room
         self._bins, self._bin_s = bins, window_s / bins
         self._window_s = window_s
-        self._shapes = list(_shapes(mean_s, backlog, room))
+        self._shapes = shapes
         self._context_s = _context_s(mean_s, backlog, room)
         self._steps = bins * len(self._shapes)
         self._columns = self._steps + bins  # and one of offline decode tokens for each bin
@@ -215,6 +228,7 @@ class _Program:
         self._rows = [self._bin_row(b, lambda shape: -float(shape.rows)) for b in range(bins)]
         offline_rows = min(room.offline_rows, room.kv_tokens / backlog.held_tokens, room.rows)
         for b in range(bins):
+            self._at_most.append((self._bin_row(b, lambda shape: shape.launch_s), self._bin_s))
             self._rows[b][self._steps + b] = 1.0
             capped = self._bin_row(b, lambda shape: -offline_rows * (shape.rows > 0))
             self._at_most.append(({**capped, self._steps + b: 1.0}, 0.0))
@@ -322,7 +336,9 @@ def _matrix(rows: Sequence[tuple[dict[int, float], float]], columns: int, make: 
     return matrix, [bound for _, bound in rows]
 
 
-def _shapes(mean_s: MeanTime, backlog: BacklogMean, room: Room) -> Iterable[_Shape]:
+def _shapes(
+    mean_s: MeanTime, launch_s: MeanTime, backlog: BacklogMean, room: Room
+) -> Iterable[_Shape]:
     """The grid of steps: offline prompts of the mean length, and rows of the mean context."""
     for tokens, rows in itertools.product(_token_counts(room, backlog), _row_counts(room)):
         if not tokens and not rows:
@@ -331,7 +347,7 @@ def _shapes(mean_s: MeanTime, backlog: BacklogMean, room: Room) -> Iterable[_Sha
         work = StepWork.of(prompts)
         context = round(rows * backlog.context_tokens)
         work = work.plus(StepWork(decode_rows=rows, decode_context=context))
-        yield _Shape(tokens, rows, mean_s(work))
+        yield _Shape(tokens, rows, mean_s(work), launch_s(work))
 
 
 def _token_counts(room: Room, backlog: BacklogMean) -> list[int]:

@@ -121,12 +121,12 @@ class ConserveScheduler(StockScheduler):
         return batch
 
     def handle(self, batch: Batch, now_s: float) -> list[Request]:
-        self._learn(batch)
+        self._learn(batch, now_s)
         return super().handle(batch, now_s)
 
-    def _learn(self, batch: Batch) -> None:
-        seconds = batch.ends_s - max(batch.planned_s, self._last_end_s)
-        self._last_end_s = batch.ends_s
+    def _learn(self, batch: Batch, now_s: float) -> None:
+        seconds = now_s - max(batch.planned_s, self._last_end_s)
+        self._last_end_s = now_s
         self._in_flight = None
         if any(chunk.request.online for chunk in batch.chunks):
             self._online_s = max(seconds, self._online_s * _ONLINE_DECAY)

@@ -7,12 +7,13 @@ between its neighbours in the table, of the same regime:
     prefill    in a CUDA graph, or eager; always eager in layer slices, layer by layer
     mixed      prompts and decode rows in one step
 
-What is interpolated is the logarithm of a step's time over its roofline (the time in which the
-device could at best compute the work or read the memory that it needs): a plane through the nearest
-measured steps, in the logarithms of what they hold. The table's edge is kept where a step lies
-beyond it, so the roofline alone extrapolates; a regime in which no step was measured has the
-roofline alone. This is not the policy's own model of step times (`policy.latency`), which is what
-the simulator is there to try.
+What is interpolated is a step's time over `Costs`, a formula that is right to a tenth or so, and by
+itself where nothing was measured: the mean of the logarithms of the nearest measured steps, nearer
+ones weighing more. Beyond the edge of the table its edge is kept. This is not the policy's own model
+of step times (`policy.latency`), which is what the simulator is there to try.
+
+The host needs its own time to launch a step, `launch_s`, beside the step before it. The table holds
+the device's part.
 """
 
 from __future__ import annotations
@@ -30,13 +31,11 @@ import numpy as np
 from conserve_sgl.errors import InputError
 from conserve_sgl.policy.latency import StepKind, StepSample, StepWork
 
-__all__ = ["FORMAT", "Device", "Roofline", "StepTimes", "load_device", "shipped_devices"]
+__all__ = ["FORMAT", "Costs", "Device", "StepTimes", "load_device", "place", "shipped_devices"]
 
 FORMAT = 1
 
-_NEIGHBOURS = 12
-_RIDGE = 0.05
-"""How strongly the plane is held level: neighbours on one line say nothing across it."""
+_NEIGHBOURS = 8
 _NEAREST = 0.05
 """Distance, in doublings, below which neighbours are equally near: a table has noise of its own."""
 
@@ -51,26 +50,32 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pass
 
 
-class Roofline(_Record, kw_only=True):
-    """What the hardware could do at best.
+class Costs(_Record, kw_only=True):
+    """Roughly what a step takes: a roofline from the hardware's data sheet, or fitted to steps.
 
     Args:
-        weights_s: reading all weights once: no step takes less.
-        token_s: computing a token's linear layers, a prompt's or a row's.
-        pair_s: attention of a prompt's token to one other.
+        least_s: reading all weights once: no step takes less.
+        token_s: computing a prompt token, beyond what reading the weights hides.
+        pair_s: attention of a prompt token to one other.
+        row_s: a decode row.
         context_s: reading a token's KV for a decode row.
+        mixed_row_s: a decode row that runs beside a prompt, on top.
     """
 
-    weights_s: Positive
+    least_s: Positive
     token_s: Positive
     pair_s: NotNegative
+    row_s: NotNegative
     context_s: NotNegative
+    mixed_row_s: NotNegative = 0.0
 
     def seconds(self, work: StepWork) -> float:
-        """Weights once or the linear layers, whichever is longer; KV and attention on top."""
-        linear_s = self.token_s * (work.prefill_tokens + work.decode_rows)
-        attention_s = self.pair_s * work.prefill_attention
-        return max(linear_s, self.weights_s) + self.context_s * work.decode_context + attention_s
+        """Weights or the prompt tokens, whichever is longer; attention and rows on top."""
+        rows_s = self.row_s * work.decode_rows + self.context_s * work.decode_context
+        if work.prefill_tokens:
+            rows_s += self.mixed_row_s * work.decode_rows
+        compute_s = max(self.token_s * work.prefill_tokens, self.least_s)
+        return compute_s + self.pair_s * work.prefill_attention + rows_s
 
 
 class Device(_Record, kw_only=True):
@@ -81,19 +86,19 @@ class Device(_Record, kw_only=True):
         gpu, model, backend, sglang: what was measured.
         source: how, in a sentence.
         layers: decoder layers of the model.
-        roofline: see there.
+        costs: see there.
         kv_bytes_per_token: of all layers.
         copy_bytes_per_s: between host and device memory, one way.
         decode_graph_rows: rows of the captured decode graphs, rising; a batch is padded to the
             next of them, and one beyond the last runs eagerly. Empty: no graphs.
         prefill_graph_tokens: the largest prefill that runs in a graph; 0: none does.
+        launch_s: of each kind of step (prefill, decode, mixed) what launching it takes the host.
         eager_layer_s: what launching one layer takes the host outside of a graph: a sliced prefill
             takes no less.
         repeated_read: what a row's reading of KV costs that another row of the step reads as well,
             a shared prefix, over that of KV which no other reads: the second finds it in a cache.
         steps: the table, of rows that share nothing. Several measurements of one shape are one step, their median.
-        noise: of each kind of step (0 prefill, 1 decode, 2 mixed) measured times over the table's,
-            as evenly spaced quantiles from the least to the greatest; none: no noise.
+        noise: of each kind of step measured times over the table's, as evenly spaced quantiles from the least to the greatest; none: no noise.
         first_runs: the same for steps of a shape that never ran before, which compile kernels.
     """
 
@@ -105,11 +110,12 @@ class Device(_Record, kw_only=True):
     sglang: str
     source: str
     layers: Count
-    roofline: Roofline
+    costs: Costs
     kv_bytes_per_token: Positive
     copy_bytes_per_s: Positive
     decode_graph_rows: Graphs = ()
     prefill_graph_tokens: Natural = 0
+    launch_s: tuple[NotNegative, NotNegative, NotNegative] = (0.0, 0.0, 0.0)
     eager_layer_s: NotNegative = 0.0
     repeated_read: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
     steps: tuple[StepSample, ...]
@@ -215,7 +221,7 @@ class StepTimes:
         for step in device.steps:
             work = device.padded(step.work)
             regimes.setdefault(device.regime(work), []).append(StepSample(work, step.seconds))
-        self._tables = {key: _Table(device.roofline, some) for key, some in regimes.items()}
+        self._tables = {key: _Table(device.costs, some) for key, some in regimes.items()}
 
     def mean_s(self, work: StepWork) -> float:
         """Seconds of a step of `work`, without noise; 0 of nothing."""
@@ -223,8 +229,8 @@ class StepTimes:
             return 0.0
         work = self.device.padded(work)
         table = self._tables.get(self.device.regime(work))
-        roofline_s = self.device.roofline.seconds(work)
-        return roofline_s if table is None else roofline_s * table.over_roofline(work)
+        rough_s = self.device.costs.seconds(work)
+        return rough_s if table is None else rough_s * table.over_costs(work)
 
     def draw_s(self, work: StepWork, repeated_context: int = 0) -> float:
         """Seconds that one such step takes, with noise; `repeated_context` tokens of its rows'
@@ -233,6 +239,14 @@ class StepTimes:
             saved = round((1 - self.device.repeated_read) * repeated_context)
             work = msgspec.structs.replace(work, decode_context=work.decode_context - saved)
         return self.mean_s(work) * self._factor(self.device.noise, work)
+
+    def launch_s(self, work: StepWork) -> float:
+        """Seconds that launching a step takes the host."""
+        return self.device.launch_s[work.kind]
+
+    def alone_s(self, work: StepWork) -> float:
+        """Mean seconds of a step beside which the host has nothing else to launch."""
+        return max(self.mean_s(work), self.launch_s(work))
 
     def first_s(self, work: StepWork) -> float:
         """Seconds that the first step of such a shape takes."""
@@ -257,42 +271,28 @@ class StepTimes:
 class _Table:
     """Measured steps of one regime."""
 
-    def __init__(self, roofline: Roofline, steps: Sequence[StepSample]) -> None:
-        self._points = np.array([_place(step.work) for step in steps])
-        ratios = [step.seconds / roofline.seconds(step.work) for step in steps]
+    def __init__(self, costs: Costs, steps: Sequence[StepSample]) -> None:
+        points = np.array([place(step.work) for step in steps])
+        ratios = [step.seconds / costs.seconds(step.work) for step in steps]
         self._heights = np.log(ratios)
-        self._low, self._high = self._points.min(axis=0), self._points.max(axis=0)
+        self._low, self._high = points.min(axis=0), points.max(axis=0)
         self._spread = np.flatnonzero(self._high > self._low)
-        self._points = self._points[:, self._spread]
+        self._points = points[:, self._spread]
 
-    def over_roofline(self, work: StepWork) -> float:
-        """The time of `work` over its roofline."""
-        at = np.clip(_place(work), self._low, self._high)[self._spread]
+    def over_costs(self, work: StepWork) -> float:
+        """The time of `work` over its costs."""
+        at = np.clip(place(work), self._low, self._high)[self._spread]
         offsets = self._points - at
-        distances = np.einsum("ij,ij->i", offsets, offsets)
-        if len(distances) > _NEIGHBOURS:
-            near = np.argpartition(distances, _NEIGHBOURS)[:_NEIGHBOURS]
-            offsets, distances, heights = offsets[near], distances[near], self._heights[near]
-        else:
-            heights = self._heights
-        return float(np.exp(_height(offsets, distances, heights)))
+        squares = np.einsum("ij,ij->i", offsets, offsets)
+        heights = self._heights
+        if len(squares) > _NEIGHBOURS:
+            near = np.argpartition(squares, _NEIGHBOURS)[:_NEIGHBOURS]
+            squares, heights = squares[near], heights[near]
+        weights = (squares + _NEAREST**2) ** -1.5
+        return float(np.exp(weights @ heights / weights.sum()))
 
 
-def _height(offsets: np.ndarray, distances: np.ndarray, heights: np.ndarray) -> float:
-    """At the origin, of the plane through points at `offsets` [n, d], the nearest most."""
-    weights = 1.0 / (distances + _NEAREST**2) ** 1.5
-    weights /= weights.sum()
-    mean = float(weights @ heights)
-    centre = weights @ offsets
-    spread = offsets - centre
-    gram = (spread * weights[:, None]).T @ spread
-    gram[np.diag_indices(len(gram))] += _RIDGE * (np.trace(gram) / max(len(gram), 1) + 1e-9)
-    slope = np.linalg.solve(gram, (spread * weights[:, None]).T @ (heights - mean))
-    at_origin = mean - float(slope @ centre)
-    return min(max(at_origin, float(heights.min())), float(heights.max()))
-
-
-def _place(work: StepWork) -> np.ndarray:
+def place(work: StepWork) -> np.ndarray:
     """Where a step lies, in doublings: tokens, tokens each of them sees, prompts, rows, context."""
     seen = work.prefill_attention / work.prefill_tokens if work.prefill_tokens else 0.0
     context = work.decode_context / work.decode_rows if work.decode_rows else 0.0

@@ -6,7 +6,8 @@ With overlap scheduling step n + 1 is planned while step n runs:
     device   ..... step n-1 ....| ..... step n ..... | step n+1
 
 so a plan does not know what the step in flight brings, and an arrival waits for that step and for
-the one behind it, which is planned already. Layer slices hold the loop: their batch starts when the
+the one behind it, which is planned already. Launching a step holds the host for the device's
+`launch_s`; a step is not over before all of it was launched. Layer slices hold the loop: their batch starts when the
 step before is handled, and the loop goes on when all but the last slice are done.
 """
 
@@ -33,7 +34,6 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     Args:
         overlap: whether steps are planned while the one before runs.
         step_s: of the event loop for one step, before the next is planned.
-        launch_s: from a plan to the beginning of the step on an idle device.
         announce_s: from an online arrival to its announcement.
         ingress_s: from an arrival to the scheduler: HTTP, tokenizing.
         egress_s: from a token's step to the client.
@@ -42,10 +42,9 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     overlap: bool = True
     step_s: float = 0.0005
-    launch_s: float = 0.0003
     announce_s: float = 0.0005
-    ingress_s: float = 0.003
-    egress_s: float = 0.001
+    ingress_s: float = 0.0045
+    egress_s: float = 0.002
     think_s: float = 0.002
 
 
@@ -173,13 +172,11 @@ class Engine:
         return self.now_s + 0.001 if self.scheduler.busy else inf
 
     def _launch(self, batch: Batch) -> None:
-        began_s = max(self.now_s + self.host.launch_s, self._free_s)
-        self._runs(batch, began_s, self.times.draw_s(batch.work, batch.repeated_context))
-
-    def _runs(self, batch: Batch, began_s: float, seconds: float) -> None:
-        batch.began_s, batch.ends_s = began_s, began_s + seconds
-        self._free_s = batch.ends_s
-        self._note(batch, began_s)
+        batch.began_s = max(self.now_s, self._free_s)
+        seconds = self.times.draw_s(batch.work, batch.repeated_context)
+        self.now_s += self.times.launch_s(batch.work)
+        batch.ends_s = self._free_s = max(batch.began_s + seconds, self.now_s)
+        self._note(batch, batch.began_s)
 
     def _note(self, batch: Batch, began_s: float) -> None:
         self.steps += 1
@@ -193,10 +190,12 @@ class Engine:
     def _handle(self, batch: Batch | None) -> None:
         if batch is None:
             return
-        self.now_s = max(self.now_s, batch.ends_s) + self.host.step_s
-        for request in self.scheduler.handle(batch, batch.ends_s):
+        self.now_s = max(self.now_s, batch.ends_s)
+        sent_s = self.now_s + self.host.egress_s
+        for request in self.scheduler.handle(batch, self.now_s):
             if not request.online:
-                self._next_of_backlog(batch.ends_s + self.host.egress_s + self.host.think_s)
+                self._next_of_backlog(sent_s + self.host.think_s)
+        self.now_s += self.host.step_s
 
     # --------------------------------------------------------------------- layer slices
 
@@ -211,7 +210,7 @@ class Engine:
         scheduler.resumed(batch)
         until_s = scheduler.slices_end_s(self.now_s)
         layer_s = self.times.draw_layer_s(batch.work)
-        ends_s = max(self.now_s + self.host.launch_s, self._free_s)
+        ends_s = max(self.now_s, self._free_s)
         began_s = ends_s
         while batch.layers < scheduler.layers:
             self._announce(self.now_s)

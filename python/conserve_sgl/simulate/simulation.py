@@ -6,6 +6,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping
+from math import inf
 
 import msgspec
 
@@ -101,7 +102,10 @@ class Simulator:
         shapes = backlog.shapes([simulation.seed, OFFLINE_DRAW])
         some = itertools.islice(shapes, _BACKLOG_SAMPLE)
         cached = backlog.prefix_tokens
-        mean = BacklogMean.of((cached, s.prompt_tokens, s.output_tokens) for s in some)
+        mean = BacklogMean.of(
+            ((cached, s.prompt_tokens, s.output_tokens) for s in some),
+            repeated_read=simulation.device.repeated_read,
+        )
         limits = simulation.flags.limits
         room = Room(
             chunk_tokens=limits.chunk_tokens,
@@ -110,17 +114,16 @@ class Simulator:
             kv_tokens=max(limits.kv_tokens - cached * backlog.prefix_groups, 1),
             graph_rows=simulation.device.decode_graph_rows,
         )
-        if slo is None:
-            times = StepTimes(simulation.device)
-            return ceiling(times.mean_s, (), mean, room, window_s=load.duration_s)
+        times = StepTimes(simulation.device)
         return ceiling(
-            StepTimes(simulation.device).mean_s,
-            self._stream(),
+            times.mean_s,
+            () if slo is None else self._stream(),
             mean,
             room,
             window_s=load.duration_s,
-            ttft_s=slo.ttft_ms / 1e3,
-            tpot_s=slo.tpot_ms / 1e3,
+            ttft_s=inf if slo is None else slo.ttft_ms / 1e3,
+            tpot_s=inf if slo is None else slo.tpot_ms / 1e3,
+            launch_s=times.launch_s,
         )
 
     def _stream(self) -> list[OnlineRequest]:
