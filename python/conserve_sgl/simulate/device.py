@@ -7,10 +7,10 @@ between its neighbours in the table, of the same regime:
     prefill    in a CUDA graph, or eager; always eager in layer slices, layer by layer
     mixed      prompts and decode rows in one step
 
-What is interpolated is a step's time over `Costs`, a formula that is right to a tenth or so, and by
-itself where nothing was measured: the mean of the logarithms of the nearest measured steps, nearer
-ones weighing more. Beyond the edge of the table its edge is kept. This is not the policy's own model
-of step times (`policy.latency`), which is what the simulator is there to try.
+What is interpolated is a step's time over `Costs`, a formula that is right to a tenth or so and
+stands by itself where nothing was measured: the mean of the logarithms of the nearest measured
+steps, nearer ones weighing more. Beyond the edge of the table its edge is kept. This is not the
+policy's own model of step times (`policy.latency`), which is what the simulator is there to try.
 
 The host needs its own time to launch a step, `launch_s`, beside the step before it. The table holds
 the device's part.
@@ -97,8 +97,10 @@ class Device(_Record, kw_only=True):
             takes no less.
         repeated_read: what a row's reading of KV costs that another row of the step reads as well,
             a shared prefix, over that of KV which no other reads: the second finds it in a cache.
-        steps: the table, of rows that share nothing. Several measurements of one shape are one step, their median.
-        noise: of each kind of step measured times over the table's, as evenly spaced quantiles from the least to the greatest; none: no noise.
+        steps: the table, of rows that share nothing. Several measurements of one shape are one
+            step, their median.
+        noise: of each kind of step measured times over the table's, as evenly spaced quantiles
+            from the least to the greatest; none: no noise.
         first_runs: the same for steps of a shape that never ran before, which compile kernels.
     """
 

@@ -7,8 +7,9 @@ With overlap scheduling step n + 1 is planned while step n runs:
 
 so a plan does not know what the step in flight brings, and an arrival waits for that step and for
 the one behind it, which is planned already. Launching a step holds the host for the device's
-`launch_s`; a step is not over before all of it was launched. Layer slices hold the loop: their batch starts when the
-step before is handled, and the loop goes on when all but the last slice are done.
+`launch_s`; a step is not over before all of it was launched. Layer slices hold the loop: their
+batch starts when the step before is handled, and the loop goes on when all but the last slice are
+done.
 """
 
 from __future__ import annotations

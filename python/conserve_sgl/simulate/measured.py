@@ -7,7 +7,7 @@ be the host's, the table holds what the costs say, which are fitted to steps tha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median, median_low
 
 import msgspec
@@ -135,37 +135,33 @@ def _fitted(rough: Costs, steps: Sequence[StepSample]) -> Costs:
     costs = rough
     if decodes := of_kind[StepKind.DECODE]:
         least_s = float(np.quantile([s.seconds for s in decodes], _LEAST))
-        row_s, context_s = _solved(
-            decodes, lambda w: least_s, lambda w: (w.decode_rows, w.decode_context)
-        )
+        rest = [s.seconds - least_s for s in decodes]
+        parts = [(s.work.decode_rows, s.work.decode_context) for s in decodes]
+        row_s, context_s = _solved(decodes, rest, parts)
         costs = msgspec.structs.replace(costs, least_s=least_s, row_s=row_s, context_s=context_s)
     if prefills := of_kind[StepKind.PREFILL]:
-        (token_s, pair_s) = _solved(
-            [s for s in prefills if s.work.prefill_tokens >= _LARGE_PREFILL_TOKENS] or prefills,
-            lambda w: 0.0,
-            lambda w: (w.prefill_tokens, w.prefill_attention),
-        )
-        token_s = token_s or rough.token_s
-        costs = msgspec.structs.replace(costs, token_s=token_s, pair_s=pair_s)
+        large = [s for s in prefills if s.work.prefill_tokens >= _LARGE_PREFILL_TOKENS] or prefills
+        parts = [(s.work.prefill_tokens, s.work.prefill_attention) for s in large]
+        token_s, pair_s = _solved(large, [s.seconds for s in large], parts)
+        costs = msgspec.structs.replace(costs, token_s=token_s or rough.token_s, pair_s=pair_s)
     if mixed := of_kind[StepKind.MIXED]:
-        (mixed_row_s,) = _solved(mixed, costs.seconds, lambda w: (w.decode_rows,))
-        costs = msgspec.structs.replace(costs, mixed_row_s=mixed_row_s)
+        rest = [s.seconds - costs.seconds(s.work) for s in mixed]
+        (row_s,) = _solved(mixed, rest, [(s.work.decode_rows,) for s in mixed])
+        costs = msgspec.structs.replace(costs, mixed_row_s=row_s)
     return costs
 
 
 def _solved(
-    steps: Sequence[StepSample],
-    known_s: Callable[[StepWork], float],
-    features: Callable[[StepWork], tuple[float, ...]],
+    steps: Sequence[StepSample], seconds: Sequence[float], parts: Sequence[tuple[float, ...]]
 ) -> list[float]:
-    """Costs, none negative, of what `known_s` leaves of the steps' times; errors are relative."""
+    """Costs of the `parts`, none negative, that make up the `seconds` of each of `steps`; errors
+    count relatively to the whole step."""
     from scipy.optimize import nnls
 
     weights = np.array([1 / s.seconds for s in steps])
-    rows = np.array([features(s.work) for s in steps], dtype=float)
-    rest = np.array([max(s.seconds - known_s(s.work), 0.0) for s in steps])
-    scale = np.maximum(np.abs(rows).max(axis=0), 1e-12)
-    costs, _ = nnls(rows / scale * weights[:, None], rest * weights)
+    rows = np.array(parts, dtype=float)
+    scale = np.maximum(rows.max(axis=0), 1e-12)  # a step's features differ by six magnitudes
+    costs, _ = nnls(rows / scale * weights[:, None], np.maximum(seconds, 0.0) * weights)
     return (costs / scale).tolist()
 
 
