@@ -10,8 +10,8 @@ of the grid's: the grid holds every graph size.
     time        of a bin's steps and of the online prefills in it: at most the bin; and what
                 launching the steps takes the host, too
     rows        every step's rows are online or offline; an online request gets at most one token
-                from a step; offline rows are at most what is in flight, and what the KV pool holds
-                of the rows' mean context
+                from a step, told apart by how many rows the step has; offline rows are at most what
+                is in flight, and what the KV pool holds of the rows' mean context
     TTFT        an online prompt is computed between its arrival and its objective, at the least
                 time that it takes on the device: alone, its share of a batch of such prompts, or
                 riding with rows, whichever is least
@@ -40,8 +40,10 @@ __all__ = ["BacklogMean", "Ceiling", "OnlineRequest", "Room", "ceiling"]
 
 MeanTime = Callable[[StepWork], float]
 
-_BINS = 90
-"""Of a window: each is well above a request's wait, and the program takes a second or two."""
+_BINS = 60
+"""Of a window: the program takes some seconds."""
+
+_LEVEL_ROWS = 32
 
 
 class OnlineRequest(msgspec.Struct, frozen=True):
@@ -201,8 +203,8 @@ class _Shape(msgspec.Struct, frozen=True):
 class _Program:
     """The linear program, column by column.
 
-    Columns of a bin: steps of each shape; its offline decode tokens. Columns of a request: its
-    tokens in each bin of its time, the share of its prompt in each.
+    Columns of a bin: steps of each shape; offline decode tokens, for each level of rows. Columns of
+    a request: its tokens in each bin of its time and each level, the share of its prompt in each.
     """
 
     def __init__(
@@ -219,23 +221,40 @@ class _Program:
         self._window_s = window_s
         self._shapes = shapes
         self._context_s = _context_s(mean_s, backlog, room)
-        self._steps = bins * len(self._shapes)
-        self._columns = self._steps + bins  # and one of offline decode tokens for each bin
+        self._levels = sorted({_level(shape.rows) for shape in shapes if shape.rows})
+        self._columns = bins * len(shapes)
         self._cost = [0.0] * self._columns
         self._at_most: list[tuple[dict[int, float], float]] = []
         self._equal: list[tuple[dict[int, float], float]] = []
-        self._time = [self._bin_row(b, lambda shape: shape.seconds) for b in range(bins)]
-        self._rows = [self._bin_row(b, lambda shape: -float(shape.rows)) for b in range(bins)]
+        self._time = [self._of_shapes(b, lambda shape: shape.seconds) for b in range(bins)]
+        self._rows: dict[tuple[int, int], dict[int, float]] = {}
+        self._offline: list[int] = []
         offline_rows = min(room.offline_rows, room.kv_tokens / backlog.held_tokens, room.rows)
         for b in range(bins):
-            self._at_most.append((self._bin_row(b, lambda shape: shape.launch_s), self._bin_s))
-            self._rows[b][self._steps + b] = 1.0
-            capped = self._bin_row(b, lambda shape: -offline_rows * (shape.rows > 0))
-            self._at_most.append(({**capped, self._steps + b: 1.0}, 0.0))
+            launches = self._of_shapes(b, lambda shape: shape.launch_s)
+            self._at_most.append((launches, self._bin_s))
+            for level in self._levels:
+                self._add_level(b, level, offline_rows)
 
-    def _bin_row(self, b: int, value: Callable[[_Shape], float]) -> dict[int, float]:
+    def _add_level(self, b: int, level: int, offline_rows: float) -> None:
+        column = self._column()
+        self._offline.append(column)
+        rows = self._of_shapes(b, lambda shape: -float(shape.rows), level)
+        self._rows[b, level] = {**rows, column: 1.0}
+        capped = self._of_shapes(b, lambda _: -offline_rows, level)
+        self._at_most.append(({**capped, column: 1.0}, 0.0))
+
+    def _of_shapes(
+        self, b: int, value: Callable[[_Shape], float], level: int | None = None
+    ) -> dict[int, float]:
+        """What the steps of a bin sum up to, of one level of rows or of all."""
         first = b * len(self._shapes)
-        return {first + i: v for i, shape in enumerate(self._shapes) if (v := value(shape))}
+        chosen = (
+            (i, shape)
+            for i, shape in enumerate(self._shapes)
+            if level is None or (shape.rows and _level(shape.rows) == level)
+        )
+        return {first + i: v for i, shape in chosen if (v := value(shape))}
 
     def _column(self) -> int:
         self._columns += 1
@@ -248,36 +267,44 @@ class _Program:
         prefill_s = _least_prefill_s(self._mean_s, request, self._room)
         in_time = _alone_s(self._mean_s, request, self._room) <= ttft_s
         first_s = request.at_s + ttft_s if in_time else inf
-        self._spread(1.0, request.at_s, first_s, prefill_s, per_step=False)
-        if tokens <= 0:
-            return
-        last_s = first_s + tokens * max(tpot_s, self._least_step_s)
-        context = request.prompt_tokens + (tokens + 1) / 2
-        extra_s = self._context_s * (context - self._backlog.context_tokens)
-        self._spread(float(tokens), request.at_s, last_s, extra_s, per_step=True)
-
-    @property
-    def _least_step_s(self) -> float:
-        return min(shape.seconds for shape in self._shapes if shape.rows)
-
-    def _spread(
-        self, amount: float, from_s: float, to_s: float, seconds: float, *, per_step: bool
-    ) -> None:
-        """`amount` in the bins between two times, each unit taking `seconds`; where the time goes
-        beyond the window, what is left of it may stay undone."""
-        first = min(floor(from_s / self._bin_s), self._bins - 1)
-        last = min(ceil(min(to_s, self._window_s) / self._bin_s), self._bins)
         parts = {}
-        for b in range(first, max(last, first + 1)):
+        for b in self._bins_between(request.at_s, first_s):
             column = self._column()
             parts[column] = 1.0
-            self._time[b][column] = seconds
-            if per_step:
-                self._rows[b][column] = 1.0
-                steps = self._bin_row(b, lambda shape: -float(shape.rows > 0))
-                self._at_most.append(({**steps, column: 1.0}, 0.0))
-        if to_s > self._window_s:
-            parts[self._column()] = 1.0  # after the window
+            self._time[b][column] = prefill_s
+        self._whole(parts, 1.0, inf if first_s > self._window_s else 0.0)
+        if tokens > 0:
+            step_s = min(shape.seconds for shape in self._shapes if shape.rows)
+            last_s = first_s + tokens * max(tpot_s, step_s)
+            after = max(last_s - self._window_s, 0.0) / step_s
+            self._whole(self._tokens(request, last_s), float(tokens), after)
+
+    def _tokens(self, request: OnlineRequest, last_s: float) -> dict[int, float]:
+        """Columns of the tokens after the first: of a step at most one."""
+        context = request.prompt_tokens + request.output_tokens / 2
+        extra_s = self._context_s * (context - self._backlog.context_tokens)
+        parts = {}
+        for b, level in itertools.product(self._bins_between(request.at_s, last_s), self._levels):
+            column = self._column()
+            parts[column] = 1.0
+            self._time[b][column] = extra_s
+            self._rows[b, level][column] = 1.0
+            steps = self._of_shapes(b, lambda _: -1.0, level)
+            self._at_most.append(({**steps, column: 1.0}, 0.0))
+        return parts
+
+    def _bins_between(self, from_s: float, to_s: float) -> range:
+        first = min(floor(from_s / self._bin_s), self._bins - 1)
+        last = min(ceil(min(to_s, self._window_s) / self._bin_s), self._bins)
+        return range(first, max(last, first + 1))
+
+    def _whole(self, parts: dict[int, float], amount: float, after: float) -> None:
+        """`parts` add up to `amount`, but for what may be done `after` the window."""
+        if after:
+            late = self._column()
+            parts[late] = 1.0
+            if after < amount:
+                self._at_most.append(({late: 1.0}, after))
         self._equal.append((parts, amount))
 
     def solve(self, slack_requests: float) -> float | None:
@@ -285,9 +312,8 @@ class _Program:
         from scipy.optimize import linprog
         from scipy.sparse import csr_array
 
-        for b in range(self._bins):
-            self._at_most.append((self._time[b], self._bin_s))
-            self._at_most.append((self._rows[b], 0.0))
+        self._at_most += [(row, self._bin_s) for row in self._time]
+        self._at_most += [(row, 0.0) for row in self._rows.values()]
         self._keep_proportion(slack_requests)
         self._value()
         upper, upper_at = _matrix(self._at_most, self._columns, csr_array)
@@ -304,13 +330,10 @@ class _Program:
 
     def _keep_proportion(self, slack_requests: float) -> None:
         """Prompts over answers as in the backlog, in the whole window."""
-        prompts = {
-            b * len(self._shapes) + i: float(shape.prefill_tokens)
-            for b in range(self._bins)
-            for i, shape in enumerate(self._shapes)
-            if shape.prefill_tokens
-        }
-        answers = {self._steps + b: 1.0 for b in range(self._bins)}
+        prompts: dict[int, float] = {}
+        for b in range(self._bins):
+            prompts |= self._of_shapes(b, lambda shape: float(shape.prefill_tokens))
+        answers = dict.fromkeys(self._offline, 1.0)
         backlog = self._backlog
         # The first token of an answer comes with its prompt.
         decoded = max(backlog.output_tokens - 1, 1e-9)
@@ -320,12 +343,12 @@ class _Program:
             self._at_most.append((row, slack_requests))
 
     def _value(self) -> None:
-        backlog = self._backlog
-        of_prompt = 1.0 + 1.0 / backlog.new_tokens  # with the first token of the answer
+        of_prompt = 1.0 + 1.0 / self._backlog.new_tokens  # with the first token of the answer
         for b in range(self._bins):
-            for i, shape in enumerate(self._shapes):
-                self._cost[b * len(self._shapes) + i] = -of_prompt * shape.prefill_tokens
-            self._cost[self._steps + b] = -1.0
+            for column, tokens in self._of_shapes(b, lambda shape: shape.prefill_tokens).items():
+                self._cost[column] = -of_prompt * tokens
+        for column in self._offline:
+            self._cost[column] = -1.0
 
 
 def _matrix(rows: Sequence[tuple[dict[int, float], float]], columns: int, make: Callable) -> tuple:
@@ -340,28 +363,47 @@ def _shapes(
     mean_s: MeanTime, launch_s: MeanTime, backlog: BacklogMean, room: Room
 ) -> Iterable[_Shape]:
     """The grid of steps: offline prompts of the mean length, and rows of the mean context."""
-    for tokens, rows in itertools.product(_token_counts(room, backlog), _row_counts(room)):
-        if not tokens and not rows:
-            continue
-        prompts = _prompts(tokens, backlog)
-        work = StepWork.of(prompts)
-        context = round(rows * backlog.context_tokens)
-        work = work.plus(StepWork(decode_rows=rows, decode_context=context))
-        yield _Shape(tokens, rows, mean_s(work), launch_s(work))
+    rows_alone = [_shape(mean_s, launch_s, backlog, 0, rows) for rows in _row_counts(room) if rows]
+    yield from rows_alone
+    for tokens in _token_counts(room):
+        alone = _shape(mean_s, launch_s, backlog, tokens, 0)
+        yield alone
+        for beside in rows_alone:
+            mixed = _shape(mean_s, launch_s, backlog, tokens, beside.rows)
+            # Else two steps do the same, and sooner.
+            if mixed.seconds < alone.seconds + beside.seconds:
+                yield mixed
 
 
-def _token_counts(room: Room, backlog: BacklogMean) -> list[int]:
+def _shape(
+    mean_s: MeanTime, launch_s: MeanTime, backlog: BacklogMean, tokens: int, rows: int
+) -> _Shape:
+    context = round(rows * backlog.context_tokens)
+    work = StepWork.of(_prompts(tokens, backlog) if tokens else ())
+    work = work.plus(StepWork(decode_rows=rows, decode_context=context))
+    return _Shape(tokens, rows, mean_s(work), launch_s(work))
+
+
+def _token_counts(room: Room) -> list[int]:
     doubling = [1 << i for i in range(5, room.chunk_tokens.bit_length())]
-    whole = [round(k * backlog.new_tokens) for k in (1, 2, 3, 4)]
-    counts = {0, room.chunk_tokens, *doubling, *(3 * n // 2 for n in doubling), *whole}
+    counts = {room.chunk_tokens, *doubling, *(3 * n // 2 for n in doubling if 64 <= n <= 512)}
     return sorted(n for n in counts if n <= room.chunk_tokens)
 
 
 def _row_counts(room: Room) -> list[int]:
     graphs = [rows for rows in room.graph_rows if rows <= room.rows]
-    some = graphs or [*range(min(room.rows, 8)), *range(8, room.rows, max(room.rows // 32, 1))]
-    thinned = [rows for rows in some if rows <= 64 or rows % 16 == 0]
-    return sorted({0, 1, *thinned, room.rows})
+    some = graphs or range(min(room.rows, 8) + 1)
+    return sorted({1, *(rows for rows in some if _is_kept(rows)), room.rows})
+
+
+def _is_kept(rows: int) -> bool:
+    return rows <= 16 or (rows <= 64 and not rows % 16) or not rows % 32
+
+
+def _level(rows: int) -> int:
+    """Steps of so many rows and of a few more are one level: beyond it, every online request finds
+    a row in each."""
+    return min(rows, _LEVEL_ROWS)
 
 
 def _prompts(tokens: int, backlog: BacklogMean) -> list[tuple[int, int]]:
