@@ -352,6 +352,41 @@ def simulate(
     )
 
 
+@app.command()
+def device(
+    steps: Annotated[
+        list[Path],
+        typer.Argument(help="Logs of steps (CONSERVE_STEP_LOG, CONSERVE_PROFILE_GRID)."),
+    ],
+    out: Annotated[Path, typer.Option(help="Gets the device, .json.")],
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="The engine's latency profile. Default: the newest that is stored."),
+    ] = None,
+    kv_bytes: Annotated[
+        float | None,
+        typer.Option(min=1, help="KV of a token, all layers. Default: the model's configuration."),
+    ] = None,
+    copy_gb_s: Annotated[
+        float, typer.Option(min=0.1, help="Between host and device memory, GB/s.")
+    ] = 25.0,
+) -> None:
+    """Make a device for `conserve simulate` of the steps that a server logged.
+
+    Exit code 0: written. 2: bad input, nothing was written.
+    """
+    from conserve_sgl.profile import ProfileStore
+    from conserve_sgl.simulate.make import make_device, write_device
+
+    path = profile or ProfileStore.of_environment().find([])
+    made = make_device(
+        steps, path, name=out.stem, kv_bytes=kv_bytes, copy_bytes_per_s=copy_gb_s * 1e9
+    )
+    write_device(made, out)
+    kinds = f"{len(made.steps)} shapes of {made.model} on {made.gpu}"
+    Console().print(f"{out}: {kinds}", soft_wrap=True, highlight=False, markup=False)
+
+
 @app.command(context_settings=_PASS_ON)
 def doctor(context: typer.Context, config: ConfigOption = None) -> None:
     """Check this installation: conserve doctor [--config FILE] [-- SGLANG FLAGS].

@@ -48,7 +48,6 @@ class _File(_Config, kw_only=True):
     conserve: dict[str, Any] = {}
     server: _Server = _Server()
     host: Host = Host()
-    cold_profile: bool = False
     online: OnlineConfig
     offline: OfflineLoad
     dial: tuple[_Objectives, ...] = ()
@@ -88,7 +87,6 @@ class Simulation(msgspec.Struct, frozen=True, kw_only=True):
         device: read and checked.
         flags: of a server without flags of a system's own.
         host: what happens beside the device.
-        cold_profile: whether conserve's profile is measured on shapes that never ran before.
         online, offline: the load.
         runs: online-only and offline-only first, then the systems, then the dial.
     """
@@ -98,7 +96,6 @@ class Simulation(msgspec.Struct, frozen=True, kw_only=True):
     device: Device
     flags: ServerFlags
     host: Host
-    cold_profile: bool
     online: OnlineConfig
     offline: OfflineLoad
     runs: tuple[SystemRun, ...]
@@ -146,7 +143,6 @@ def load_simulation(
         device=_device(path, device or file.device),
         flags=_flags(path, "server.flags", file.server.flags),
         host=file.host,
-        cold_profile=file.cold_profile,
         online=online,
         offline=file.offline,
         runs=tuple(_runs(path, file, given, systems)),

@@ -101,7 +101,6 @@ class Device(_Record, kw_only=True):
             step, their median.
         noise: of each kind of step measured times over the table's, as evenly spaced quantiles
             from the least to the greatest; none: no noise.
-        first_runs: the same for steps of a shape that never ran before, which compile kernels.
     """
 
     format: int = FORMAT
@@ -122,15 +121,14 @@ class Device(_Record, kw_only=True):
     repeated_read: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
     steps: tuple[StepSample, ...]
     noise: tuple[tuple[Positive, ...], ...] = ((), (), ())
-    first_runs: tuple[tuple[Positive, ...], ...] = ((), (), ())
 
     def __post_init__(self) -> None:
         if self.format != FORMAT:
             raise ValueError(f"a device of format {self.format}, not {FORMAT}")
         if list(self.decode_graph_rows) != sorted(set(self.decode_graph_rows)):
             raise ValueError("decode_graph_rows do not rise")
-        if len(self.noise) != len(StepKind) or len(self.first_runs) != len(StepKind):
-            raise ValueError("noise and first_runs have a list for prefill, decode and mixed each")
+        if len(self.noise) != len(StepKind):
+            raise ValueError("noise: needs a list each for prefill, decode and mixed steps")
         for i, step in enumerate(self.steps):
             check_step(step, f"steps[{i}]")
 
@@ -240,28 +238,25 @@ class StepTimes:
         if repeated_context:
             saved = round((1 - self.device.repeated_read) * repeated_context)
             work = msgspec.structs.replace(work, decode_context=work.decode_context - saved)
-        return self.mean_s(work) * self._factor(self.device.noise, work)
+        return self.mean_s(work) * self._noise(work)
 
     def launch_s(self, work: StepWork) -> float:
         """Seconds that launching a step takes the host."""
         return self.device.launch_s[work.kind]
 
-    def alone_s(self, work: StepWork) -> float:
-        """Mean seconds of a step beside which the host has nothing else to launch."""
-        return max(self.mean_s(work), self.launch_s(work))
-
-    def first_s(self, work: StepWork) -> float:
-        """Seconds that the first step of such a shape takes."""
-        return self.mean_s(work) * self._factor(self.device.first_runs, work)
+    def measure_s(self, work: StepWork) -> float:
+        """Seconds that one such step takes among its like: the device's or the host's, whichever
+        is longer."""
+        return max(self.draw_s(work), self.launch_s(work))
 
     def draw_layer_s(self, work: StepWork) -> float:
         """Seconds of one layer of a prefill that runs in layer slices, with noise."""
         layer_s = self.mean_s(work) / self.device.layers
         layer_s = max(layer_s, self.device.eager_layer_s)
-        return layer_s * self._factor(self.device.noise, work)
+        return layer_s * self._noise(work)
 
-    def _factor(self, quantiles: Sequence[Sequence[float]], work: StepWork) -> float:
-        of_kind = quantiles[work.kind]
+    def _noise(self, work: StepWork) -> float:
+        of_kind = self.device.noise[work.kind]
         if self._random is None or not of_kind:
             return 1.0
         place = self._random.random() * (len(of_kind) - 1)

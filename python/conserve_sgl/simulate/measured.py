@@ -175,7 +175,7 @@ def _noise(
     factors: dict[StepKind, list[float]] = {kind: [] for kind in StepKind}
     for cell in cells:
         for sample in cell:
-            factors[sample.work.kind].append(sample.seconds / times.alone_s(sample.work))
+            factors[sample.work.kind].append(sample.seconds / times.measure_s(sample.work))
     return tuple(_quantiles(factors[kind]) for kind in StepKind)
 
 

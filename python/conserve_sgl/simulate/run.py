@@ -81,7 +81,6 @@ def run_system(
     offline: bool = True,
     hicache: bool = True,
     host: Host = Host(),  # noqa: B008
-    cold_profile: bool = False,
     make_policy: MakePolicy | None = None,
     on_step: Callable[[Step], None] = lambda _: None,
     on_time: Callable[[float], None] = lambda _: None,
@@ -95,16 +94,13 @@ def run_system(
         conserve: the configuration of conserve; None: stock SGLang with the flags `stock`.
         hicache: whether conserve keeps checkpoints on the host.
         host: what happens beside the device.
-        cold_profile: whether the profile is measured on shapes that never ran before.
         make_policy: a policy instead of conserve's own.
         on_step, on_time: see `Engine`.
     """
     times = StepTimes(device, load.seed)
     scheduler = StockScheduler(limits, stock)
     if conserve is not None:
-        latency = LatencyModel(
-            measure_profile(times, limits, cold=cold_profile), layers=device.layers
-        )
+        latency = LatencyModel(measure_profile(times, limits), layers=device.layers)
         scheduler = ConserveScheduler(
             limits,
             conserve,
@@ -146,9 +142,8 @@ def run_system(
     )
 
 
-def measure_profile(times: StepTimes, limits: Limits, *, cold: bool = False) -> list[StepSample]:
+def measure_profile(times: StepTimes, limits: Limits) -> list[StepSample]:
     """The steps that `conserve profile` would measure on the device."""
-    measure = times.first_s if cold else times.draw_s
     plan = plan_profile(
         ProfileLimits(
             chunk_tokens=limits.chunk_tokens,
@@ -158,7 +153,7 @@ def measure_profile(times: StepTimes, limits: Limits, *, cold: bool = False) -> 
         )
     )
     works = (_grown(shape.work, step) for shape in plan for step in range(shape.steps))
-    return [StepSample(work, measure(work)) for work in works]
+    return [StepSample(work, times.measure_s(work)) for work in works]
 
 
 def _grown(work: StepWork, steps: int) -> StepWork:

@@ -78,7 +78,6 @@ class Simulator:
             offline=system.load != "online",
             hicache=run.flags.hicache,
             host=msgspec.structs.replace(self.simulation.host, overlap=run.flags.overlap),
-            cold_profile=self.simulation.cold_profile,
             on_time=on_time,
         )
         if self._online_only is None and system.is_online_baseline:
