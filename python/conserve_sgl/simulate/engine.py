@@ -96,6 +96,7 @@ class Engine:
         self._backlog = backlog or iter(())
         self._free_s = self.now_s
         self._running: Batch | None = None
+        self._last: Batch | None = None  # what the scheduler formed before; it may be handled
         self._announced = deque(sorted(online, key=lambda r: r.due_s))
         self._entering: list[tuple[float, int, Request]] = []
         self._entered = 0
@@ -135,24 +136,23 @@ class Engine:
 
     def run(self, until_s: float = inf, *, stop: Callable[[], bool] = lambda: False) -> None:
         """Run to `until_s`, until `stop` says so, or until nothing is left to do."""
-        last: Batch | None = None
         while self.now_s < until_s and not stop():
             self._on_time(self.now_s)
             self._arrive(self.now_s)
-            batch = self.scheduler.next_batch(self.now_s, last)
+            batch = self.scheduler.next_batch(self.now_s, self._last)
             if batch is None and self._running is None:
-                last = None
+                self._last = None
                 if not self._wait():
                     return
             elif batch is not None and self._in_slices(batch):
                 self._handle_running()
-                last = self._run_slices(batch)
+                self._last = self._run_slices(batch)
             else:
                 if batch is not None:
                     self._launch(batch)
                 before, self._running = self._running, batch
                 self._handle(before)
-                last = batch
+                self._last = batch
                 if not self.host.overlap:
                     self._handle_running()
 

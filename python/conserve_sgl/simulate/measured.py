@@ -145,7 +145,8 @@ def _fitted(rough: Costs, steps: Sequence[StepSample]) -> Costs:
         token_s, pair_s = _solved(large, [s.seconds for s in large], parts)
         costs = msgspec.structs.replace(costs, token_s=token_s or rough.token_s, pair_s=pair_s)
     if mixed := of_kind[StepKind.MIXED]:
-        rest = [s.seconds - costs.seconds(s.work) for s in mixed]
+        alike = msgspec.structs.replace(costs, mixed_row_s=0.0)
+        rest = [s.seconds - alike.seconds(s.work) for s in mixed]
         (row_s,) = _solved(mixed, rest, [(s.work.decode_rows,) for s in mixed])
         costs = msgspec.structs.replace(costs, mixed_row_s=row_s)
     return costs
@@ -183,5 +184,6 @@ def _quantiles(factors: Sequence[float]) -> tuple[float, ...]:
     if len(factors) < _FEWEST:
         return ()
     values = np.array(factors) / np.median(factors)
-    values = np.quantile(values[values < _LONGEST], np.linspace(*_RANGE, _QUANTILES))
+    values = values[(values > 1 / _LONGEST) & (values < _LONGEST)]
+    values = np.quantile(values, np.linspace(*_RANGE, _QUANTILES))
     return tuple(float(f"{value:.4g}") for value in values)
