@@ -40,8 +40,8 @@ __all__ = ["BacklogMean", "Ceiling", "OnlineRequest", "Room", "ceiling"]
 
 MeanTime = Callable[[StepWork], float]
 
-_BINS = 60
-"""Of a window: the program takes some seconds."""
+_BIN_S, _MOST_BINS = 0.75, 60
+"""Of a window: the program then takes some seconds. Longer bins only loosen the bound."""
 
 _LEVEL_ROWS = 32
 
@@ -132,7 +132,7 @@ def ceiling(
     tpot_s: float = inf,
     launch_s: MeanTime = lambda _: 0.0,
     slack_requests: float = 0.0,
-    bins: int = _BINS,
+    bins: int | None = None,
 ) -> Ceiling:
     """The bound for a window of `window_s` seconds; see the module's text.
 
@@ -144,8 +144,9 @@ def ceiling(
         ttft_s, tpot_s: the objectives.
         launch_s: seconds of the host to launch a step.
         slack_requests: requests by which the window's prompts and answers may be out of proportion.
-        bins: that the window is cut into.
+        bins: that the window is cut into; as many as are good for it if not given.
     """
+    bins = bins or min(ceil(window_s / _BIN_S), _MOST_BINS)
     shapes = list(_shapes(mean_s, launch_s, backlog, room))
     program = _Program(mean_s, shapes, backlog, room, window_s, bins if online else 1)
     unmet = _unmet(mean_s, online, room, ttft_s, tpot_s)

@@ -18,10 +18,12 @@ from conserve_sgl.simulate.engine import Host
 from conserve_sgl.simulate.flags import ServerFlags
 from conserve_sgl.strict_yaml import load_yaml
 
-__all__ = ["ONLINE_ONLY", "Simulation", "SystemRun", "load_simulation"]
+__all__ = ["Simulation", "SystemRun", "load_simulation"]
 
-ONLINE_ONLY = SystemConfig(name="online-only", kind="stock", load="online")
-OFFLINE_ONLY = SystemConfig(name="offline-only", kind="stock", load="offline")
+_BASELINES = (
+    SystemConfig(name="online-only", kind="stock", load="online"),
+    SystemConfig(name="offline-only", kind="stock", load="offline"),
+)
 
 
 class _Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -174,10 +176,18 @@ def _runs(
         if only and system.name not in only and not baseline:
             continue
         runs.append(_run(path, f"systems[{i}]", file, system, given))
-    for baseline in (OFFLINE_ONLY, ONLINE_ONLY):
+    for baseline in _BASELINES:
         if not any(_stands_for(run.system, baseline) for run in runs):
-            runs.insert(0, _run(path, "server", file, baseline, given))
+            runs.append(_run(path, "server", file, baseline, given))
+    runs.sort(key=_place)
     return runs + _dial(path, file, runs)
+
+
+def _place(run: SystemRun) -> int:
+    """The baselines first: relative objectives and shares are of them."""
+    if run.system.is_online_baseline:
+        return 0
+    return 1 if run.system.is_offline_ceiling else 2
 
 
 def _stands_for(system: SystemConfig, baseline: SystemConfig) -> bool:
