@@ -62,6 +62,8 @@ MAY_IMPORT = {
         "strict_yaml",
         *_LEAVES,
     },
+    # What a benchmark measures on servers, a simulation works out: one load, one set of figures.
+    "simulate": {"bench", "config", "policy", "profile", "strict_yaml", *_LEAVES},
     "plugin": {"batch", "config", "compat", "engine", "ingress", "settings", *_LEAVES},
     "tune": _LEAVES,
     "doctor": {"config", "compat", "plugin", "__init__", *_LEAVES},
@@ -74,6 +76,7 @@ MAY_IMPORT = {
         "batch",
         "profile",
         "settings",
+        "simulate",
         "tune",
         "__init__",
         *_LEAVES,
@@ -181,6 +184,8 @@ LIGHT = [
     "conserve_sgl.jobs",
     "conserve_sgl.bench",
     "conserve_sgl.profile",
+    "conserve_sgl.simulate.command",
+    "conserve_sgl.simulate.make",
     "conserve_sgl.tune",
 ]
 HEAVY = ("torch", "sglang", "transformers")
