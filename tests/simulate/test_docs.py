@@ -37,6 +37,7 @@ def trace(tmp_path: Path) -> Path:
 def test_a_command_of_the_pages_runs(command, trace, tmp_path, monkeypatch):
     monkeypatch.setenv("CONSERVE_BENCH_DATA", str(trace))
     monkeypatch.chdir(CHECKOUT)
+    monkeypatch.setattr("conserve_sgl.simulate.command.write_plots", lambda *_: [])
     mine = tmp_path / "mine.json"
     mine.write_bytes(shipped_devices()["h100-llama8b-fa3"].read_bytes())
     arguments = shlex.split(command.replace("mine.json", str(mine)))[1:]

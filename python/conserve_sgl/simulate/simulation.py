@@ -6,6 +6,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from math import inf
 
 import msgspec
@@ -98,31 +99,34 @@ class Simulator:
     def _bound(self, slo: Slo | None) -> Ceiling:
         simulation, load = self.simulation, self.load
         backlog = simulation.offline.backlog
-        shapes = backlog.shapes([simulation.seed, OFFLINE_DRAW])
-        some = itertools.islice(shapes, _BACKLOG_SAMPLE)
-        cached = backlog.prefix_tokens
-        mean = BacklogMean.of(
-            ((cached, s.prompt_tokens, s.output_tokens) for s in some),
-            repeated_read=simulation.device.repeated_read,
-        )
         limits = simulation.flags.limits
         room = Room(
             chunk_tokens=limits.chunk_tokens,
             rows=limits.rows,
             offline_rows=min(load.in_flight, limits.rows),
-            kv_tokens=max(limits.kv_tokens - cached * backlog.prefix_groups, 1),
+            kv_tokens=max(limits.kv_tokens - backlog.prefix_tokens * backlog.prefix_groups, 1),
             graph_rows=simulation.device.decode_graph_rows,
         )
         times = StepTimes(simulation.device)
         return ceiling(
             times.mean_s,
             () if slo is None else self._stream(),
-            mean,
+            self._mean_request,
             room,
             window_s=load.duration_s,
             ttft_s=inf if slo is None else slo.ttft_ms / 1e3,
             tpot_s=inf if slo is None else slo.tpot_ms / 1e3,
             launch_s=times.launch_s,
+        )
+
+    @cached_property
+    def _mean_request(self) -> BacklogMean:
+        backlog = self.simulation.offline.backlog
+        shapes = backlog.shapes([self.simulation.seed, OFFLINE_DRAW])
+        some = itertools.islice(shapes, _BACKLOG_SAMPLE)
+        return BacklogMean.of(
+            ((backlog.prefix_tokens, s.prompt_tokens, s.output_tokens) for s in some),
+            repeated_read=self.simulation.device.repeated_read,
         )
 
     def _stream(self) -> list[OnlineRequest]:
