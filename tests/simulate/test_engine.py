@@ -11,7 +11,7 @@ from conserve_sgl.bench.arrivals import Arrival, Gamma, Lengths
 from conserve_sgl.bench.backlog import RandomPrompts
 from conserve_sgl.bench.metrics import Slo
 from conserve_sgl.config import ConserveConfig, SlicesConfig, SloConfig
-from conserve_sgl.policy import StepWork
+from conserve_sgl.policy import StepPlan, StepWork
 from conserve_sgl.simulate.device import StepTimes
 from conserve_sgl.simulate.engine import Engine, Host, Step
 from conserve_sgl.simulate.load import backlog_requests, online_requests
@@ -260,3 +260,19 @@ def test_the_policy_learns_the_device_as_it_goes(device):
     scheduler = outcome_of(device, "conserve").scheduler
     assert scheduler.latency.errors().steps > 300
     assert scheduler.latency.errors().median < 0.1
+
+
+def test_a_policy_that_never_lets_work_run_is_told(device):
+    class Idle:
+        def plan(self, _view):
+            return StepPlan(
+                online_prefill_tokens=0,
+                offline_prefill_tokens=0,
+                offline_admissions=0,
+                offline_decode_rows=0,
+                kv_reserve_tokens=0,
+            )
+
+    load = Load(arrivals=(), duration_s=100.0, backlog=BACKLOG, in_flight=1)
+    with pytest.raises(RuntimeError, match="no step is ever formed"):
+        run_system(device, load, conserve=CONSERVE, make_policy=lambda *_: Idle())

@@ -29,6 +29,9 @@ from conserve_sgl.simulate.stock import StockScheduler
 __all__ = ["Engine", "Host", "Step"]
 
 
+_LONGEST_REST_S = 60.0
+
+
 class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What happens outside the device, in seconds.
 
@@ -170,7 +173,11 @@ class Engine:
 
     def _wake_s(self) -> float:
         """A policy may let work rest for a while; the loop then turns every millisecond."""
-        return self.now_s + 0.001 if self.scheduler.busy else inf
+        if not self.scheduler.busy:
+            return inf
+        if self.now_s - self._free_s > _LONGEST_REST_S and not self._entering:
+            raise RuntimeError("requests are waiting, and no step is ever formed for them")
+        return self.now_s + 0.001
 
     def _launch(self, batch: Batch) -> None:
         batch.began_s = max(self.now_s, self._free_s)
