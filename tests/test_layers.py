@@ -67,6 +67,8 @@ MAY_IMPORT = {
         "strict_yaml",
         *_LEAVES,
     },
+    # What a benchmark measures on servers, a simulation works out: one load, one set of figures.
+    "simulate": {"bench", "config", "policy", "profile", "strict_yaml", *_LEAVES},
     "plugin": {"batch", "config", "compat", "engine", "ingress", "profile", "settings", *_LEAVES},
     "tune": _LEAVES,
     "doctor": {"config", "compat", "plugin", "__init__", *_LEAVES},
@@ -79,6 +81,7 @@ MAY_IMPORT = {
         "batch",
         "profile",
         "settings",
+        "simulate",
         "tune",
         "__init__",
         *_LEAVES,
@@ -186,6 +189,8 @@ LIGHT = [
     "conserve_sgl.jobs",
     "conserve_sgl.bench",
     "conserve_sgl.profile",
+    "conserve_sgl.simulate.command",
+    "conserve_sgl.simulate.make",
     "conserve_sgl.tune",
 ]
 HEAVY = ("torch", "sglang", "transformers")

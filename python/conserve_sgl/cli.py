@@ -324,6 +324,96 @@ def bench(
     raise typer.Exit(0 if complete else UNFINISHED)
 
 
+@app.command()
+def simulate(
+    simulation: Annotated[Path, typer.Argument(help="The simulation, YAML; docs/simulate.md.")],
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="A configuration of conserve, instead of the file's."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="A device that is shipped, or its .json file, instead of the file's."),
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="The online trace, instead of the file's.")
+    ] = None,
+    duration: Annotated[
+        float | None, typer.Option(min=1, help="Seconds of the stream, instead of the file's.")
+    ] = None,
+    systems: Annotated[
+        str, typer.Option(help="Only these systems and the baselines, names with commas between.")
+    ] = "",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE instead of the file's: slo.tpot=25ms. Repeatable."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results. Default: out/simulate/NAME.")
+    ] = None,
+) -> None:
+    """How much offline work fits beside a stream on a GPU: without the GPU, in seconds.
+
+    Runs SGLang's and conserve's schedulers on a fake clock, over measured step times.
+
+    Exit code 0: simulated. 2: bad input.
+    """
+    from conserve_sgl.simulate.command import run_simulation
+
+    changes = {}
+    for text in set_ or []:
+        key, given, value = text.partition("=")
+        if not given or not key:
+            raise typer.BadParameter(f"{text}: give KEY=VALUE", param_hint="--set")
+        changes[key] = value
+    run_simulation(
+        simulation,
+        console=Console(stderr=True),
+        out=out,
+        device=device,
+        conserve=config,
+        trace=trace,
+        duration_s=duration,
+        systems=[name for name in systems.split(",") if name],
+        changes=changes,
+    )
+
+
+@app.command()
+def device(
+    steps: Annotated[
+        list[Path],
+        typer.Argument(help="Logs of steps (CONSERVE_STEP_LOG, CONSERVE_PROFILE_GRID)."),
+    ],
+    out: Annotated[Path, typer.Option(help="Gets the device, .json.")],
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="The engine's latency profile. Default: the newest that is stored."),
+    ] = None,
+    kv_bytes: Annotated[
+        float | None,
+        typer.Option(min=1, help="KV of a token, all layers. Default: the model's configuration."),
+    ] = None,
+    copy_gb_s: Annotated[
+        float, typer.Option(min=0.1, help="Between host and device memory, GB/s.")
+    ] = 25.0,
+) -> None:
+    """Make a device for `conserve simulate` of the steps that a server logged.
+
+    Exit code 0: written. 2: bad input, nothing was written.
+    """
+    from conserve_sgl.profile import ProfileStore
+    from conserve_sgl.simulate.make import make_device, write_device
+
+    path = profile or ProfileStore.of_environment().find([])
+    made = make_device(
+        steps, path, name=out.stem, kv_bytes=kv_bytes, copy_bytes_per_s=copy_gb_s * 1e9
+    )
+    write_device(made, out)
+    kinds = f"{len(made.steps)} shapes of {made.model} on {made.gpu}"
+    Console().print(f"{out}: {kinds}", soft_wrap=True, highlight=False, markup=False)
+
+
 @app.command(context_settings=_PASS_ON)
 def doctor(context: typer.Context, config: ConfigOption = None) -> None:
     """Check this installation: conserve doctor [--config FILE] [-- SGLANG FLAGS].

@@ -19,7 +19,7 @@ from conserve_sgl.errors import InputError
 from conserve_sgl.jobs.client import OFFLINE_HEADERS
 from conserve_sgl.strict_yaml import load_yaml
 
-__all__ = ["BenchConfig", "OfflineLoad", "SystemConfig", "load_bench"]
+__all__ = ["BenchConfig", "OfflineLoad", "SystemConfig", "load_bench", "with_path"]
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -157,8 +157,8 @@ def load_bench(path: Path, *, trace: Path | None = None) -> BenchConfig:
     arrivals = config.online.arrivals
     if trace is not None and not hasattr(arrivals, "path"):
         raise InputError(path, "is not a trace, so --trace cannot stand for it", key=_ARRIVALS)
-    arrivals = _with_path(path, arrivals, _ARRIVALS, trace)
-    backlog = _with_path(path, config.offline.backlog, "offline.backlog", None)
+    arrivals = with_path(path, arrivals, _ARRIVALS, trace)
+    backlog = with_path(path, config.offline.backlog, "offline.backlog", None)
     return msgspec.structs.replace(
         config,
         online=msgspec.structs.replace(config.online, arrivals=arrivals),
@@ -169,8 +169,18 @@ def load_bench(path: Path, *, trace: Path | None = None) -> BenchConfig:
 _ARRIVALS = "online.arrivals"
 
 
-def _with_path(file: Path, source: Any, key: str, given: Path | None) -> Any:
-    """`source` with its path, if it has one, made ready to be opened."""
+def with_path(file: Path, source: Any, key: str, given: Path | None) -> Any:
+    """`source` of the `file` with its path, if it has one, made ready to be opened.
+
+    Args:
+        file: what the path is relative to.
+        source: arrivals, or a backlog.
+        key: where it stands in the file.
+        given: stands for its path.
+
+    Raises:
+        InputError: an environment variable in it is not set.
+    """
     if not hasattr(source, "path"):
         return source
     if given is not None:

@@ -74,6 +74,7 @@ from conserve_sgl.policy import (
     SlackBudget,
     StepPlan,
     StepView,
+    most_offline_rows,
 )
 from conserve_sgl.policy.latency import StepKind, StepSample
 from conserve_sgl.profile.steps import StepLog
@@ -89,10 +90,6 @@ _NO_PLAN = StepPlan(
     offline_decode_rows=0,
     kv_reserve_tokens=0,
 )
-
-
-_ONLINE_ROWS_SHARE = 1 / 8
-"""Of the engine's rows, what offline work leaves to online requests that come."""
 
 
 class _OnlineFirst(SchedulePolicy):
@@ -152,9 +149,6 @@ class ConserveScheduler(Scheduler):
         self._rows_decoded = True
         self._counts = self._ledger.counts
         self._always_mixes = False
-        # Online requests take rows back, but those that are free are there at once.
-        online_rows = max(int(self.max_running_requests * _ONLINE_ROWS_SHARE), 1)
-        self._max_offline_rows = max(self.max_running_requests - online_rows, 1)
         self._config = config
         self._slices = LayerSlices(
             self.tp_worker.model_runner,
@@ -319,7 +313,7 @@ class ConserveScheduler(Scheduler):
             offline_parked=Rows(len(parked), sum(req.seqlen for req in parked)),
             offline_suspended=len(self._slices.suspended_reqs),
             free_rows=self.req_to_token_pool.available_size(),
-            max_rows=self._max_offline_rows,
+            max_rows=most_offline_rows(self.max_running_requests),
             free_kv_tokens=self._memory.free_tokens,
             total_kv_tokens=self.max_total_num_tokens,
             chunk_tokens=self.chunked_prefill_size,
