@@ -8,12 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from batch import fake_engine
 from batch.lines import jsonl, request, requests
 from conserve_sgl import cli
 from conserve_sgl.batch.client import DONE, INTERRUPTED, SOME_FAILED, RunBatch, run_batch
@@ -106,6 +108,68 @@ def test_failed_lines_are_told_and_tried_again_the_next_time(server, folder):
     assert folder.run(server.url) == DONE
     assert len(folder.lines(folder.output)) == 5
     assert not folder.errors.exists()
+
+
+FAILED = '{"object": "response", "status": "failed", "error": {"message": "Generation aborted"}}'
+
+
+def test_an_answer_that_says_it_failed_is_none(server, folder):
+    server.engine.script = {"word 1": [FAILED] * 2, "word 2": [FAILED] * 5}
+    assert folder.run(server.url, content=requests(4)) == SOME_FAILED
+    assert sorted(folder.lines(folder.output)) == ["r0", "r1", "r3"]
+    assert "Generation aborted" in folder.lines(folder.errors)["r2"]["error"]["message"]
+
+
+def response(name: str) -> dict:
+    body = {"model": "m", "input": f"say {name}"}
+    return {"custom_id": name, "method": "POST", "url": "/v1/responses", "body": body}
+
+
+@pytest.mark.parametrize("status", [403, 404, 400])
+def test_a_fault_of_one_line_is_that_lines(server, folder, status):
+    server.engine.script = {"say b": [(status, {})]}
+    content = jsonl(*(request(f"r{i}") for i in range(6)), response("b"), response("c"))
+    assert folder.run(server.url, content=content) == SOME_FAILED
+    assert len(folder.lines(folder.output)) == 7
+    assert folder.lines(folder.errors)["b"]["response"]["status_code"] == status
+    assert f"failed: 1 x {status} scripted (b)" in folder.said
+    assert "7 of 8 lines are in" in folder.said
+    assert folder.run(server.url) == DONE
+
+
+def test_a_path_that_some_lines_ask_for_is_not_there(start_server, folder, monkeypatch):
+    monkeypatch.setattr(fake_engine, "PATHS", fake_engine.PATHS[:3])
+    server = start_server()
+    content = jsonl(*(request(f"r{i}") for i in range(6)), response("b"))
+    assert folder.run(server.url, content=content) == SOME_FAILED
+    assert sorted(folder.lines(folder.output)) == [f"r{i}" for i in range(6)]
+    assert f"failed: 1 x 404 {server.url} has no /v1/responses" in folder.said
+
+
+def test_a_server_that_has_no_path_for_any_line_ends_the_run_at_once(server, folder):
+    with pytest.raises(JobError, match="has no /v1/chat/completions"):
+        folder.run(f"{server.url}/gateway", content=requests(50), max_in_flight=1)
+    assert "0 of 50 lines are in" in folder.said
+    assert len(folder.lines(folder.errors)) == 1
+
+
+def test_what_is_in_flight_when_the_run_has_to_end_is_kept(server, folder):
+    server.engine.script = {"word 3": [(401, {})]}
+    server.engine.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(folder.run, server.url, content=requests(6), max_in_flight=6)
+        server.wait_until(lambda: server.engine.active == 5 and "in flight" in folder.said)
+        server.engine.gate.set()
+        with pytest.raises(JobError, match="401"):
+            running.result(60)
+    assert sorted(folder.lines(folder.output)) == ["r0", "r1", "r2", "r4", "r5"]
+    assert folder.run(server.url) == DONE
+    assert set(server.engine.answered.values()) == {1}
+
+
+def test_an_error_file_is_named_only_when_there_is_one(server, folder):
+    assert folder.run(server.url, content=requests(2)) == DONE
+    assert str(folder.errors) not in folder.said
 
 
 def test_a_busy_server_is_waited_for(server, folder):

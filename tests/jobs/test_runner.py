@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from conserve_sgl.errors import InputError, JobError
 from conserve_sgl.jobs import run_job
@@ -19,6 +23,20 @@ from rich.console import Console
 from conserve_sgl.jobs import run_job
 sys.exit(run_job(Path(sys.argv[1]), console=Console()))
 """
+
+
+class Screen(io.StringIO):
+    """A console's file that knows when a text was printed."""
+
+    def __init__(self, awaited: str) -> None:
+        super().__init__()
+        self._awaited = awaited
+        self.seen = threading.Event()
+
+    def write(self, text: str) -> int:
+        if self._awaited in text:
+            self.seen.set()
+        return super().write(text)
 
 
 @pytest.fixture
@@ -329,3 +347,52 @@ def test_bad_input_sends_nothing(server, folder, words, console):
         run_job(folder.job(endpoints=[server.url]), console=console)
     assert server.requests == []
     assert not folder.output.exists()
+
+
+# ------------------------------------------------------------- what one line can and cannot do
+
+
+def test_a_line_of_its_own_404_does_not_end_the_job(server, folder, words, console):
+    folder.data(words(5))
+    server.script["say w2"] = [(404, {})]
+    assert run_job(folder.job(endpoints=[server.url]), console=console) == SOME_FAILED
+    assert sorted(r["line"] for r in folder.records()) == [1, 3, 4, 5]
+    assert [f["status"] for f in folder.failures()] == [404]
+
+
+def test_a_server_without_the_path_ends_the_job_at_once(server, folder, words, console):
+    folder.data(words(50))
+    job = folder.job(endpoints=[f"{server.url}/gateway"], max_in_flight=1)
+    with pytest.raises(JobError, match="has no /generate: 404"):
+        run_job(job, console=console)
+    assert len(folder.failures()) == 1
+
+
+def test_what_is_in_flight_when_the_job_has_to_end_is_kept(server, folder, words, console):
+    """Five lines are held at the server when a sixth one shows that the key is wrong."""
+    folder.data(words(9))
+    server.script["say w6"] = [(401, {})]
+    server.hold.clear()
+    job = folder.job(endpoints=[server.url], max_in_flight=6)
+    screen = Screen("Waiting for what is in flight")
+    with ThreadPoolExecutor(1) as pool:
+        released = pool.submit(lambda: screen.seen.wait(60) and server.hold.set())
+        with pytest.raises(JobError, match="401"):
+            run_job(job, console=Console(file=screen, width=300))
+        assert released.done()
+    assert sorted(r["line"] for r in folder.records()) == [1, 2, 3, 4, 5]
+    assert folder.summary()["run_lines"] == 5
+    assert run_job(job, console=console) == DONE
+    assert set(server.prompts.values()) == {1}
+
+
+def test_it_says_why_lines_failed(server, folder, words, console):
+    folder.data(words(9))
+    for line in (2, 3, 5):
+        server.script[f"say w{line}"] = [(400, {})]
+    server.script["say w7"] = [(413, {})]
+    run_job(folder.job(endpoints=[server.url], max_in_flight=1), console=console)
+    said = console.file.getvalue().replace("\n", "")
+    data = folder.path / "data.jsonl"
+    assert f"failed: 3 x 400 scripted ({data}:2)" in said
+    assert f"failed: 1 x 413 scripted ({data}:7)" in said

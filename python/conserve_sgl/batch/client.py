@@ -22,9 +22,10 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from conserve_sgl.batch.results import Results, usage_of
+from conserve_sgl.batch.answers import fault_of, usage_of
+from conserve_sgl.batch.results import Results
 from conserve_sgl.batch.schema import BatchError, ResultLine, failed_line
-from conserve_sgl.batch.sender import result_line, was_aborted
+from conserve_sgl.batch.sender import result_line
 from conserve_sgl.batch.validate import (
     InputRefused,
     Limits,
@@ -34,7 +35,16 @@ from conserve_sgl.batch.validate import (
     read_request,
 )
 from conserve_sgl.errors import InputError, JobError
-from conserve_sgl.jobs.client import Attempts, BadReply, Client, Clock, LineFailed, Stopped
+from conserve_sgl.jobs.client import (
+    Attempts,
+    BadReply,
+    Client,
+    Clock,
+    LineFailed,
+    NoSuchPath,
+    Stopped,
+)
+from conserve_sgl.jobs.faults import Faults
 from conserve_sgl.jobs.interrupt import Interrupt
 from conserve_sgl.jobs.progress import Meter, ProgressView
 from conserve_sgl.jobs.schema import Retry, check_endpoint
@@ -168,27 +178,35 @@ class _Run:
         self._count = min(job.max_in_flight, len(plan))
         self._meter = Meter(plan.total, self._clock.monotonic_s())
         self._meter.resumed = len(results.done)
+        self._urls = plan.urls
+        self._faults = Faults()
 
     async def run(self) -> int:
         meter = self._meter
-        with ProgressView(self._console, self._job.input.name, meter) as view:
-            if meter.resumed:
-                view.say(f"{meter.resumed} of {meter.total} lines are done already")
-            if self._count:
-                await self._send_all(view)
-            self._results.sync()
-        self._console.print(
-            f"{meter.resumed + meter.done} of {meter.total} lines are in {self._job.output}, "
-            f"{meter.failed} in {self._job.errors}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-        if not meter.failed:
-            self._job.errors.unlink(missing_ok=True)
+        try:
+            with ProgressView(self._console, self._job.input.name, meter) as view:
+                if meter.resumed:
+                    view.say(f"{meter.resumed} of {meter.total} lines are done already")
+                if self._count:
+                    await self._send_all(view)
+                self._results.sync()
+        finally:
+            self._finish()
         if meter.left:
             return INTERRUPTED
         return SOME_FAILED if meter.failed else DONE
+
+    def _finish(self) -> None:
+        """Say what is where; a file for errors that has none goes."""
+        meter, job = self._meter, self._job
+        say = {"markup": False, "highlight": False, "soft_wrap": True}
+        for line in self._faults.lines():
+            self._console.print(f"failed: {line}", **say)
+        where = f", {meter.failed} in {job.errors}" if meter.failed else ""
+        done = meter.resumed + meter.done
+        self._console.print(f"{done} of {meter.total} lines are in {job.output}{where}", **say)
+        if not meter.failed:
+            job.errors.unlink(missing_ok=True)
 
     async def _send_all(self, view: ProgressView) -> None:
         interrupt = Interrupt(self._job.drain_s, view.say)
@@ -218,9 +236,12 @@ class _Run:
             request = read_request(source, *where)
             try:
                 line = await self._ask(client, request)
+            except LineFailed as e:
+                self._failed(request.custom_id, e)
             except Stopped:
                 return
-            self._finished(line)
+            else:
+                self._finished(line)
             if stopping.is_set():
                 return
 
@@ -228,19 +249,22 @@ class _Run:
         body = msgspec.json.decode(request.body) | {"service_tier": "flex"}
         if self._job.priority is not None:
             body["priority"] = self._job.priority
-        try:
-            answer, _ = await client.post(request.url, body, _whole, Attempts())
-        except LineFailed as e:
-            if e.status is None or e.body is None:
-                return failed_line(request.custom_id, "request_failed", str(e))
-            return result_line(request.custom_id, e.status, e.body, _request_id())
+        answer, _ = await client.post(request.url, body, _whole, Attempts())
         return result_line(request.custom_id, 200, answer, _request_id())
+
+    def _failed(self, custom_id: str, failed: LineFailed) -> None:
+        if failed.status is None or failed.body is None:
+            line = failed_line(custom_id, "request_failed", str(failed))
+        else:
+            line = result_line(custom_id, failed.status, failed.body, _request_id())
+        self._results.add(line)
+        self._meter.failed += 1
+        self._faults.add(custom_id, failed.status, str(failed))
+        if isinstance(failed, NoSuchPath) and self._urls == {failed.path}:
+            raise JobError(str(failed)) from failed
 
     def _finished(self, line: ResultLine) -> None:
         self._results.add(line)
-        if not line.succeeded:
-            self._meter.failed += 1
-            return
         usage = usage_of(line.response.body)
         self._meter.done += 1
         self._meter.prompt_tokens += usage.input_tokens
@@ -258,9 +282,8 @@ class _Run:
 
 
 def _whole(raw: bytes) -> bytes:
-    if was_aborted(raw):
-        raise BadReply("aborted by the server")
-    msgspec.json.decode(raw)
+    if fault := fault_of(raw):
+        raise BadReply(fault)
     return raw
 
 

@@ -62,19 +62,22 @@ class Plan:
 
     Args:
         model: what all lines name, or None when none does.
-        total: lines in the file, those that are not to be sent included.
+        urls: where its lines go, those that are not to be sent included.
+        total: lines in the file, likewise.
         apart: offset and length of those that are to be sent too, but not among the others.
     """
 
     def __init__(
         self,
         model: str | None,
+        urls: frozenset[str],
         total: int,
         offsets: array[int],
         lengths: array[int],
         apart: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.model = model
+        self.urls = urls
         self.total = total
         self.apart = apart
         self._offsets = offsets
@@ -205,6 +208,7 @@ class _Reader:
         self._done = done
         self._apart = apart
         self._seen: set[str] = set()
+        self._urls: set[str] = set()
         self._model: str | None = None
         self._total = 0
         self._inputs = 0
@@ -231,7 +235,8 @@ class _Reader:
         self._lines.sort()
         offsets = array("Q", (offset for _, offset, _ in self._lines))
         lengths = array("L", (length for _, _, length in self._lines))
-        return Plan(self._model, self._total, offsets, lengths, self._lines_apart)
+        urls = frozenset(self._urls)
+        return Plan(self._model, urls, self._total, offsets, lengths, self._lines_apart)
 
     def _refuse(self, fault: _Fault, line: int | None) -> None:
         error = BatchError(code=fault.code, message=str(fault), param=fault.param, line=line)
@@ -270,6 +275,7 @@ class _Reader:
         allowed = ENDPOINTS if self._endpoint is None else (self._endpoint,)
         if line.url not in allowed:
             raise _Fault("invalid_url", f"must be {' or '.join(allowed)}, not {line.url!r}", "url")
+        self._urls.add(line.url)
 
     def _check_model(self, model: str | None) -> None:
         if len(self._seen) == 1:

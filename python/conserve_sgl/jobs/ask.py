@@ -24,7 +24,7 @@ from conserve_sgl.jobs.score import (
 )
 from conserve_sgl.jobs.store import Record
 
-__all__ = ["ask", "chat_body", "choice_body", "choice_logprob", "generate_body"]
+__all__ = ["ask", "asked_path", "chat_body", "choice_body", "choice_logprob", "generate_body"]
 
 # Our name, and where the two routes want it under another one.
 _NATIVE_NAMES = {"seed": "sampling_seed"}
@@ -158,6 +158,13 @@ def choice_logprob(reply: TextReply) -> ChoiceLogprob:
     # JSON has no infinity: SGLang writes null for a token that cannot be.
     logprob = None if None in values else float(sum(values))
     return ChoiceLogprob(logprob=logprob, tokens=len(values))
+
+
+def asked_path(task: JsonlTask) -> str:
+    """The path that the first request for each line of `task` goes to."""
+    if isinstance(task.score, LoglikelihoodChoice):
+        return "/tokenize"
+    return "/generate" if task.chat is None else "/v1/chat/completions"
 
 
 async def ask(

@@ -12,8 +12,9 @@ from pathlib import Path
 from rich.console import Console
 
 from conserve_sgl.errors import InputError, JobError
-from conserve_sgl.jobs.ask import ask
-from conserve_sgl.jobs.client import Attempts, Client, Clock, LineFailed, Stopped
+from conserve_sgl.jobs.ask import ask, asked_path
+from conserve_sgl.jobs.client import Attempts, Client, Clock, LineFailed, NoSuchPath, Stopped
+from conserve_sgl.jobs.faults import Faults
 from conserve_sgl.jobs.interrupt import Interrupt
 from conserve_sgl.jobs.lm_eval.evaluate import Evaluation, load_tasks
 from conserve_sgl.jobs.plan import Line, Plan, PlannedTask, lines, make_plan
@@ -125,6 +126,7 @@ class Runner:
         self._started_s = self._clock.monotonic_s()
         self._meter = Meter(plan.total, self._started_s)
         self._meter.resumed = sum(len(done) for done in self._done.values())
+        self._faults = Faults()
         self._failures_in_a_row = 0
         self._run_s = 0.0
 
@@ -211,6 +213,9 @@ class Runner:
         self._store.add_failure(planned.task.name, failure)
         self._tally(planned).failed += 1
         self._meter.failed += 1
+        self._faults.add(f"{planned.data}:{line.line}", failed.status, str(failed))
+        if isinstance(failed, NoSuchPath) and self._all_go_to(failed.path):
+            raise JobError(str(failed)) from failed
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= self._job.retry.max_failures_in_a_row:
             raise JobError(
@@ -218,6 +223,9 @@ class Runner:
                 f"{planned.data}:{line.line}: {failed}. Finished lines are kept; run the same "
                 "command again to go on"
             )
+
+    def _all_go_to(self, path: str) -> bool:
+        return all(asked_path(planned.task) == path for planned in self._plan.tasks)
 
     def _tally(self, planned: PlannedTask) -> Tally:
         return self._tallies[planned.task.name]
@@ -247,5 +255,5 @@ class Runner:
     def _finish(self) -> None:
         self._run_s = round(self._clock.monotonic_s() - self._started_s, 3)
         summary = self.summary()
-        print_summary(self._console, self._plan, summary)
+        print_summary(self._console, self._plan, summary, self._faults)
         self._store.write_summary(summary)

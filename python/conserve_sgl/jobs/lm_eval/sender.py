@@ -12,7 +12,8 @@ from rich.console import Console
 
 from conserve_sgl.errors import JobError
 from conserve_sgl.jobs.ask import TextReply, read_text
-from conserve_sgl.jobs.client import Attempts, Client, Clock, LineFailed, Stopped
+from conserve_sgl.jobs.client import Attempts, Client, Clock, LineFailed, NoSuchPath, Stopped
+from conserve_sgl.jobs.faults import Faults
 from conserve_sgl.jobs.interrupt import Interrupt
 from conserve_sgl.jobs.progress import Meter, ProgressView
 from conserve_sgl.jobs.schema import Job
@@ -88,23 +89,20 @@ class Sender:
         if total == 0:
             return
         meter = Meter(total, self._clock.monotonic_s())
-        failures: list[LineFailed] = []
+        faults = Faults()
         with ProgressView(self._console, name, meter) as view:
             interrupt = Interrupt(self._job.drain_s, view.say)
             async with self._client(interrupt.stopping, meter.noted) as client:
                 workers = (
-                    self._work(client, interrupt, bodies, answered, meter, failures)
+                    self._work(client, interrupt, bodies, answered, meter, faults)
                     for _ in range(min(self._job.max_in_flight, total))
                 )
                 await interrupt.run(workers, self._tick(view))
         self.retries += meter.retries
         if meter.left:
             raise Stopped
-        if failures:
-            raise JobError(
-                f"{len(failures)} of {total} requests of {name} failed, the first one with: "
-                f"{failures[0]}. Finished requests are kept; run the same command again to go on"
-            )
+        if faults.total:
+            raise _failed(f"{faults.total} of {total} requests of {name} failed", faults)
 
     async def _work(
         self,
@@ -113,7 +111,7 @@ class Sender:
         bodies: Iterator[tuple[K, dict[str, Any]]],
         answered: Callable[[K, TextReply], None],
         meter: Meter,
-        failures: list[LineFailed],
+        faults: Faults,
     ) -> None:
         for key, body in bodies:
             read = partial(_read, answered, key)
@@ -122,13 +120,12 @@ class Sender:
             except Stopped:
                 return
             except LineFailed as failed:
-                failures.append(failed)
+                faults.add(f"{len(body['input_ids'])} tokens", failed.status, str(failed))
                 meter.failed += 1
-                if len(failures) >= self._job.retry.max_failures_in_a_row:
-                    raise JobError(
-                        f"{len(failures)} requests failed, the last one with: {failed}. Finished "
-                        "requests are kept; run the same command again to go on"
-                    ) from failed
+                if isinstance(failed, NoSuchPath):
+                    raise JobError(str(failed)) from failed
+                if faults.total >= self._job.retry.max_failures_in_a_row:
+                    raise _failed(f"{faults.total} requests failed", faults) from failed
             else:
                 self._count(reply, meter)
             if interrupt.stopping.is_set():
@@ -160,6 +157,13 @@ class Sender:
             clock=self._clock,
             rng=self._rng,
         )
+
+
+def _failed(what: str, faults: Faults) -> JobError:
+    kinds = "; ".join(faults.lines())
+    return JobError(
+        f"{what}: {kinds}. Finished requests are kept; run the same command again to go on"
+    )
 
 
 def _read(answered: Callable[[K, TextReply], None], key: K, raw: bytes) -> TextReply:
