@@ -227,6 +227,14 @@ def test_a_stream_is_no_input(folder):
         folder.run("http://127.0.0.1:9")
 
 
+def test_a_number_that_is_none_is_refused(server, folder):
+    bad = jsonl(request("b")).replace(b'"model"', b'"temperature": 1e999, "model"')
+    with pytest.raises(InputError, match="body is not JSON: Number out of range") as caught:
+        folder.run(server.url, content=jsonl(request("a"), bad))
+    assert caught.value.line == 2
+    assert server.engine.requests == []
+
+
 def test_a_file_that_is_not_there(server, folder):
     with pytest.raises(InputError, match="cannot be read"):
         folder.run(server.url)
