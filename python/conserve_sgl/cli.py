@@ -24,6 +24,7 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 # A fresh interpreter: the server is then exactly `CONSERVE_CONFIG=... sglang serve ...`.
 _SGLANG_SERVE = [sys.executable, "-c", "from sglang.cli.main import main; main()", "serve"]
 _READY_S = 3600.0
+_MOST_IN_FLIGHT = 50_000  # as in a job
 _DEFAULT_ENDPOINT = "http://127.0.0.1:30000"
 
 app = typer.Typer(
@@ -128,7 +129,8 @@ def run_eval(
         Path | None, typer.Option(help="The folder for results, instead of the job's.")
     ] = None,
     max_in_flight: Annotated[
-        int | None, typer.Option(min=1, help="Requests at a time, instead of the job's.")
+        int | None,
+        typer.Option(min=1, max=_MOST_IN_FLIGHT, help="Requests at a time, instead of the job's."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many lines of every task.")
@@ -172,7 +174,9 @@ def run_batch(
         list[str] | None,
         typer.Option(help="Base URL of a server or gateway; may be repeated."),
     ] = None,
-    max_in_flight: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 64,
+    max_in_flight: Annotated[
+        int, typer.Option(min=1, max=_MOST_IN_FLIGHT, help="Requests at a time.")
+    ] = 64,
     priority: Annotated[
         int,
         typer.Option(help="Sent along for gateways; 1 if low values are the urgent ones there."),

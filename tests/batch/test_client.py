@@ -265,7 +265,28 @@ def test_it_does_not_mix_two_batches(server, folder):
     assert folder.output.read_bytes() == before
 
 
-@pytest.mark.parametrize("endpoint", ["localhost:30000", "http://localhost:30000/v1"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("request_timeout_s", value) for value in (-1, 0, float("nan"), float("inf"), 1e300)),
+        *(("priority", value) for value in (10**23, -(10**23), 2**31)),
+    ],
+)
+def test_an_option_that_would_fail_every_line_is_refused(server, folder, option, value):
+    with pytest.raises(InputError, match=f"--{option.replace('_', '-')}: must be"):
+        folder.run(server.url, content=requests(1), **{option: value})
+    assert server.engine.requests == []
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "localhost:30000",
+        "http://localhost:30000/v1",
+        "http://x:99999999",
+        "http://[::1",
+    ],
+)
 def test_an_endpoint_is_a_base_url(folder, endpoint):
     with pytest.raises(InputError, match="--endpoint"):
         folder.run(endpoint, content=requests(1))

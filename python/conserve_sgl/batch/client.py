@@ -47,7 +47,7 @@ from conserve_sgl.jobs.client import (
 from conserve_sgl.jobs.faults import Faults
 from conserve_sgl.jobs.interrupt import Interrupt
 from conserve_sgl.jobs.progress import Meter, ProgressView
-from conserve_sgl.jobs.schema import Retry, check_endpoint
+from conserve_sgl.jobs.schema import MOST_INT32, MOST_S, Retry, check_endpoint
 
 __all__ = ["RunBatch", "run_batch"]
 
@@ -59,7 +59,7 @@ _LIMITS = Limits(max_requests=sys.maxsize, max_embedding_inputs=sys.maxsize)
 
 
 class RunBatch(msgspec.Struct, frozen=True, kw_only=True):
-    """What to run, and where.
+    """What to run, and where. Numbers that no server or timer takes are refused by `run_batch`.
 
     Args:
         input, output, errors: three different files; the last two are made.
@@ -113,6 +113,11 @@ def _check(job: RunBatch) -> None:
             check_endpoint(endpoint)
         except ValueError as e:
             raise InputError("--endpoint", str(e).removeprefix("endpoints: ")) from e
+    timeout_s, priority = job.request_timeout_s, job.priority
+    if timeout_s is not None and not 0 < timeout_s <= MOST_S:  # nor what is no number
+        raise InputError("--request-timeout-s", f"must be above 0 and at most {MOST_S}")
+    if priority is not None and abs(priority) > MOST_INT32:
+        raise InputError("--priority", f"must be from -{MOST_INT32} to {MOST_INT32}")
     paths = [path.resolve() for path in (job.input, job.output, job.errors)]
     if len(set(paths)) < 3:
         raise InputError(job.output, "input, output and error file must be three different files")

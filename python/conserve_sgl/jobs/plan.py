@@ -84,7 +84,10 @@ def make_plan(path: Path, **overrides: object) -> Plan:
     for i, task in enumerate(job.tasks):
         data = path.parent / expand(path, f"tasks[{i}].data", task.data)
         if not data.is_file():
-            raise InputError(path, f"no such file: {data}", key=f"tasks[{i}].data")
+            reason = (
+                f"is a folder, not a file: {data}" if data.is_dir() else f"no such file: {data}"
+            )
+            raise InputError(path, reason, key=f"tasks[{i}].data")
         tasks.append(_plan_task(job, task, data, faults))
     if faults:
         raise _all_in_one(faults)
@@ -205,7 +208,7 @@ def _read(
 def _object(data: Path, number: int, raw: bytes) -> dict:
     try:
         value = msgspec.json.decode(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise InputError(data, f"is not JSON: {e}", line=number) from e
     if not isinstance(value, dict):
         raise InputError(data, "is not a JSON object {...}", line=number)
