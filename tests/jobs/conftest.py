@@ -24,9 +24,10 @@ class FakeSGLang:
     """Answers `/generate`, `/v1/chat/completions`, `/tokenize` and `/model_info` like SGLang.
 
     Runs its own event loop in a thread, so that runs under test may own theirs. A token is a
-    character, except for the pairs in `merges`, which are one token. The answer to a prompt is
-    its last word in capitals; the logprob of a token is minus its number of occurrences in the
-    whole text over ten, hence deterministic. The answer to token ids is their number.
+    character, except for the pairs in `merges`, which are one token, and those in `dropped`, which
+    are none. The answer to a prompt is its last word in capitals; the logprob of a token is minus
+    its number of occurrences in the whole text over ten, hence deterministic. The answer to token
+    ids is their number.
 
     Attributes:
         script: prompt -> faults to give before the answer, in order; mutated as they are used.
@@ -40,6 +41,7 @@ class FakeSGLang:
         self.model = "tiny"
         self.api_key: str | None = None
         self.merges: tuple[str, ...] = ()
+        self.dropped = ""
         self.tokenizer: str | None = None
         self.max_req_input_len: int | None = None
         self.script: dict[str, list[Fault]] = {}
@@ -183,6 +185,7 @@ class FakeSGLang:
 
     def tokens(self, text: str) -> list[int]:
         pieces = []
+        text = "".join(character for character in text if character not in self.dropped)
         while text:
             piece = next((m for m in self.merges if text.startswith(m)), text[0])
             pieces.append(piece)

@@ -108,7 +108,7 @@ def test_an_aborted_answer_is_no_answer():
     with pytest.raises(BadReply, match="went away"):
         read_text(text_reply(aborted))
     with pytest.raises(BadReply, match="went away"):
-        read_choices(b"[" + text_reply(aborted) + b"]")
+        read_choices(b"[" + text_reply(aborted) + b"]", [2])
     chat = {
         "choices": [{"message": {"content": None}, "finish_reason": "abort"}],
         "usage": {"prompt_tokens": 1, "completion_tokens": 0},
@@ -130,4 +130,12 @@ def test_a_token_that_cannot_be_makes_its_choice_impossible():
 
 def test_a_reply_without_logprobs_is_bad():
     with pytest.raises(BadReply, match="no logprobs"):
-        read_choices(b"[" + text_reply({"type": "length"}) + b"]")
+        read_choices(b"[" + text_reply({"type": "length"}) + b"]", [2])
+
+
+@pytest.mark.parametrize("tokens", [[1], [3], [2, 2], []])
+def test_a_reply_with_another_number_of_logprobs_is_bad(tokens):
+    raw = b"[" + text_reply({"type": "length"}, [[None, 5], [-1.5, 6], [-0.25, 7]]) + b"]"
+    assert len(read_choices(raw, [2])) == 1
+    with pytest.raises(BadReply, match="logprobs and not"):
+        read_choices(raw, tokens)

@@ -329,6 +329,17 @@ def test_a_choice_task_scores_all_choices_from_the_last_shared_token(server, fol
     assert (record["chosen"], record["output"], record["score"]) == (0, "the cat", 0.0)
 
 
+def test_a_choice_that_the_tokenizer_drops_is_not_the_likeliest(server, folder, console):
+    server.dropped = "\u2764 "
+    folder.data([{"q": "go", "options": ["a", "\u2764"], "answer": 1}])
+    score = {"kind": "loglikelihood_choice", "choices": "options", "target": "answer"}
+    job = folder.job(endpoints=[server.url], task={"prompt": "{{ q }}", "score": score})
+    assert run_job(job, console=console) == SOME_FAILED
+    (failure,) = folder.failures()
+    assert failure["error"] == "the choice ' \u2764' adds no token to the prompt"
+    assert folder.records() == []
+
+
 def test_plain_lines_say_how_it_goes(server, folder, words, console):
     folder.data(words(3))
     run_job(folder.job(endpoints=[server.url], name="try"), console=console, limit=1)

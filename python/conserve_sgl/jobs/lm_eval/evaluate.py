@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["Evaluation", "LoadedTasks", "load_tasks"]
 
 _DEFAULT_SEEDS = (0, 1234, 1234, 1234)
+_SCORING = 2
+"""Of answers in the cache. 2: no continuation without tokens; one name for max_gen_toks."""
 
 
 class LoadedTasks(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,12 +112,15 @@ class Evaluation:
         """Ask the server for what `model_args` left open, and load the tokenizer.
 
         Raises:
-            InputError: the server does not say it, or there is no such tokenizer.
+            InputError: the server does not say it, there is no such tokenizer, or a task asks for
+                what cannot be generated.
             JobError: no endpoint answers.
         """
+        from conserve_sgl.jobs.lm_eval.generation import prepared
         from conserve_sgl.jobs.lm_eval.model import ConserveLM
 
         model, args = asyncio.run(self._model())
+        self._gen_kwargs = prepared(self._path, self._tasks.tasks, self._config.gen_kwargs, args)
         try:
             self._lm = ConserveLM(self._sender, self._plan.job, model, args)
         except (OSError, ValueError) as e:
@@ -175,8 +180,9 @@ class Evaluation:
         return str(model), args
 
     def _cache_path(self, model: str, args: ModelArgs) -> str:
-        # lm-eval's key is the request alone: another model's answers must not be in reach.
-        of = hashlib.sha256(msgspec.json.encode([model, args])).hexdigest()[:12]
+        # lm-eval's key is the request alone: another model's answers must not be in reach, nor
+        # those of a version of ours that scored otherwise.
+        of = hashlib.sha256(msgspec.json.encode([_SCORING, model, args])).hexdigest()[:12]
         given = self._config.use_cache
         base = (
             self._plan.output / "lm_eval_cache"
@@ -208,7 +214,7 @@ class Evaluation:
                 system_instruction=config.system_instruction,
                 apply_chat_template=config.apply_chat_template,
                 fewshot_as_multiturn=_multiturn(config),
-                gen_kwargs=dict(config.gen_kwargs) or None,
+                gen_kwargs=self._gen_kwargs or None,
                 predict_only=config.predict_only,
                 random_seed=seeds[0],
                 numpy_random_seed=seeds[1],
