@@ -257,6 +257,21 @@ def test_it_does_not_write_over_other_peoples_files(server, folder, name):
     assert path.read_text() == "dear diary"
 
 
+@pytest.mark.parametrize("name", ["output", "errors"])
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [("folder", "Is a directory"), ("nowhere/file", "its folder is not there"), ("file/x", "N")],
+)
+def test_files_that_cannot_be_written_are_found_before_anything_is_sent(
+    server, folder, tmp_path, name, place, said
+):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=f"{place}: cannot be written: {said}"):
+        folder.run(server.url, content=requests(1), **{name: tmp_path / place})
+    assert server.engine.requests == []
+
+
 def test_it_does_not_mix_two_batches(server, folder):
     folder.run(server.url, content=requests(3))
     before = folder.output.read_bytes()

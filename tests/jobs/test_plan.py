@@ -244,6 +244,29 @@ def test_the_reachable_extremes_are_taken(folder):
     assert len(make_plan(job).tasks) == 1
 
 
+def test_a_home_that_nobody_has(folder):
+    folder.data([GOOD])
+    assert "output: ~nosuchuser/x: " in plan_fault(folder.job(output="~nosuchuser/x"))
+
+
+def test_data_that_cannot_be_read(folder, words, monkeypatch):
+    """At the check, and when the disk has gone by the time the lines are sent."""
+    folder.data(words(2))
+    (planned,) = make_plan(folder.job()).tasks
+
+    open_ = Path.open
+
+    def broken(path: Path, *args: object, **kwargs: object) -> object:
+        if path.name == "data.jsonl":
+            raise OSError(5, "Input/output error", str(path))
+        return open_(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", broken)
+    assert "data.jsonl: cannot be read: Input/output error" in plan_fault(folder.job())
+    with pytest.raises(JobError, match=r"cannot read .*data.jsonl: Input/output error"):
+        next(lines(planned))
+
+
 def test_a_folder_is_no_data(folder):
     (folder.path / "rows").mkdir()
     assert "tasks[0].data: is a folder, not a file: " in plan_fault(

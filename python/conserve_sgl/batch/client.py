@@ -126,7 +126,10 @@ def _check(job: RunBatch) -> None:
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
     """The output file, for this run alone."""
-    fd = os.open(output, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fd = os.open(output, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as e:
+        raise _unwritable(output, e) from e
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -150,21 +153,33 @@ def _read(job: RunBatch, console: Console) -> None:
     except OSError as e:
         raise InputError(job.input, f"cannot be read: {e.strerror or e}") from e
     for path in (job.output, job.errors):
-        with suppress(FileNotFoundError), path.open("rb") as file:
-            # A first line that a crash has torn is one of ours all the same.
-            if not _FIRST_BYTES.startswith(file.read(len(_FIRST_BYTES))):
-                raise InputError(path, "is there, and no batch made it; use another file")
+        try:
+            with suppress(FileNotFoundError), path.open("rb") as file:
+                # A first line that a crash has torn is one of ours all the same.
+                if not _FIRST_BYTES.startswith(file.read(len(_FIRST_BYTES))):
+                    raise InputError(path, "is there, and no batch made it; use another file")
+        except OSError as e:
+            raise _unwritable(path, e) from e
+        if not path.parent.is_dir():
+            raise InputError(path, "cannot be written: its folder is not there")
 
 
 def _open(job: RunBatch) -> tuple[Plan, Results]:
     """The lines to send, and the files to write."""
-    job.errors.unlink(missing_ok=True)
-    results = Results(job.output, job.errors)
+    try:
+        job.errors.unlink(missing_ok=True)
+        results = Results(job.output, job.errors)
+    except OSError as e:
+        raise _unwritable(job.errors, e) from e
     plan = read_plan(job.input, None, _LIMITS, done=results.done)
     if len(plan) + len(results.done) != plan.total:
         results.close()
         raise InputError(job.output, f"has lines that are not of {job.input}; use another file")
     return plan, results
+
+
+def _unwritable(path: Path, e: OSError) -> InputError:
+    return InputError(e.filename or path, f"cannot be written: {e.strerror}")
 
 
 def _fault(path: Path, error: BatchError) -> InputError:

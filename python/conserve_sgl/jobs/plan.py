@@ -88,7 +88,10 @@ def make_plan(path: Path, **overrides: object) -> Plan:
                 f"is a folder, not a file: {data}" if data.is_dir() else f"no such file: {data}"
             )
             raise InputError(path, reason, key=f"tasks[{i}].data")
-        tasks.append(_plan_task(job, task, data, faults))
+        try:
+            tasks.append(_plan_task(job, task, data, faults))
+        except OSError as e:
+            raise InputError(data, f"cannot be read: {e.strerror}") from e
     if faults:
         raise _all_in_one(faults)
     _refuse_writing_over_input(path, output, tasks)
@@ -99,12 +102,15 @@ def lines(planned: PlannedTask) -> Iterator[Line]:
     """The task's lines, rendered one by one.
 
     Raises:
-        JobError: the data file is no longer the one that was planned.
+        JobError: the data file is no longer the one that was planned, or cannot be read any more.
     """
-    if _stamp(planned.data) != planned.data_stamp:
-        raise JobError(f"{planned.data} was changed after the job had read it: start it again")
-    for number, fields in _read(planned.data, planned.task.limit):
-        yield _render(planned.task, planned.data, number, planned.vars | fields)
+    try:
+        if _stamp(planned.data) != planned.data_stamp:
+            raise JobError(f"{planned.data} was changed after the job had read it: start it again")
+        for number, fields in _read(planned.data, planned.task.limit):
+            yield _render(planned.task, planned.data, number, planned.vars | fields)
+    except OSError as e:
+        raise JobError(f"cannot read {planned.data}: {e.strerror}") from e
 
 
 def _override(path: Path, job: Job, overrides: dict[str, object]) -> Job:
@@ -136,7 +142,10 @@ def expand(path: Path, key: str, text: str) -> str:
             raise InputError(path, f"environment variable {name} is not set", key=key)
         return os.environ[name]
 
-    return str(Path(_VARIABLE.sub(value, text)).expanduser())
+    try:
+        return str(Path(_VARIABLE.sub(value, text)).expanduser())
+    except RuntimeError as e:  # ~ and a name that nobody has
+        raise InputError(path, f"{text}: {e}", key=key) from e
 
 
 def _plan_task(job: Job, task: JsonlTask, data: Path, faults: list[InputError]) -> PlannedTask:
