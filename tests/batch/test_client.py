@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from typer.testing import CliRunner
 from batch import fake_engine
 from batch.lines import jsonl, request, requests
 from conserve_sgl import cli
+from conserve_sgl.batch import remote
 from conserve_sgl.batch.client import DONE, INTERRUPTED, SOME_FAILED, RunBatch, run_batch
 from conserve_sgl.errors import InputError, JobError
 from conserve_sgl.jobs.schema import Retry
@@ -34,8 +37,11 @@ class Folder:
     def run(self, *endpoints: str, content: bytes | None = None, **options) -> int:
         if content is not None:
             self.input.write_bytes(content)
-        job = {"input": self.input, "output": self.output, "errors": self.errors}
-        job |= {"endpoints": list(endpoints), "retry": QUICK} | options
+        job = {"input": self.input, "output": self.output, "errors": self.errors} | options
+        for name in ("input", "output", "errors"):
+            job[name] = str(job[name])
+        job |= {"endpoints": list(endpoints)}
+        job.setdefault("retry", QUICK)
         self.console = Console(file=io.StringIO(), width=200)
         return run_batch(RunBatch(**job), console=self.console)
 
@@ -221,12 +227,6 @@ def test_a_faulty_file_is_refused_whole(server, folder):
     assert not folder.output.exists()
 
 
-def test_a_stream_is_no_input(folder):
-    os.mkfifo(folder.input)
-    with pytest.raises(InputError, match="must be a regular file"):
-        folder.run("http://127.0.0.1:9")
-
-
 def test_a_number_that_is_none_is_refused(server, folder):
     bad = jsonl(request("b")).replace(b'"model"', b'"temperature": 1e999, "model"')
     with pytest.raises(InputError, match="body is not JSON: Number out of range") as caught:
@@ -307,6 +307,159 @@ def test_an_endpoint_is_a_base_url(folder, endpoint):
         folder.run(endpoint, content=requests(1))
 
 
+# ------------------------------------------------------------------ elsewhere
+
+
+class Shelf:
+    """An HTTP server that keeps files: GET and PUT."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.faults: list[int] = []
+        self.asked: list[str] = []
+        shelf = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                content = shelf.files.get(self.path)
+                self._answer(404 if content is None else 200, content or b"")
+
+            def do_PUT(self) -> None:
+                content = self.rfile.read(int(self.headers["content-length"]))
+                if self._answer(200, b""):
+                    shelf.files[self.path] = content
+
+            def _answer(self, status: int, content: bytes) -> bool:
+                shelf.asked.append(f"{self.command} {self.path}")
+                status = shelf.faults.pop(0) if shelf.faults else status
+                self.send_response(status)
+                if status == 307:
+                    self.send_header("location", "/elsewhere")
+                content = content if status == 200 else b""
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+                return status == 200
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def output(self) -> bytes:
+        return self.files["/out/answers.jsonl?sig=secret"]
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shelf = Shelf()
+    yield shelf
+    shelf.close()
+
+
+def test_a_batch_from_a_url_to_a_url(server, folder, shelf):
+    shelf.files["/in/questions.jsonl?sig=secret"] = requests(5)
+    server.engine.script = {"word 1": [(400, {})]}
+    places = {
+        "input": f"{shelf.url}/in/questions.jsonl?sig=secret",
+        "output": f"{shelf.url}/out/answers.jsonl?sig=secret",
+        "errors": f"{shelf.url}/out/faults.jsonl?sig=secret",
+    }
+    assert folder.run(server.url, **places) == SOME_FAILED
+    stored = {line["custom_id"] for line in map(json.loads, shelf.output().splitlines())}
+    assert stored == {"r0", "r2", "r3", "r4"}
+    assert b'"custom_id":"r1"' in shelf.files["/out/faults.jsonl?sig=secret"]
+    assert "secret" not in folder.said
+    assert f"answers.jsonl is at {shelf.url}/out/answers.jsonl" in folder.said
+    names = {headers["x-sgl-conserve-job"] for _, headers, _ in server.engine.requests}
+    assert names == {"questions"}
+
+    assert folder.run(server.url, **places) == DONE  # goes on from what is in the folder
+    assert len(server.engine.requests) == 6
+    assert len(shelf.output().splitlines()) == 5
+
+
+def test_passing_faults_of_the_other_side_are_waited_for(server, folder, shelf):
+    shelf.files["/in.jsonl"] = requests(2)
+    shelf.faults = [503, 500]
+    assert folder.run(server.url, input=f"{shelf.url}/in.jsonl") == DONE
+    shelf.faults = [429, 200, 503]
+    assert folder.run(server.url, input=f"{shelf.url}/in.jsonl", output=f"{shelf.url}/a") == DONE
+    assert b"r1" in shelf.files["/a"]
+
+
+@pytest.mark.parametrize("url", ["{}/none.jsonl?sig=secret", "http://127.0.0.1:9/a", "http://[::1"])
+def test_an_input_that_is_not_there_is_told_before_anything_is_sent(server, folder, shelf, url):
+    with pytest.raises(InputError, match="cannot be read: ") as caught:
+        folder.run(server.url, input=url.format(shelf.url))
+    assert "secret" not in str(caught.value)
+    assert server.engine.requests == []
+    assert not folder.output.exists()
+
+
+@pytest.mark.parametrize("status", [403, 307])
+def test_results_that_are_not_taken_are_kept(server, folder, shelf, tmp_path, status):
+    folder.input.write_bytes(requests(3))
+    output = f"{shelf.url}/answers.jsonl"
+    shelf.faults = [status]
+    with pytest.raises(JobError, match=f"does not take the results: {status} .*answers.jsonl"):
+        folder.run(server.url, output=output)
+    assert len(folder.lines(tmp_path / "answers.jsonl")) == 3
+    assert folder.run(server.url, output=output) == DONE
+    assert shelf.files["/answers.jsonl"] == (tmp_path / "answers.jsonl").read_bytes()
+    assert len(server.engine.requests) == 3
+
+
+def test_a_faulty_line_of_a_url_is_named_with_it(server, folder, shelf):
+    shelf.files["/in.jsonl?sig=secret"] = jsonl(request("a"), b"{}\n", b"{\n")
+    with pytest.raises(InputError, match=rf"^{shelf.url}/in.jsonl:2: ") as caught:
+        folder.run(server.url, input=f"{shelf.url}/in.jsonl?sig=secret")
+    assert f"{shelf.url}/in.jsonl:3: " in folder.said
+    assert "secret" not in folder.said + str(caught.value)
+
+
+def test_standard_input_and_pipes(server, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(requests(3))))
+    assert folder.run(server.url, input="-") == DONE
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(pipe.write_bytes, requests(4))
+        assert folder.run(server.url, input=pipe) == DONE
+        writing.result()
+    assert sorted(folder.lines(folder.output)) == ["r0", "r1", "r2", "r3"]
+    assert len(server.engine.requests) == 4
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("http://h/a/b.jsonl", "b.jsonl"),
+        ("https://h/a%20b.jsonl?x=/y", "a b.jsonl"),
+        *(
+            (f"http://h{path}", "batch.jsonl")
+            for path in ("", "/", "/..", "/%2fetc", "/a%0a", "?a/b")
+        ),
+    ],
+)
+def test_the_name_of_a_urls_file_is_one_of_this_folder(url, name):
+    assert remote.local_copy(url) == Path(name)
+
+
+def test_what_is_shown_of_a_url_holds_no_secret():
+    assert remote.shown("https://me:pw@h:8443/a/b?sig=1#x") == "https://h:8443/a/b"
+    assert "pw" not in remote.shown("http://me:pw@[::1/a?b")
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -323,6 +476,15 @@ def test_the_command(server, folder):
     assert list(folder.lines(folder.output.with_suffix(".errors.jsonl"))) == ["r1"]
     result = CliRunner().invoke(cli.app, command(folder, server.url, "--max-in-flight=1"))
     assert result.exit_code == DONE
+
+
+def test_the_command_from_standard_input_to_a_url(server, folder, shelf):
+    arguments = ["run-batch", "-i", "-", "-o", f"{shelf.url}/a.jsonl", f"--endpoint={server.url}"]
+    server.engine.script = {"word 1": [(400, {})]}
+    result = CliRunner().invoke(cli.app, arguments, input=requests(3))
+    assert result.exit_code == SOME_FAILED
+    assert len(shelf.files["/a.jsonl"].splitlines()) == 2
+    assert list(folder.lines(Path("a.errors.jsonl"))) == ["r1"]
 
 
 @pytest.fixture

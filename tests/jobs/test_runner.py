@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from conserve_sgl import cli
 from conserve_sgl.errors import InputError, JobError
 from conserve_sgl.jobs import run_job
 from conserve_sgl.jobs.runner import DONE, INTERRUPTED, SOME_FAILED
@@ -407,3 +408,35 @@ def test_it_says_why_lines_failed(server, folder, words, console):
     data = folder.path / "data.jsonl"
     assert f"failed: 3 x 400 scripted ({data}:2)" in said
     assert f"failed: 1 x 413 scripted ({data}:7)" in said
+
+
+# ---------------------------------------------------------------------------------- the key
+
+
+@pytest.mark.parametrize(
+    ("named", "option", "environment", "code"),
+    [
+        ({}, [], {}, 1),
+        ({}, ["--api-key=secret"], {}, DONE),
+        ({}, [], {"CONSERVE_API_KEY": "secret"}, DONE),
+        ({"api_key_env": "KEY"}, [], {"KEY": "secret", "CONSERVE_API_KEY": "other"}, DONE),
+        ({"api_key_env": "KEY"}, ["--api-key=secret"], {"KEY": "other"}, DONE),
+        ({"api_key_env": "KEY"}, [], {"KEY": "other", "CONSERVE_API_KEY": "secret"}, 1),
+        ({"api_key_env": "KEY"}, [], {"KEY": "a\nb"}, 2),
+        ({"api_key_env": "KEY"}, [], {}, 2),
+    ],
+)
+def test_the_key_is_the_options_the_jobs_or_the_environments(
+    server, folder, words, monkeypatch, named, option, environment, code
+):
+    server.api_key = "secret"
+    folder.data(words(2))
+    for name in ("KEY", "CONSERVE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    job = str(folder.job(endpoints=[server.url], **named))
+    monkeypatch.setattr(sys, "argv", ["conserve", "eval", job, *option])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == code

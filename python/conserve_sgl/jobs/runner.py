@@ -43,6 +43,8 @@ def run_job(
     max_in_flight: int | None = None,
     limit: int | None = None,
     fresh: bool = False,
+    api_key: str | None = None,
+    prefers_api_key: bool = False,
 ) -> int:
     """Run the job at `path` to its end, or go on with it, and return the exit code.
 
@@ -53,6 +55,8 @@ def run_job(
         endpoints, output, max_in_flight: replace what the file says.
         limit: replaces the limit of every task, lm-eval's too.
         fresh: throw away earlier results in the output folder first.
+        api_key: the servers' key for a job that names none (`api_key_env`).
+        prefers_api_key: take it for a job that names one too.
 
     Returns:
         0 when all lines are finished, 1 when some failed, 130 when it was interrupted.
@@ -69,7 +73,8 @@ def run_job(
             max_in_flight=max_in_flight,
             limit=limit,
         )
-        api_key = _api_key(path, plan.job.api_key_env)
+        if plan.job.api_key_env is not None and not prefers_api_key:
+            api_key = _api_key(path, plan.job.api_key_env)
         config = plan.job.lm_eval
         loaded = None if config is None else load_tasks(path, config)
         with Store(plan, fresh=fresh) as store:
@@ -92,11 +97,12 @@ def run_job(
         return INTERRUPTED
 
 
-def _api_key(path: Path, variable: str | None) -> str | None:
-    if variable is None:
-        return None
+def _api_key(path: Path, variable: str) -> str:
     if not os.environ.get(variable):
         reason = f"environment variable {variable} is not set"
+        raise InputError(path, reason, key="api_key_env")
+    if not os.environ[variable].isprintable():
+        reason = f"environment variable {variable} holds what cannot be sent, such as a line break"
         raise InputError(path, reason, key="api_key_env")
     return os.environ[variable]
 
