@@ -151,6 +151,8 @@ NAN, INF = float("nan"), float("inf")
         *(("request_timeout_s", value) for value in (INF, NAN, 0, 1e300)),
         *(("priority", value) for value in (BIG, -BIG, 2**31)),
         ("max_in_flight", BIG),
+        ("model", ""),
+        ("output", ""),
         ("max_in_flight", 100_000),
         *(("retry", {key: INF}) for key in ("first_delay_s", "max_delay_s", "server_down_s")),
         ("retry", {"max_attempts": BIG}),
@@ -265,6 +267,10 @@ def test_data_that_cannot_be_read(folder, words, monkeypatch):
     assert "data.jsonl: cannot be read: Input/output error" in plan_fault(folder.job())
     with pytest.raises(JobError, match=r"cannot read .*data.jsonl: Input/output error"):
         next(lines(planned))
+
+
+def test_a_name_that_no_file_can_have(folder):
+    assert "cannot be read: File name too long" in plan_fault(folder.job(task={"data": "x" * 999}))
 
 
 def test_a_folder_is_no_data(folder):

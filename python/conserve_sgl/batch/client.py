@@ -94,8 +94,8 @@ def run_batch(job: RunBatch, *, console: Console) -> int:
         InputError: the input or the files are wrong; nothing was sent.
         JobError: it cannot start or go on; finished lines are kept.
     """
-    _check(job)
     try:
+        _check(job)
         with at_hand(job.input, job.retry) as source:
             files = _Files(
                 input=source,

@@ -83,12 +83,10 @@ def make_plan(path: Path, **overrides: object) -> Plan:
     tasks = []
     for i, task in enumerate(job.tasks):
         data = path.parent / expand(path, f"tasks[{i}].data", task.data)
-        if not data.is_file():
-            reason = (
-                f"is a folder, not a file: {data}" if data.is_dir() else f"no such file: {data}"
-            )
-            raise InputError(path, reason, key=f"tasks[{i}].data")
         try:
+            if not data.is_file():
+                what = "is a folder, not a file" if data.is_dir() else "no such file"
+                raise InputError(path, f"{what}: {data}", key=f"tasks[{i}].data")
             tasks.append(_plan_task(job, task, data, faults))
         except OSError as e:
             raise InputError(data, f"cannot be read: {e.strerror}") from e
@@ -131,8 +129,10 @@ def expand(path: Path, key: str, text: str) -> str:
     """`text`, a path, with ${VARIABLES} and ~ filled in.
 
     Raises:
-        InputError: a variable is not set; `path` and `key` say where it stands.
+        InputError: it is empty, or a variable is not set; `path` and `key` say where it stands.
     """
+    if not text:
+        raise InputError(path, "is empty", key=key)
 
     def value(match: re.Match[str]) -> str:
         name = match[1]

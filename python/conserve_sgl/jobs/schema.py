@@ -260,7 +260,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     tasks: list[JsonlTask] = []
     lm_eval: LmEval | None = None
     name: str | None = None
-    model: str | None = None
+    model: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     priority: Priority | None = None
     deadline_s: Seconds | None = None
     max_in_flight: InFlight = 32

@@ -531,6 +531,15 @@ def test_bad_input_is_found_before_anything_is_sent(server, job, console, tasks,
     assert server.requests == []
 
 
+def test_a_task_that_fails_while_it_is_evaluated_is_named(folder, job, console):
+    """A task is code of someone else's: here one that fails on its last line."""
+    folder.data([*ROWS, ROWS[0] | {"answer": 1}])
+    failing = CHOICES | {"doc_to_text": "{{ 1 // (1 - answer) }}"}
+    with pytest.raises(JobError, match=r"lm-eval failed at .*:\d+: ZeroDivisionError: .* are kept"):
+        run_job(job(failing), console=console)
+    assert folder.summary()["partial"] is True
+
+
 def test_the_server_has_to_say_what_the_job_does_not(server, job, console):
     path = job(CHOICES)
     server.max_req_input_len = None

@@ -7,6 +7,7 @@ import hashlib
 import os
 import sqlite3
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import msgspec
 import yaml
 from rich.console import Console
 
-from conserve_sgl.errors import InputError, JobError
+from conserve_sgl.errors import ConserveError, InputError, JobError
 from conserve_sgl.jobs.client import Clock, Stopped
 from conserve_sgl.jobs.lm_eval.online import Snapshot, compare, snapshot
 from conserve_sgl.jobs.lm_eval.sender import Sender
@@ -145,6 +146,14 @@ class Evaluation:
             return
         except sqlite3.Error as e:
             raise JobError(f"cannot write the cache {self._cache}_rank0.db: {e}") from e
+        except ConserveError:
+            raise
+        except Exception as e:  # as when tasks are loaded
+            where = traceback.extract_tb(e.__traceback__)[-1]
+            raise JobError(
+                f"lm-eval failed at {where.filename}:{where.lineno}: {type(e).__name__}: {e}. "
+                "Finished requests are kept; run the same command again to go on"
+            ) from e
 
     def summary(self) -> LmEvalSummary:
         """What the run came to, or has so far."""
