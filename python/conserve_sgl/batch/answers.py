@@ -76,7 +76,7 @@ def usage_of(body: bytes) -> Usage:
     """The tokens that an answer says it used; what it does not say counts as 0."""
     try:
         usage = _decode_answer(body).usage or _Usage()
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return Usage()
     taken = usage.input_tokens or usage.prompt_tokens or 0
     given = usage.output_tokens or usage.completion_tokens or 0

@@ -56,20 +56,20 @@ class Interrupt:
 
     async def _settled(self, ticking: asyncio.Task[None]) -> None:
         """Wait for the workers; at the first error say so, wait for the others and raise it."""
-        left, error = {ticking, *self._workers}, None
-        while left - {ticking}:
-            done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
-            errors = [e for task in done if not task.cancelled() and (e := task.exception())]
-            if errors and error is None:
-                error = errors[0]
-                self._stop(error, left - {ticking})
-        if error is not None:
-            raise error
-
-    def _stop(self, error: BaseException, others: set[asyncio.Task[None]]) -> None:
-        if others and not self.stopping.is_set():
+        waiting = asyncio.wait(self._workers, return_when=asyncio.FIRST_EXCEPTION)
+        working = asyncio.ensure_future(waiting)
+        await asyncio.wait({working, ticking}, return_when=asyncio.FIRST_COMPLETED)
+        ended = [task for task in (ticking, *self._workers) if task.done() and not task.cancelled()]
+        error = next((e for task in ended if (e := task.exception()) is not None), None)
+        if error is None:
+            return
+        left = [worker for worker in self._workers if not worker.done()]
+        if left and not self.stopping.is_set():
             self._say(f"{error}. Waiting for what is in flight (Ctrl-C to leave)")
         self.stopping.set()
+        if left:
+            await asyncio.wait(left)
+        raise error
 
     @contextmanager
     def _handled(self) -> Iterator[None]:

@@ -55,6 +55,7 @@ class Sender:
         self._name = name
         self._deadline_s = self._clock.deadline_s(job)
         self._rng = random.Random(seed)
+        self._failures_in_a_row = 0
         self.requests = self.retries = self.prompt_tokens = self.completion_tokens = 0
 
     async def get(self, path: str) -> Any | None:
@@ -90,6 +91,7 @@ class Sender:
             return
         meter = Meter(total, self._clock.monotonic_s())
         faults = Faults()
+        self._failures_in_a_row = 0
         with ProgressView(self._console, name, meter) as view:
             interrupt = Interrupt(self._job.drain_s, view.say)
             async with self._client(interrupt.stopping, meter.noted) as client:
@@ -124,9 +126,12 @@ class Sender:
                 meter.failed += 1
                 if isinstance(failed, NoSuchPath):
                     raise JobError(str(failed)) from failed
-                if faults.total >= self._job.retry.max_failures_in_a_row:
-                    raise _failed(f"{faults.total} requests failed", faults) from failed
+                self._failures_in_a_row += 1
+                if self._failures_in_a_row >= self._job.retry.max_failures_in_a_row:
+                    what = f"{self._failures_in_a_row} requests failed in a row"
+                    raise _failed(what, faults) from failed
             else:
+                self._failures_in_a_row = 0
                 self._count(reply, meter)
             if interrupt.stopping.is_set():
                 return
