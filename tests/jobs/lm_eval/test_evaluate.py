@@ -253,6 +253,7 @@ def merging(tmp_path) -> Path:
         (first_words(["ue", "ack"]), "'ue' after 'The sky is bl' has no token of its own"),
         (bare("The sky is bl", ""), "'' after 'The sky is bl' has no token of its own"),
         (bare("", "<s>"), "'<s>' has no token of its own"),
+        (bare("{{ '  ' }}", "blue"), "'  ' before 'blue' has no token"),
         (bare("", ""), "'' has no token of its own"),
     ],
 )

@@ -178,6 +178,9 @@ class ConserveLM(TemplateAPI):
         """
         texts = [request for request in requests if not isinstance(request[0], _Rolling)]
         _refuse([key for key, _, tokens in texts if not tokens], lambda _: None)
+        for (context, continuation), tokens, _ in texts:
+            if not tokens:  # it is nothing but spaces, which lm-eval gives to the continuation
+                raise JobError(f"{context!r} before {_shown(continuation)} has no token")
         return super()._loglikelihood_tokens(requests, **kwargs)
 
     def loglikelihood_rolling(self, requests: list, **_: Any) -> list[float]:
