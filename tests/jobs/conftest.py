@@ -44,6 +44,7 @@ class FakeSGLang:
         self.dropped = ""
         self.tokenizer: str | None = None
         self.max_req_input_len: int | None = None
+        self.max_model_len: Any = None
         self.script: dict[str, list[Fault]] = {}
         self.always: Fault | None = None
         self.active = self.peak = 0
@@ -91,6 +92,7 @@ class FakeSGLang:
         app.router.add_post("/v1/chat/completions", self._answer)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_get("/model_info", self._model_info)
+        app.router.add_get("/v1/models", self._models)
         app.router.add_get("/server_info", self._server_info)
         self._runner = web.AppRunner(app, shutdown_timeout=0)
         await self._runner.setup()
@@ -103,6 +105,11 @@ class FakeSGLang:
             return web.json_response({"error": "Unauthorized"}, status=401)
         info = {"model_path": self.model, "tokenizer_path": self.tokenizer}
         return web.json_response({key: value for key, value in info.items() if value is not None})
+
+    async def _models(self, _: web.Request) -> web.Response:
+        if self.max_model_len is None:
+            raise web.HTTPNotFound
+        return web.json_response({"data": [{"id": "tiny", "max_model_len": self.max_model_len}]})
 
     async def _server_info(self, _: web.Request) -> web.Response:
         if self.max_req_input_len is None:

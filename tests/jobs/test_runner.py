@@ -341,6 +341,22 @@ def test_a_choice_that_the_tokenizer_drops_is_not_the_likeliest(server, folder, 
     assert folder.records() == []
 
 
+@pytest.mark.parametrize(
+    ("context", "code"), [(128, None), (129, DONE), ("a lot", DONE), (None, DONE)]
+)
+def test_an_answer_as_long_as_the_context_is_refused(server, folder, words, console, context, code):
+    folder.data(words(9))
+    server.max_model_len = context
+    job = folder.job(endpoints=[server.url])
+    if code is None:
+        said = "words: max_new_tokens 128 leaves no token for a prompt in .* of 128. Nothing was"
+        with pytest.raises(JobError, match=said):
+            run_job(job, console=console)
+        assert server.requests == []
+    else:
+        assert run_job(job, console=console) == code
+
+
 def test_plain_lines_say_how_it_goes(server, folder, words, console):
     folder.data(words(3))
     run_job(folder.job(endpoints=[server.url], name="try"), console=console, limit=1)

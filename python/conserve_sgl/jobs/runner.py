@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -19,6 +20,7 @@ from conserve_sgl.jobs.interrupt import Interrupt
 from conserve_sgl.jobs.lm_eval.evaluate import Evaluation, load_tasks
 from conserve_sgl.jobs.plan import Line, Plan, PlannedTask, lines, make_plan
 from conserve_sgl.jobs.progress import Meter, ProgressView
+from conserve_sgl.jobs.schema import LoglikelihoodChoice, Sampling
 from conserve_sgl.jobs.store import Failure, Record, Store
 from conserve_sgl.jobs.summary import (
     LmEvalSummary,
@@ -107,6 +109,15 @@ def _api_key(path: Path, variable: str) -> str:
     return os.environ[variable]
 
 
+def _context_tokens(models: Any) -> int | None:
+    """What an answer to GET /v1/models says of the context of its first model."""
+    try:
+        tokens = models["data"][0]["max_model_len"]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return tokens if type(tokens) is int else None
+
+
 class Runner:
     """One run of a plan into an open store."""
 
@@ -133,6 +144,8 @@ class Runner:
         self._meter = Meter(plan.total, self._started_s)
         self._meter.resumed = sum(len(done) for done in self._done.values())
         self._faults = Faults()
+        self._checking = asyncio.Lock()
+        self._lengths_checked = False
         self._failures_in_a_row = 0
         self._run_s = 0.0
 
@@ -183,13 +196,31 @@ class Runner:
             yield from ((planned, line) for line in lines(planned) if line.id not in done)
 
     async def _work(self, client: Client, pending: Iterator[tuple[PlannedTask, Line]]) -> None:
-        for planned, line in pending:
-            try:
+        try:
+            async with self._checking:
+                await self._check_lengths(client)
+            for planned, line in pending:
                 await self._answer(client, planned, line)
-            except Stopped:
-                return
-            if self._interrupt.stopping.is_set():
-                return
+                if self._interrupt.stopping.is_set():
+                    return
+        except Stopped:
+            return
+
+    async def _check_lengths(self, client: Client) -> None:
+        """Refuse answers that are as long as the model's context, where the server tells it."""
+        if self._lengths_checked:
+            return
+        context_tokens = _context_tokens(await client.get("/v1/models"))
+        for planned in self._plan.tasks:
+            if context_tokens is None or isinstance(planned.task.score, LoglikelihoodChoice):
+                continue
+            wanted_tokens = (planned.task.sampling or Sampling()).max_new_tokens
+            if wanted_tokens >= context_tokens:
+                raise JobError(
+                    f"{planned.task.name}: max_new_tokens {wanted_tokens} leaves no token for a "
+                    f"prompt in the model's context of {context_tokens}. Nothing was sent"
+                )
+        self._lengths_checked = True
 
     async def _answer(self, client: Client, planned: PlannedTask, line: Line) -> None:
         attempts = Attempts()
