@@ -44,6 +44,7 @@ class FakeSGLang:
         self.dropped = ""
         self.tokenizer: str | None = None
         self.max_req_input_len: int | None = None
+        self.models_status = 404
         self.max_model_len: Any = None
         self.script: dict[str, list[Fault]] = {}
         self.always: Fault | None = None
@@ -107,8 +108,8 @@ class FakeSGLang:
         return web.json_response({key: value for key, value in info.items() if value is not None})
 
     async def _models(self, _: web.Request) -> web.Response:
-        if self.max_model_len is None:
-            raise web.HTTPNotFound
+        if self.models_status != 200:
+            return web.Response(status=self.models_status)
         return web.json_response({"data": [{"id": "tiny", "max_model_len": self.max_model_len}]})
 
     async def _server_info(self, _: web.Request) -> web.Response:

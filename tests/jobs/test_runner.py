@@ -346,7 +346,7 @@ def test_a_choice_that_the_tokenizer_drops_is_not_the_likeliest(server, folder, 
 )
 def test_an_answer_as_long_as_the_context_is_refused(server, folder, words, console, context, code):
     folder.data(words(9))
-    server.max_model_len = context
+    server.models_status, server.max_model_len = 200, context
     job = folder.job(endpoints=[server.url])
     if code is None:
         said = "words: max_new_tokens 128 leaves no token for a prompt in .* of 128. Nothing was"
@@ -355,6 +355,13 @@ def test_an_answer_as_long_as_the_context_is_refused(server, folder, words, cons
         assert server.requests == []
     else:
         assert run_job(job, console=console) == code
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 500])
+def test_a_gateway_that_shows_no_models_is_fine(server, folder, words, console, status):
+    folder.data(words(3))
+    server.models_status = status
+    assert run_job(folder.job(endpoints=[server.url]), console=console) == DONE
 
 
 def test_plain_lines_say_how_it_goes(server, folder, words, console):

@@ -54,7 +54,7 @@ JOB_NAME_CHARACTERS = 128
 CONNECT_TIMEOUT_S = 10.0
 _BUSY = {429, 503}
 _FLAKY = {408, 500, 502, 504}
-_CLOSED = {401: "it wants another API key (api_key_env, --api-key)", 403: "the API key may not"}
+_CLOSED = 401
 _NO_PATH = {404, 405}
 
 
@@ -275,7 +275,7 @@ class Client:
                 endpoint.in_flight -= 1
 
     async def get(self, path: str) -> Any | None:
-        """What an endpoint answers to GET `path`: JSON or text, None if it has no such path.
+        """What an endpoint answers to GET `path`: JSON or text, None if it has no such path for us.
 
         Tried again like `post`, over all endpoints.
 
@@ -294,8 +294,8 @@ class Client:
                 except LineFailed as e:
                     raise JobError(f"{endpoint.url}{path}: {e}") from e
                 continue
-            if status in _CLOSED:
-                raise _closed(endpoint, path, status, raw)
+            if status == _CLOSED:
+                raise _closed(endpoint, path, raw)
             return _decoded(raw) if status == 200 else None
 
     async def _pick(self, near: Endpoint | None) -> Endpoint:
@@ -329,8 +329,8 @@ class Client:
                 await self._identify(endpoint)
         attempts.sent += 1
         status, raw = await self._exchange(endpoint, "POST", path, body)
-        if status == 401:
-            raise _closed(endpoint, path, status, raw)
+        if status == _CLOSED:
+            raise _closed(endpoint, path, raw)
         if status in _NO_PATH and not await self._has_path(endpoint, path, status):
             reason = f"{endpoint.url} has no {path}: {_message(raw)}"
             raise NoSuchPath(status, reason, raw, path)
@@ -359,8 +359,8 @@ class Client:
         if endpoint.identified:
             return
         status, raw = await self._exchange(endpoint, "GET", "/model_info", None)
-        if status in _CLOSED:
-            raise _closed(endpoint, "/model_info", status, raw)
+        if status == _CLOSED:
+            raise _closed(endpoint, "/model_info", raw)
         reply = _decoded(raw)
         if status == 200 and isinstance(reply, dict) and reply.get("model_path"):
             self._identify_model(str(reply["model_path"]))
@@ -463,8 +463,11 @@ def _kept_alive_socket(address: tuple) -> socket.socket:
     return sock
 
 
-def _closed(endpoint: Endpoint, path: str, status: int, raw: bytes) -> JobError:
-    return JobError(f"{endpoint.url}{path}: {status} {_message(raw)}: {_CLOSED[status]}")
+def _closed(endpoint: Endpoint, path: str, raw: bytes) -> JobError:
+    return JobError(
+        f"{endpoint.url}{path}: {_CLOSED} {_message(raw)}: it wants another API key "
+        "(api_key_env, --api-key)"
+    )
 
 
 def _why(e: BaseException) -> str:

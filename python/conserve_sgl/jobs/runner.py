@@ -210,7 +210,9 @@ class Runner:
         """Refuse answers that are as long as the model's context, where the server tells it."""
         if self._lengths_checked:
             return
-        context_tokens = _context_tokens(await client.get("/v1/models"))
+        context_tokens = None
+        with suppress(JobError):  # what is wrong with the server, the lines will say
+            context_tokens = _context_tokens(await client.get("/v1/models"))
         for planned in self._plan.tasks:
             if context_tokens is None or isinstance(planned.task.score, LoglikelihoodChoice):
                 continue
