@@ -276,7 +276,7 @@ def _refuse(pairs: list[tuple[str, str]], tokens_of: Callable[[tuple[str, str]],
         return
     (context, continuation), *others = without
     after = f" after {_shown(context)}" if context else ""
-    more = f", nor have {len(others)} others" if others else ""
+    more = f" (one of {len(without)} such texts)" if others else ""
     raise JobError(
         f"{_shown(continuation)}{after} has no token of its own to be scored{more}: it is empty or "
         "becomes one with the last token before it; another target_delimiter or text may help"
