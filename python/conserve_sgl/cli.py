@@ -20,11 +20,11 @@ from conserve_sgl.errors import ConserveError, InputError, ServerError, SettingE
 __all__ = ["app", "main"]
 
 _BAD_INPUT, _FAILED = 2, 1
+_MOST_IN_FLIGHT = 50_000  # as in a job
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 # A fresh interpreter: the server is then exactly `CONSERVE_CONFIG=... sglang serve ...`.
 _SGLANG_SERVE = [sys.executable, "-c", "from sglang.cli.main import main; main()", "serve"]
 _READY_S = 3600.0
-_MOST_IN_FLIGHT = 50_000  # as in a job
 _DEFAULT_ENDPOINT = "http://127.0.0.1:30000"
 
 app = typer.Typer(
