@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from batch.lines import CHAT, jsonl, request, requests
 from conserve_sgl.batch.validate import (
@@ -151,6 +153,26 @@ def test_a_faulty_line_puts_no_blame_on_others(file, first):
     lines = [request(f"r{i}") for i in range(99)]
     errors = refused(file(first, *lines, request("last", method="PUT")))
     assert [error.line for error in errors] == [1, 101]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.none() | st.integers(0, len(BAD_FIRST) - 1), min_size=1, max_size=40))
+def test_exactly_the_faulty_lines_are_blamed(file, kinds):
+    """In whatever order; None is a good line. A faulty one's id is its own, or none."""
+    lines = []
+    for number, kind in enumerate(kinds, 1):
+        bad = request(f"r{number}") if kind is None else BAD_FIRST[kind]
+        if isinstance(bad, dict) and bad.get("custom_id") == "a":
+            bad = bad | {"custom_id": f"r{number}"}
+        elif isinstance(bad, bytes):
+            bad = bad.replace(b'"a"', b'"r%d"' % number)
+        lines.append(bad)
+    path = file(*lines)
+    faulty = [number for number, kind in enumerate(kinds, 1) if kind is not None]
+    if faulty:
+        assert [error.line for error in refused(path)] == faulty
+    else:
+        assert len(read_plan(path, CHAT, Limits())) == len(kinds)
 
 
 def test_the_model_of_most_lines_is_the_right_one(file):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from types import ModuleType
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conserve_sgl.jobs.ask import (
     chat_body,
@@ -69,6 +72,26 @@ def contract() -> ModuleType:
 def test_sglang_takes_our_generate_bodies(contract, body):
     sent = msgspec.json.decode(msgspec.json.encode(body))
     contract.GenerateRequest.from_json_value(sent)
+
+
+NUMBERS = [
+    *("max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed"),
+    *("frequency_penalty", "presence_penalty", "repetition_penalty"),
+]
+EDGES = [10**23, -(10**23), 2**63, 2**31, 2**31 - 1, -1, 0, 1, 2, 5e-324, 1e308, math.inf, math.nan]
+
+
+@given(st.sampled_from(NUMBERS), st.sampled_from(EDGES) | st.integers() | st.floats())
+def test_every_number_that_a_job_may_have_is_one_that_sglang_takes(contract, name, value):
+    try:
+        sampling = msgspec.convert({name: value}, Sampling)
+    except msgspec.ValidationError:
+        return
+    sent = msgspec.json.decode(msgspec.json.encode(generate_body(None, "x", sampling)))
+    contract.GenerateRequest.from_json_value(sent)
+    number = sent["sampling_params"][{"seed": "sampling_seed"}.get(name, name)]
+    assert number == pytest.approx(value)
+    assert abs(number) < (1e31 if isinstance(number, float) else 2**63 if name == "seed" else 2**31)
 
 
 def test_the_contract_would_refuse_an_unknown_sampling_parameter(contract):
