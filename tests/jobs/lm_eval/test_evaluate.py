@@ -523,6 +523,9 @@ def test_the_job_we_ship_finds_its_tasks_and_their_data(checkout, shared_data, m
         ([CHOICES], {"seed": [1, 2]}, "seed: one number, or four"),
         ([CHOICES], {"fewshot_as_multiturn": True}, "needs apply_chat_template"),
         ([{"task": None}], {}, "cannot be loaded: "),
+        ([CHOICES], {"output_path": "/proc/x"}, r"lm_eval\.output_path: cannot write /proc/x: "),
+        ([CHOICES], {"use_cache": "/proc/x/c"}, r"lm_eval\.use_cache: cannot write /proc/x: "),
+        ([CHOICES], {"use_cache": ""}, r"lm_eval\.use_cache: is empty"),
         ([], {}, "lm_eval.tasks: "),
     ],
 )

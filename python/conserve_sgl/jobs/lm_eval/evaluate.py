@@ -113,8 +113,8 @@ class Evaluation:
         """Ask the server for what `model_args` left open, and load the tokenizer.
 
         Raises:
-            InputError: the server does not say it, there is no such tokenizer, or a task asks for
-                what cannot be generated.
+            InputError: the server does not say it, there is no such tokenizer, a task asks for
+                what cannot be generated, or a folder cannot be made.
             JobError: no endpoint answers.
         """
         from conserve_sgl.jobs.lm_eval.generation import prepared
@@ -129,6 +129,8 @@ class Evaluation:
             raise InputError(self._path, f"cannot load {args.tokenizer}: {e}", key=key) from e
         self._model_args = {"model": model} | _given(args)
         self._cache = self._cache_path(model, args)
+        self._make_folder("output_path", self._output())
+        self._make_folder("use_cache", Path(self._cache).parent)
         if fresh:
             Path(f"{self._cache}_rank0.db").unlink(missing_ok=True)
 
@@ -236,6 +238,14 @@ class Evaluation:
         results["config"]["model"] = "conserve"
         _write(tracker, results)
         return results
+
+    def _make_folder(self, key: str, folder: Path) -> None:
+        # Not found out when everything has been answered.
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            reason = f"cannot write {folder}: {e.strerror}"
+            raise InputError(self._path, reason, key=f"lm_eval.{key}") from e
 
     def _output(self) -> Path:
         given = self._config.output_path
