@@ -113,7 +113,7 @@ def test_serve_without_a_configuration_says_how_to_give_one(executed):
 def test_serve_with_a_bad_configuration_says_where(executed, bad):
     result = run("serve", "--config", str(bad))
     assert isinstance(result.exception, InputError)
-    assert str(result.exception) == f"{bad}:2: offline.queue: unknown key"
+    assert str(result.exception).startswith(f"{bad}:2: offline.queue: unknown key; there are")
     assert executed == []
 
 
@@ -133,7 +133,8 @@ def test_the_command_puts_an_error_of_ours_on_one_line_of_stderr(monkeypatch, ca
     assert run_main(monkeypatch, "serve", "--config", str(bad)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == f"conserve: {bad}:2: offline.queue: unknown key\n"
+    known = "queue_requests, retry_after_s and no_deadline_share"
+    assert captured.err == f"conserve: {bad}:2: offline.queue: unknown key; there are {known}\n"
 
 
 def test_an_error_with_brackets_is_shown_as_it_is(monkeypatch, capsys, tmp_path):
