@@ -76,6 +76,21 @@ def test_an_unknown_command_is_an_error():
     assert "sevre" in result.output
 
 
+@pytest.mark.parametrize("seconds", ["-1", "0", "nan", "inf", "1e300"])
+def test_a_time_that_is_none_is_bad_input(tmp_path, seconds):
+    files = ["-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    result = run("run-batch", *files, "--request-timeout-s", seconds)
+    assert result.exit_code == 2
+    assert "must be above 0" in result.output
+
+
+def test_a_key_that_cannot_be_sent_is_bad_input(tmp_path):
+    files = ["-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    result = run("run-batch", *files, "--api-key", "a\nb")
+    assert result.exit_code == 2
+    assert "line break" in result.output
+
+
 # -------------------------------------------------------------------- serve
 
 

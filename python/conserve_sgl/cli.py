@@ -24,6 +24,7 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 # A fresh interpreter: the server is then exactly `CONSERVE_CONFIG=... sglang serve ...`.
 _SGLANG_SERVE = [sys.executable, "-c", "from sglang.cli.main import main; main()", "serve"]
 _READY_S = 3600.0
+_MOST_TIME = 10**9  # in seconds or milliseconds
 _DEFAULT_ENDPOINT = "http://127.0.0.1:30000"
 
 app = typer.Typer(
@@ -39,9 +40,26 @@ ConfigOption = Annotated[
     typer.Option("--config", help=f"The configuration, YAML. Default: ${CONFIG_ENV}."),
 ]
 
+
+def _sendable(key: str | None) -> str | None:
+    if key is not None and not key.isprintable():
+        raise typer.BadParameter("holds what cannot be sent, such as a line break")
+    return key
+
+
+def _time(number: float | None) -> float | None:
+    if number is not None and not 0 < number <= _MOST_TIME:
+        raise typer.BadParameter(f"must be above 0 and at most {_MOST_TIME}, not {number:g}")
+    return number
+
+
 ApiKeyOption = Annotated[
     str | None,
-    typer.Option(envvar="CONSERVE_API_KEY", help="Bearer token. Better in the environment."),
+    typer.Option(
+        envvar="CONSERVE_API_KEY",
+        callback=_sendable,
+        help="Bearer token. Better in the environment.",
+    ),
 ]
 
 
@@ -179,7 +197,8 @@ def run_batch(
     ] = -1,
     api_key: ApiKeyOption = None,
     request_timeout_s: Annotated[
-        float | None, typer.Option(help="Give a request up after so long. Default: never.")
+        float | None,
+        typer.Option(callback=_time, help="Give a request up after so long. Default: never."),
     ] = None,
 ) -> None:
     """Run a batch file on servers that are there, or go on with it where it stopped.
@@ -219,12 +238,14 @@ def tune(
         str | None, typer.Option(help="As slo.ttft of the configuration: 1500ms, 1.25x.")
     ] = None,
     tpot: Annotated[str | None, typer.Option(help="As slo.tpot: 200ms, 1.25x.")] = None,
-    yield_ms: Annotated[float | None, typer.Option(help="As slo.yield_ms.")] = None,
+    yield_ms: Annotated[float | None, typer.Option(callback=_time, help="As slo.yield_ms.")] = None,
     api_key: ApiKeyOption = None,
     admin_api_key: Annotated[
         str | None,
         typer.Option(
-            envvar="CONSERVE_ADMIN_API_KEY", help="The one for changes, if the server has two."
+            envvar="CONSERVE_ADMIN_API_KEY",
+            callback=_sendable,
+            help="The one for changes, if the server has two.",
         ),
     ] = None,
 ) -> None:
@@ -232,6 +253,7 @@ def tune(
 
     Exit code 0: all changed. 1: a server could not be changed; those before it are. 2: bad input.
     """
+    from conserve_sgl.jobs.schema import check_endpoint
     from conserve_sgl.settings import OfflineWork, batches_number, offline_number, slo_numbers
     from conserve_sgl.tune import tune as tune_servers
 
@@ -241,6 +263,12 @@ def tune(
     if batches is not None:
         numbers |= batches_number(held=batches == "hold")
     servers = endpoint or [_DEFAULT_ENDPOINT]
+    try:
+        for url in servers:
+            check_endpoint(url)
+    except ValueError as e:
+        reason = str(e).removeprefix("endpoints: ")
+        raise typer.BadParameter(reason, param_hint="--endpoint") from e
     tune_servers(servers, numbers, api_key=api_key, admin_api_key=admin_api_key, console=Console())
 
 
@@ -259,7 +287,8 @@ def bench(
     ] = "",
     repeats: Annotated[int | None, typer.Option(min=1, help="Instead of the file's.")] = None,
     duration: Annotated[
-        float | None, typer.Option(min=1, help="Seconds of the stream, instead of the file's.")
+        float | None,
+        typer.Option(min=1, callback=_time, help="Seconds of the stream, instead of the file's."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for results. Default: out/bench/NAME.")
