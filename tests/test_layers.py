@@ -72,7 +72,7 @@ MAY_IMPORT = {
     "simulate": {"bench", "config", "policy", "profile", "strict_yaml", *_LEAVES},
     "plugin": {"batch", "config", "compat", "engine", "ingress", "profile", "settings", *_LEAVES},
     "tune": _LEAVES,
-    "doctor": {"config", "compat", "plugin", "__init__", *_LEAVES},
+    "doctor": {"config", "compat", "plugin", "profile", "__init__", *_LEAVES},
     "cli": {
         "config",
         "compat",

@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def engine() -> Iterator[Engine]:
     with Engine() as engine:
-        Thread(target=engine.serve_forever, daemon=True).start()
+        Thread(target=engine.serve_forever, args=[0.01], daemon=True).start()
         yield engine
         engine.shutdown()
 
@@ -147,7 +147,7 @@ def test_a_redirect_is_not_followed_and_says_where_to():
 
     with Engine() as moved:
         moved.RequestHandlerClass = Moved
-        Thread(target=moved.serve_forever, daemon=True).start()
+        Thread(target=moved.serve_forever, args=[0.01], daemon=True).start()
         result = run("--endpoint", moved.url, "--offline", "pause")
         moved.shutdown()
     assert len(moved.posted) == 1
