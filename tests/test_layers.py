@@ -65,6 +65,7 @@ MAY_IMPORT = {
         "jobs",
         "json_lines",
         "machine",
+        "profile",
         "strict_yaml",
         *_LEAVES,
     },

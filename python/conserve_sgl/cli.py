@@ -466,6 +466,7 @@ def _checked(config: Path | None) -> Path:
 
 def _measured_in(folder: Path, flags: list[str], config: Path, console: Console) -> Path:
     """Run a server until it is ready, with `folder` as its profiles; the one it measured."""
+    from conserve_sgl.bench.progress import PlainProgress
     from conserve_sgl.bench.server import ServerProcess, free_port
     from conserve_sgl.profile import DIR_ENV, ProfileStore
 
@@ -476,8 +477,15 @@ def _measured_in(folder: Path, flags: list[str], config: Path, console: Console)
         log_path=log,
         env={CONFIG_ENV: str(config), DIR_ENV: str(folder)},
     )
+    plain = PlainProgress(console)
+    plain.say("Starting the server")
     with server, console.status("Starting the server") as status:
-        server.wait_healthy(_READY_S, lambda _: status.update(escape(server.log_tail(1))))
+
+        def on_wait(waited_s: float) -> None:
+            status.update(escape(server.log_tail(1)))
+            plain.still(f"Starting the server: {waited_s:.0f} s")
+
+        server.wait_healthy(_READY_S, on_wait)
     stored = ProfileStore(folder).paths()
     if not stored:
         raise ServerError(f"the server measured nothing:\n{server.log_tail()}")
