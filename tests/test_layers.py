@@ -65,7 +65,6 @@ MAY_IMPORT = {
         "jobs",
         "json_lines",
         "machine",
-        "profile",
         "strict_yaml",
         *_LEAVES,
     },

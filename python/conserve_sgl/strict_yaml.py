@@ -70,7 +70,10 @@ def _change(value: Any, key: str, text: str) -> None:
         value = value.setdefault(step, {}) if isinstance(value, dict) else None
     if not isinstance(value, dict):
         raise _bad_change(key, text, "there is no such key")
-    _, value[last] = _composed(f"{key}={text}", text)
+    try:
+        _, value[last] = _composed(key, text)
+    except InputError as e:
+        raise _bad_change(key, text, e.reason) from e
 
 
 def _changed(changes: Mapping[str, str], key: str | None) -> str | None:
