@@ -85,6 +85,10 @@ def test_a_model_that_is_not_there_is_found_before_sglang_is_loaded(report, tmp_
     assert "would not start as configured: model" in text
 
 
+def test_a_name_that_no_file_can_have_is_no_fault_of_the_doctors(report):
+    assert "no such file or folder" in report("", "--model-path", "/" + "a" * 5000)[0]
+
+
 def test_a_folder_for_batches_that_could_be_made_is_not_made(report, tmp_path):
     folder = tmp_path / "a" / "b"
     text, code = report(f"batch: {{storage_dir: {folder}}}")

@@ -38,6 +38,7 @@ _LOW_HOST_GIB = 8
 _HICACHE_RESERVE_GIB = 10
 _DEFAULT_HICACHE_RATIO = 2.0
 _USUAL_MEM_FRACTION = 0.88
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -125,7 +126,8 @@ def _packages() -> Iterator[Finding]:
     if sys.dont_write_bytecode and not _is_compiled("sglang"):
         detail = (
             "PYTHONDONTWRITEBYTECODE is set and SGLang has none: each process of a server compiles "
-            "it again, which takes half a minute; `python -m compileall` on it helps for good"
+            "all that it imports again, half a minute; `python -m compileall` on the site-packages "
+            "folder helps for good"
         )
         yield Finding("bytecode", Level.NOTE, detail)
 
@@ -164,7 +166,7 @@ def _configuration(config: Path | None) -> Iterator[Finding]:
 
 def _storage(folder: Path) -> Finding:
     """Whether a server could make and write the folder; nothing is made, it may be for others."""
-    place = next(path for path in (folder, *folder.parents) if path.exists())
+    place = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
         return Finding("batches", Level.OK, str(folder))
     return Finding("batches", Level.BAD, f"{folder}: {place} is no folder that can be written")
@@ -173,9 +175,8 @@ def _storage(folder: Path) -> Finding:
 def _model_folder(flags: Sequence[str]) -> Iterator[Finding]:
     """What is wrong with the model as far as that is seen without SGLang."""
     model = model_path(flags)
-    if model is not None and model.startswith(("/", ".", "~")) and not Path(model).exists():
-        detail = f"{model}: no such file or folder"
-        yield Finding("model", Level.BAD, detail)
+    if model is not None and _is_missing_path(model):
+        yield Finding("model", Level.BAD, f"{model}: no such file or folder")
 
 
 @contextmanager
@@ -221,6 +222,11 @@ def _hooks(config: Path | None) -> Iterator[Finding]:
         yield Finding("hook", level, target.removeprefix("sglang.srt.") + shared)
 
 
+def _is_missing_path(name: str) -> bool:
+    """Whether a name of a model is one of a folder, by its looks, and there is none."""
+    return name.startswith(("/", ".", "~")) and not os.path.exists(name)
+
+
 def _flags(flags: Sequence[str]) -> Iterator[Finding]:
     if not flags:
         return
@@ -264,18 +270,26 @@ def _model(args: Any) -> Iterator[Finding]:
             found = ModelConfig.from_server_args(args)
             has_other_state = found.is_hybrid_swa or uses_ssm_state(found)
     except Exception as e:
-        is_missing = isinstance(e, OSError) and not Path(model).exists()
+        is_missing = isinstance(e, OSError) and not os.path.exists(model)
         if is_missing and _HUB_NAME.fullmatch(model):
             yield Finding("model", Level.NOTE, f"{model} is not on this machine: not checked")
         else:
             yield Finding("model", Level.BAD, f"{model}: {_why(e, io.StringIO())}")
         return
+    if _is_missing_path(args.tokenizer_path or ""):
+        yield Finding("tokenizer", Level.BAD, f"{args.tokenizer_path}: no such file or folder")
     kind = ", ".join(found.hf_config.architectures or ["of no known kind"])
     if has_other_state:
         detail = f"{kind}: sliding-window and state-space layers are not supported by conserve"
         yield Finding("model", Level.BAD, detail)
+    elif os.path.isdir(model) and args.load_format == "auto" and not _has_weights(Path(model)):
+        yield Finding("model", Level.BAD, f"{model}: has no weights")
     else:
         yield Finding("model", Level.OK, f"{model}: {kind}")
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(file.suffix in _WEIGHTS for file in folder.iterdir())
 
 
 @contextmanager

@@ -20,6 +20,7 @@ def findings(*flags: str) -> dict[str, Finding]:
 def model(tmp_path: Path) -> Path:
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"")
     return tmp_path
 
 
@@ -55,6 +56,18 @@ def test_a_model_that_cannot_be(name):
     found = findings("--model-path", name)
     assert found["model"].level is Level.BAD
     assert found["model"].detail.startswith(f"{name}: ")
+
+
+def test_a_model_without_weights(model):
+    (model / "model.safetensors").unlink()
+    assert findings("--model-path", str(model))["model"].detail == f"{model}: has no weights"
+    dummy = findings("--model-path", str(model), "--load-format", "dummy")
+    assert dummy["model"].level is Level.OK
+
+
+def test_a_tokenizer_that_is_not_there(model):
+    found = findings("--model-path", str(model), "--tokenizer-path", "/nonexistent")
+    assert found["tokenizer"].level is Level.BAD
 
 
 def test_a_folder_without_a_model(tmp_path):
