@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole product on a machine without a GPU: sets everything up, makes the demo's model, starts
 # a server, replays a bursty online stream alone and then beside an offline eval job, prints the
-# table, writes out/demo/demo.png, and stops what it started. About 5 minutes after the set-up.
-# Arguments go to python -m conserve_sgl.bench.demo (--help lists them).
+# table, writes out/demo/demo.png, and stops what it started. About 5 minutes after the set-up, on a
+# machine with nothing else to do. Arguments go to python -m conserve_sgl.bench.demo: --port N, --help.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh

@@ -31,7 +31,8 @@ free_gib=$(($(df -Pk . | awk 'NR == 2 {print $4}') / 1048576))
 
 echo "setup: installing the locked environment into .venv (12 GB the first time)" >&2
 [ -d .venv ] || "$uv" venv --quiet --python "$python" .venv
-"$uv" pip sync --quiet --python .venv/bin/python requirements.lock \
+# With bytecode, as pip leaves it: to compile SGLang at each start takes its processes half a minute.
+"$uv" pip sync --quiet --compile-bytecode --python .venv/bin/python requirements.lock \
     || fail "the locked packages could not be installed: is the package index reachable, and is this Linux on x86-64?"
 "$uv" pip install --quiet --python .venv/bin/python --no-deps --editable . \
     || fail "the checkout itself could not be installed"

@@ -76,6 +76,21 @@ def test_an_unknown_command_is_an_error():
     assert "sevre" in result.output
 
 
+@pytest.mark.parametrize("seconds", ["-1", "0", "nan", "inf", "1e300"])
+def test_a_time_that_is_none_is_bad_input(tmp_path, seconds):
+    files = ["-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    result = run("run-batch", *files, "--request-timeout-s", seconds)
+    assert result.exit_code == 2
+    assert "must be above 0" in result.output
+
+
+def test_a_key_that_cannot_be_sent_is_bad_input(tmp_path):
+    files = ["-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    result = run("run-batch", *files, "--api-key", "a\nb")
+    assert result.exit_code == 2
+    assert "line break" in result.output
+
+
 # -------------------------------------------------------------------- serve
 
 
@@ -113,7 +128,7 @@ def test_serve_without_a_configuration_says_how_to_give_one(executed):
 def test_serve_with_a_bad_configuration_says_where(executed, bad):
     result = run("serve", "--config", str(bad))
     assert isinstance(result.exception, InputError)
-    assert str(result.exception) == f"{bad}:2: offline.queue: unknown key"
+    assert str(result.exception).startswith(f"{bad}:2: offline.queue: unknown key; there are")
     assert executed == []
 
 
@@ -133,7 +148,8 @@ def test_the_command_puts_an_error_of_ours_on_one_line_of_stderr(monkeypatch, ca
     assert run_main(monkeypatch, "serve", "--config", str(bad)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == f"conserve: {bad}:2: offline.queue: unknown key\n"
+    known = "queue_requests, retry_after_s and no_deadline_share"
+    assert captured.err == f"conserve: {bad}:2: offline.queue: unknown key; there are {known}\n"
 
 
 def test_an_error_with_brackets_is_shown_as_it_is(monkeypatch, capsys, tmp_path):

@@ -62,32 +62,71 @@ def test_the_edges_of_the_ranges_are_in(load, text):
 @pytest.mark.parametrize(
     ("text", "key", "reason"),
     [
-        pytest.param("offline: {queue_requests: 0}", "offline.queue_requests", ">= 1", id="queue"),
-        pytest.param("offline: {retry_after_s: 0}", "offline.retry_after_s", ">= 1", id="wait"),
+        pytest.param(
+            "offline: {queue_requests: 0}", "offline.queue_requests", "at least 1", id="queue"
+        ),
+        pytest.param(
+            "offline: {retry_after_s: 0}", "offline.retry_after_s", "at least 1", id="wait"
+        ),
         pytest.param("slo: {ttft: 0ms}", "slo", "above 0", id="no time"),
         pytest.param("slo: {tpot: 0.9x}", "slo", "1x or more", id="less than online alone"),
-        pytest.param("slo: {tpot: 200}", "slo.tpot", "str", id="no unit"),
+        pytest.param("slo: {tpot: 200}", "slo.tpot", "must be text", id="no unit"),
         pytest.param(
             "slo: {tpot: 2s}",
             "slo",
             "tpot: '2s' is not an objective such as 200ms or 1.25x",
             id="another unit",
         ),
-        pytest.param("slo: {yield_ms: 0}", "slo.yield_ms", "> 0", id="no yield bound"),
+        pytest.param("slo: {yield_ms: 0}", "slo.yield_ms", "above 0", id="no yield bound"),
         pytest.param(
-            "memory: {online_reserve: -0.01}", "memory.online_reserve", ">= 0", id="below nothing"
+            "memory: {online_reserve: -0.01}",
+            "memory.online_reserve",
+            "from 0 to 1",
+            id="below nothing",
         ),
         pytest.param(
-            "memory: {online_reserve: 1.01}", "memory.online_reserve", "<= 1", id="above all"
+            "memory: {online_reserve: 1.01}", "memory.online_reserve", "from 0 to 1", id="above all"
         ),
-        pytest.param("memory: {online_reserve: 25}", "memory.online_reserve", "<= 1", id="percent"),
         pytest.param(
-            "memory: {online_reserve: .nan}", "memory.online_reserve", "float", id="no number"
+            "memory: {online_reserve: 25}", "memory.online_reserve", "not 25", id="percent"
         ),
-        pytest.param("memory: {online_reserve: .inf}", "memory.online_reserve", "<= 1", id="inf"),
+        pytest.param(
+            "memory: {online_reserve: .nan}", "memory.online_reserve", "no number", id="no number"
+        ),
+        pytest.param(
+            "memory: {online_reserve: .inf}", "memory.online_reserve", "no number", id="inf"
+        ),
+        pytest.param(
+            "batch: {retention_hours: .inf}", "batch.retention_hours", "no number", id="for ever"
+        ),
+        pytest.param(
+            "batch: {retention_hours: 1.0e+300}",
+            "batch.retention_hours",
+            "no number",
+            id="longer than there is time",
+        ),
+        pytest.param(
+            "batch: {retention_hours: 900000}",
+            "batch.retention_hours",
+            "above 0 and at most 876600, not 900000",
+            id="a hundred years and more",
+        ),
+        pytest.param(
+            "batch: {storage_dir: ''}",
+            "batch.storage_dir",
+            "must be text that is not empty or null, not an empty text",
+            id="the current folder",
+        ),
+        pytest.param(
+            'batch: {storage_dir: "a\\0b"}',
+            "batch.storage_dir",
+            r"'\x00'",
+            id="no name of a folder",
+        ),
+        pytest.param("batch: {storage_dir: ~/b}", "batch", "the whole path", id="a home folder"),
         pytest.param("offline: {queue: 1}", "offline.queue", "unknown key", id="unknown key"),
         pytest.param("budget: {tokens: 1}", "budget", "unknown key", id="unknown section"),
-        pytest.param("offline:", "offline", "got `null`", id="a section without keys"),
+        pytest.param("offline:", "offline", "not null", id="a section without keys"),
     ],
 )
 def test_what_is_out_of_range_or_unknown_is_refused(load, text, key, reason):

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from conserve_sgl import compat
-from conserve_sgl.config import CONFIG_ENV, ConserveConfig
+from conserve_sgl.config import CONFIG_ENV, ConserveConfig, Folder
 from conserve_sgl.ingress.classify import (
     OFFLINE_PREFIX,
     AskedJob,
@@ -92,7 +92,8 @@ RANGES = {
     "`eager` or `slack`": lambda type_: get_args(type_) == ("eager", "slack"),
     "`run` or `held`": lambda type_: get_args(type_) == ("run", "held"),
     "0 to 1": lambda type_: bounds(type_) == (None, 0, 1),
-    "a folder or null": lambda type_: type_ == str | None,
+    "above 0 and at most 876600": lambda type_: bounds(type_) == (0, None, 876_600),
+    "a folder or null": lambda type_: type_ == Folder | None,
     # Parsed by the section itself; tests/test_config.py has its edges.
     "`ms` above 0 or `x` of at least 1": lambda type_: type_ is str,
     "or null": lambda type_: type_ == str | None,

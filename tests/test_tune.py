@@ -72,14 +72,14 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def engine() -> Iterator[Engine]:
     with Engine() as engine:
-        Thread(target=engine.serve_forever, daemon=True).start()
+        Thread(target=engine.serve_forever, args=[0.01], daemon=True).start()
         yield engine
         engine.shutdown()
 
 
 @pytest.fixture(autouse=True)
-def _wide(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def _narrow(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
 
 
 def run(*options: str):
@@ -89,9 +89,69 @@ def run(*options: str):
 def test_without_an_option_it_shows_and_changes_nothing(engine):
     result = run("--endpoint", engine.url)
     assert result.exit_code == 0
-    for shown in (engine.url, "runs", "12", "3", "1500ms", "1.25x"):
-        assert shown in result.output
+    holds = "offline runs, 12 waiting, 3 running; batches run; ttft 1500ms, tpot 1.25x, yield_ms 5"
+    assert result.output == f"{engine.url}: {holds}\n"
     assert engine.posted == []
+
+
+def test_servers_are_told_apart_by_their_whole_address(engine):
+    urls = [f"{engine.url}/{'a-long-name-of-a-route/' * 4}{name}" for name in "ab"]
+    for url in urls:
+        path = url.removeprefix(engine.url)
+        engine.answers[f"{path}/server_info"] = engine.answers["/server_info"]
+    result = run(*(option for url in urls for option in ("--endpoint", url)))
+    assert [line.split(": ")[0] for line in result.output.splitlines()] == urls
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["nonsense", "", "127.0.0.1:30000", "ftp://a", "http://", "http://a/v1", "http://a b"],
+)
+def test_what_is_no_address_of_a_server_is_bad_input(engine, url):
+    result = run("--endpoint", engine.url, "--endpoint", url, "--offline", "pause")
+    assert result.exit_code == 2
+    assert "--endpoint" in result.output
+    assert engine.posted == []
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--api-key", "a\nb"),
+        ("--admin-api-key", "a\0b"),
+        ("--yield-ms", "nan"),
+        ("--yield-ms", "inf"),
+        ("--yield-ms", "-1"),
+        ("--yield-ms", "1e300"),
+    ],
+)
+def test_an_option_that_cannot_be_sent_is_bad_input(engine, option):
+    result = run("--endpoint", engine.url, "--offline", "pause", *option)
+    assert result.exit_code == 2
+    assert option[0] in result.output
+    assert engine.posted == []
+
+
+def test_a_key_with_a_line_break_in_the_environment_is_bad_input(engine, monkeypatch):
+    monkeypatch.setenv("CONSERVE_API_KEY", "a\nb")
+    assert run("--endpoint", engine.url).exit_code == 2
+
+
+def test_a_redirect_is_not_followed_and_says_where_to():
+    class Moved(Handler):
+        def do_GET(self) -> None:
+            self.send_response(301)
+            self.send_header("location", "https://engine:30000/")
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+    with Engine() as moved:
+        moved.RequestHandlerClass = Moved
+        Thread(target=moved.serve_forever, args=[0.01], daemon=True).start()
+        result = run("--endpoint", moved.url, "--offline", "pause")
+        moved.shutdown()
+    assert len(moved.posted) == 1
+    assert "301 Moved Permanently; it points to https://engine:30000/" in str(result.exception)
 
 
 def test_what_is_asked_for_is_sent_to_every_server_with_the_key(engine):

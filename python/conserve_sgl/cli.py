@@ -25,6 +25,7 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 # A fresh interpreter: the server is then exactly `CONSERVE_CONFIG=... sglang serve ...`.
 _SGLANG_SERVE = [sys.executable, "-c", "from sglang.cli.main import main; main()", "serve"]
 _READY_S = 3600.0
+_MOST_TIME = 10**9  # in seconds or milliseconds
 _DEFAULT_ENDPOINT = "http://127.0.0.1:30000"
 
 app = typer.Typer(
@@ -40,9 +41,26 @@ ConfigOption = Annotated[
     typer.Option("--config", help=f"The configuration, YAML. Default: ${CONFIG_ENV}."),
 ]
 
+
+def _sendable(key: str | None) -> str | None:
+    if key is not None and not key.isprintable():
+        raise typer.BadParameter("holds what cannot be sent, such as a line break")
+    return key
+
+
+def _time(number: float | None) -> float | None:
+    if number is not None and not 0 < number <= _MOST_TIME:
+        raise typer.BadParameter(f"must be above 0 and at most {_MOST_TIME}, not {number:g}")
+    return number
+
+
 ApiKeyOption = Annotated[
     str | None,
-    typer.Option(envvar="CONSERVE_API_KEY", help="Bearer token. Better in the environment."),
+    typer.Option(
+        envvar="CONSERVE_API_KEY",
+        callback=_sendable,
+        help="Bearer token. Better in the environment.",
+    ),
 ]
 
 
@@ -195,7 +213,8 @@ def run_batch(
     ] = -1,
     api_key: ApiKeyOption = None,
     request_timeout_s: Annotated[
-        float | None, typer.Option(help="Give a request up after so long. Default: never.")
+        float | None,
+        typer.Option(callback=_time, help="Give a request up after so long. Default: never."),
     ] = None,
 ) -> None:
     """Run a batch file on servers that are there, or go on with it where it stopped.
@@ -236,12 +255,14 @@ def tune(
         str | None, typer.Option(help="As slo.ttft of the configuration: 1500ms, 1.25x.")
     ] = None,
     tpot: Annotated[str | None, typer.Option(help="As slo.tpot: 200ms, 1.25x.")] = None,
-    yield_ms: Annotated[float | None, typer.Option(help="As slo.yield_ms.")] = None,
+    yield_ms: Annotated[float | None, typer.Option(callback=_time, help="As slo.yield_ms.")] = None,
     api_key: ApiKeyOption = None,
     admin_api_key: Annotated[
         str | None,
         typer.Option(
-            envvar="CONSERVE_ADMIN_API_KEY", help="The one for changes, if the server has two."
+            envvar="CONSERVE_ADMIN_API_KEY",
+            callback=_sendable,
+            help="The one for changes, if the server has two.",
         ),
     ] = None,
 ) -> None:
@@ -249,6 +270,7 @@ def tune(
 
     Exit code 0: all changed. 1: a server could not be changed; those before it are. 2: bad input.
     """
+    from conserve_sgl.jobs.schema import check_endpoint
     from conserve_sgl.settings import OfflineWork, batches_number, offline_number, slo_numbers
     from conserve_sgl.tune import tune as tune_servers
 
@@ -258,6 +280,12 @@ def tune(
     if batches is not None:
         numbers |= batches_number(held=batches == "hold")
     servers = endpoint or [_DEFAULT_ENDPOINT]
+    try:
+        for url in servers:
+            check_endpoint(url)
+    except ValueError as e:
+        reason = str(e).removeprefix("endpoints: ")
+        raise typer.BadParameter(reason, param_hint="--endpoint") from e
     tune_servers(servers, numbers, api_key=api_key, admin_api_key=admin_api_key, console=Console())
 
 
@@ -276,7 +304,8 @@ def bench(
     ] = "",
     repeats: Annotated[int | None, typer.Option(min=1, help="Instead of the file's.")] = None,
     duration: Annotated[
-        float | None, typer.Option(min=1, help="Seconds of the stream, instead of the file's.")
+        float | None,
+        typer.Option(min=1, callback=_time, help="Seconds of the stream, instead of the file's."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for results. Default: out/bench/NAME.")
@@ -454,6 +483,7 @@ def _checked(config: Path | None) -> Path:
 
 def _measured_in(folder: Path, flags: list[str], config: Path, console: Console) -> Path:
     """Run a server until it is ready, with `folder` as its profiles; the one it measured."""
+    from conserve_sgl.bench.progress import PlainProgress
     from conserve_sgl.bench.server import ServerProcess, free_port
     from conserve_sgl.profile import DIR_ENV, ProfileStore
 
@@ -464,8 +494,15 @@ def _measured_in(folder: Path, flags: list[str], config: Path, console: Console)
         log_path=log,
         env={CONFIG_ENV: str(config), DIR_ENV: str(folder)},
     )
+    plain = PlainProgress(console)
+    plain.say("Starting the server")
     with server, console.status("Starting the server") as status:
-        server.wait_healthy(_READY_S, lambda _: status.update(escape(server.log_tail(1))))
+
+        def on_wait(waited_s: float) -> None:
+            status.update(escape(server.log_tail(1)))
+            plain.still(f"Starting the server: {waited_s:.0f} s")
+
+        server.wait_healthy(_READY_S, on_wait)
     stored = ProfileStore(folder).paths()
     if not stored:
         raise ServerError(f"the server measured nothing:\n{server.log_tail()}")

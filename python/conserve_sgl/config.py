@@ -33,6 +33,8 @@ CONFIG_ENV = "CONSERVE_CONFIG"
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 Milliseconds = Annotated[float, msgspec.Meta(gt=0)]
+Hours = Annotated[float, msgspec.Meta(gt=0, le=876_600)]  # a hundred years
+Folder = Annotated[str, msgspec.Meta(min_length=1)]
 Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 
 
@@ -150,14 +152,18 @@ class BatchConfig(_Section):
         start: `held` sends nothing of any batch until `conserve tune --batches run`.
     """
 
-    storage_dir: str | None = None
-    retention_hours: Annotated[float, msgspec.Meta(gt=0)] = 720.0
+    storage_dir: Folder | None = None
+    retention_hours: Hours = 720.0
     max_in_flight: Count = 256
     max_requests: Count = 50_000
     max_file_bytes: Count = 200 << 20
     max_storage_bytes: Count = 20 << 30
     max_deaths: Count = 2
     start: Literal["run", "held"] = "run"
+
+    def __post_init__(self) -> None:
+        if self.storage_dir is not None and self.storage_dir.startswith("~"):
+            raise ValueError("storage_dir: ~ is not filled in here; write the whole path")
 
 
 class ConserveConfig(_Section):

@@ -1,12 +1,21 @@
-"""`conserve doctor`: what is installed, which hooks take, what conflicts, and a verdict."""
+"""`conserve doctor`: what is installed, which hooks take, what conflicts, and a verdict.
+
+It downloads nothing: a model that is on no disk here is said to be so.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import io
+import itertools
 import os
+import re
+import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -15,11 +24,11 @@ from typing import Any
 import msgspec
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
 
 from conserve_sgl import __version__, compat
 from conserve_sgl.config import CONFIG_ENV, ConserveConfig
 from conserve_sgl.errors import ConserveError, HookError
+from conserve_sgl.profile.store import model_path
 
 __all__ = ["Finding", "Level", "examine", "host_cache"]
 
@@ -29,14 +38,16 @@ _LOW_HOST_GIB = 8
 _HICACHE_RESERVE_GIB = 10
 _DEFAULT_HICACHE_RATIO = 2.0
 _USUAL_MEM_FRACTION = 0.88
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 class Level(Enum):
     """How a finding bears on the verdict."""
 
-    OK = "[green]ok[/]"
+    OK = "[green]ok[/]  "
     NOTE = "[yellow]note[/]"
-    BAD = "[red]bad[/]"
+    BAD = "[red]bad[/] "
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -48,7 +59,10 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 def examine(console: Console, *, config: Path | None, flags: Sequence[str]) -> int:
-    """Print the report to `console`.
+    """Print the report to `console`, each finding as soon as it is known.
+
+    What is found without SGLang comes first: to import SGLang takes a quarter of a minute, and is
+    left out when a server would not start anyway.
 
     Args:
         config: the configuration to check, or None for the defaults.
@@ -57,24 +71,37 @@ def examine(console: Console, *, config: Path | None, flags: Sequence[str]) -> i
     Returns:
         The exit code: 0 when nothing is bad, else 1.
     """
-    findings = [*_packages(), *_environment(), *_configuration(config)]
-    if not _any_bad(findings):
-        findings += [*_hooks(config), *_flags(flags), *_machine()]
-    detail = Column("detail", overflow="fold")
-    table = Table("what", "", detail, title=f"conserve {__version__}", title_justify="left")
-    for finding in findings:
-        table.add_row(escape(finding.what), finding.level.value, escape(finding.detail))
-    console.print(table)
-    bad = [finding.what for finding in findings if finding.level is Level.BAD]
+    console.print(f"conserve {__version__}", highlight=False)
+    bad: list[str] = []
+    unchecked: list[str] = []
+
+    def report(*parts: Iterable[Finding]) -> None:
+        for finding in itertools.chain(*parts):
+            # Not a table: a name that is cut or broken cannot be searched for.
+            what, detail = escape(f"{finding.what:<14}"), escape(finding.detail)
+            line = f"{finding.level.value} {what} {detail}"
+            console.print(line, highlight=False, soft_wrap=True)
+            if finding.level is Level.BAD:
+                bad.append(finding.what)
+            elif finding.what == "model" and finding.level is Level.NOTE:
+                unchecked.append(finding.detail)
+
+    report(_packages(), _environment(), _configuration(config), _model_folder(flags))
+    if not bad:
+        with console.status("Loading SGLang as a server does"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what this machine is without, a line for each
+            report(_flags(flags), _hooks(config), _machine())
     if bad:
-        console.print(f"[red]A server would not start as configured:[/] {', '.join(bad)}")
+        names = ", ".join(dict.fromkeys(bad))
+        console.print(f"[red]A server would not start as configured:[/] {names}", soft_wrap=True)
         return 1
-    console.print("[green]A server would start, with conserve in every process.[/]")
+    if not flags:
+        console.print("[green]conserve would be in every process of a server.[/]")
+        console.print("With -- SGLANG FLAGS, --model-path among them, the server is checked too.")
+        return 0
+    once = ", once it has the model" if unchecked else ""
+    console.print(f"[green]A server would start{once}, with conserve in every process.[/]")
     return 0
-
-
-def _any_bad(findings: list[Finding]) -> bool:
-    return any(finding.level is Level.BAD for finding in findings)
 
 
 def _packages() -> Iterator[Finding]:
@@ -93,12 +120,24 @@ def _packages() -> Iterator[Finding]:
         yield Finding("torch", Level.BAD, "not installed")
     for group in ("sglang.srt.plugins", "sglang.srt.platforms"):
         ours = [ep for ep in entry_points(group=group) if ep.value.startswith("conserve_sgl.")]
-        missing = "not found: reinstall conserve-sgl with pip"
-        yield Finding(
-            f"entry point in {group}",
-            Level.OK if ours else Level.BAD,
-            ours[0].name if ours else missing,
+        missing = "reinstall conserve-sgl with pip"
+        found = f"{ours[0].name} in {group}" if ours else f"none in {group}: {missing}"
+        yield Finding("entry point", Level.OK if ours else Level.BAD, found)
+    if sys.dont_write_bytecode and not _is_compiled("sglang"):
+        detail = (
+            "PYTHONDONTWRITEBYTECODE is set and SGLang has none: each process of a server compiles "
+            "all that it imports again, half a minute; `python -m compileall` on the site-packages "
+            "folder helps for good"
         )
+        yield Finding("bytecode", Level.NOTE, detail)
+
+
+def _is_compiled(package: str) -> bool:
+    """Whether Python finds bytecode of the package's own file; false where it is not installed."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return False
+    return Path(importlib.util.cache_from_source(spec.origin)).exists()
 
 
 def _environment() -> Iterator[Finding]:
@@ -116,10 +155,28 @@ def _configuration(config: Path | None) -> Iterator[Finding]:
         yield Finding("configuration", Level.NOTE, f"none given (${CONFIG_ENV}); using defaults")
         return
     try:
-        ConserveConfig.load(config)
+        folder = ConserveConfig.load(config).batch.storage_dir
         yield Finding("configuration", Level.OK, str(config))
     except ConserveError as e:
         yield Finding("configuration", Level.BAD, str(e))
+        return
+    if folder is not None:
+        yield _storage(Path(folder).absolute())
+
+
+def _storage(folder: Path) -> Finding:
+    """Whether a server could make and write the folder; nothing is made, it may be for others."""
+    place = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+        return Finding("batches", Level.OK, str(folder))
+    return Finding("batches", Level.BAD, f"{folder}: {place} is no folder that can be written")
+
+
+def _model_folder(flags: Sequence[str]) -> Iterator[Finding]:
+    """What is wrong with the model as far as that is seen without SGLang."""
+    model = model_path(flags)
+    if model is not None and _is_missing_path(model):
+        yield Finding("model", Level.BAD, f"{model}: no such file or folder")
 
 
 @contextmanager
@@ -165,22 +222,97 @@ def _hooks(config: Path | None) -> Iterator[Finding]:
         yield Finding("hook", level, target.removeprefix("sglang.srt.") + shared)
 
 
+def _is_missing_path(name: str) -> bool:
+    """Whether a name of a model is one of a folder, by its looks, and there is none."""
+    return name.startswith(("/", ".", "~")) and not os.path.exists(name)
+
+
 def _flags(flags: Sequence[str]) -> Iterator[Finding]:
     if not flags:
         return
     from sglang.srt.server_args import prepare_server_args
 
+    said = io.StringIO()
     try:
-        args = prepare_server_args(list(flags))
-        found = compat.conflicts(args)
+        # It also sets up logging, onto the stream that it finds.
+        with redirect_stdout(said), redirect_stderr(said):
+            args = prepare_server_args(list(flags))
     except (SystemExit, Exception) as e:
-        yield Finding("flags", Level.BAD, f"SGLang does not accept them: {e}")
+        yield Finding("flags", Level.BAD, f"SGLang does not accept them: {_why(e, said)}")
         return
+    found = compat.conflicts(args)
     for conflict in found:
         yield Finding("flags", Level.BAD, conflict)
     if not found:
         yield Finding("flags", Level.OK, " ".join(flags))
-        yield host_cache(args, free_gib=_free_host_gib(), device_gib=_device_gib())
+    yield from _model(args)
+    yield from _port(args)
+    yield host_cache(args, free_gib=_free_host_gib(), device_gib=_device_gib())
+
+
+def _why(error: BaseException, said: io.StringIO) -> str:
+    """What SGLang's parser of flags said, without the hundreds of lines that list all flags."""
+    _, found, reason = said.getvalue().rpartition("error: ")
+    if isinstance(error, SystemExit) and found:
+        return reason.strip()
+    if isinstance(error, SystemExit):
+        return "with these it prints something and ends"
+    return str(error) or type(error).__name__
+
+
+def _model(args: Any) -> Iterator[Finding]:
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.mem_cache.kv_cache_builder import uses_ssm_state
+
+    model = args.model_path
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), _no_downloads():
+            found = ModelConfig.from_server_args(args)
+            has_other_state = found.is_hybrid_swa or uses_ssm_state(found)
+    except Exception as e:
+        is_missing = isinstance(e, OSError) and not os.path.exists(model)
+        if is_missing and _HUB_NAME.fullmatch(model):
+            yield Finding("model", Level.NOTE, f"{model} is not on this machine: not checked")
+        else:
+            yield Finding("model", Level.BAD, f"{model}: {_why(e, io.StringIO())}")
+        return
+    if _is_missing_path(args.tokenizer_path or ""):
+        yield Finding("tokenizer", Level.BAD, f"{args.tokenizer_path}: no such file or folder")
+    kind = ", ".join(found.hf_config.architectures or ["of no known kind"])
+    if has_other_state:
+        detail = f"{kind}: sliding-window and state-space layers are not supported by conserve"
+        yield Finding("model", Level.BAD, detail)
+    elif os.path.isdir(model) and args.load_format == "auto" and not _has_weights(Path(model)):
+        yield Finding("model", Level.BAD, f"{model}: has no weights")
+    else:
+        yield Finding("model", Level.OK, f"{model}: {kind}")
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(file.suffix in _WEIGHTS for file in folder.iterdir())
+
+
+@contextmanager
+def _no_downloads() -> Iterator[None]:
+    """Within, a model is looked up on this machine alone."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _port(args: Any) -> Iterator[Finding]:
+    try:
+        with socket.create_server((args.host, args.port)):
+            pass
+    except OSError as e:
+        reason = os.strerror(e.errno) if (e.errno or 0) > 0 else str(e)  # below 0: of a host's name
+        detail = f"{args.host}:{args.port} cannot be had now: {reason}"
+        yield Finding("port", Level.NOTE, detail)
 
 
 def host_cache(args: Any, *, free_gib: float, device_gib: float | None) -> Finding:

@@ -24,6 +24,7 @@ import msgspec
 
 from conserve_sgl.config import SloConfig
 from conserve_sgl.errors import SettingError
+from conserve_sgl.shapes import explain
 
 __all__ = [
     "OfflineWork",
@@ -107,7 +108,8 @@ def _checked(slo: Mapping[str, object]) -> SloConfig:
     try:
         return msgspec.convert(slo, SloConfig)
     except msgspec.ValidationError as e:
-        raise SettingError(f"slo: {e}") from e
+        fault = explain(e, SloConfig, slo)
+        raise SettingError(f"slo: {fault.key + ': ' if fault.key else ''}{fault.reason}") from e
 
 
 def is_setting(name: str) -> bool:

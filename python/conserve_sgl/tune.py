@@ -8,7 +8,6 @@ from typing import Any
 
 import aiohttp
 from rich.console import Console
-from rich.table import Table
 
 from conserve_sgl.errors import ServerError
 
@@ -32,20 +31,16 @@ def tune(
         numbers: what to change; empty only shows.
         api_key: as the servers' own `--api-key`.
         admin_api_key: as theirs, for servers that want it for a change; None is `api_key`.
-        console: gets the table.
+        console: gets a line for each server, as soon as it is known.
 
     Raises:
         ServerError: a server does not answer, refuses, or runs without conserve. Those before it
             are changed.
     """
-    table = Table("server", "offline", "batches", "waiting", "running", "ttft", "tpot", "yield_ms")
-    try:
-        for url in endpoints:
-            state = asyncio.run(_tune_one(url, numbers, api_key, admin_api_key))
-            table.add_row(url, *_cells(state))
-    finally:
-        if table.row_count:
-            console.print(table)
+    for url in endpoints:
+        state = asyncio.run(_tune_one(url, numbers, api_key, admin_api_key))
+        # No table: the address tells servers apart, and must not be cut.
+        console.print(f"{url}: {_line(state)}", highlight=False, markup=False, soft_wrap=True)
 
 
 async def _tune_one(
@@ -80,7 +75,9 @@ class _Server:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         url = f"{self._url}{path}"
         try:
-            async with self._session.request(method, url, headers=headers, **kwargs) as response:
+            # A redirect would turn the change into a question, and drop the key.
+            kwargs |= {"headers": headers, "allow_redirects": False}
+            async with self._session.request(method, url, **kwargs) as response:
                 if response.status != 200:
                     raise ServerError(_refusal(url, response))
                 return await response.json()
@@ -91,17 +88,17 @@ class _Server:
 def _refusal(url: str, response: aiohttp.ClientResponse) -> str:
     is_closed = response.status in (401, 403)
     hint = "; give --api-key or --admin-api-key" if is_closed else ""
+    if moved := response.headers.get("location"):
+        hint = f"; it points to {moved}"
     return f"{url}: {response.status} {response.reason}{hint}"
 
 
-def _cells(state: Mapping[str, Any]) -> list[str]:
+def _line(state: Mapping[str, Any]) -> str:
     slo = state["slo"]
-    return [
-        "paused" if state["offline_paused"] else "runs",
-        "held" if state["batches_held"] else "run",
-        str(state["offline_waiting"]),
-        str(state["offline_running"]),
-        slo["ttft"],
-        slo["tpot"],
-        f"{slo['yield_ms']:g}",
-    ]
+    offline = "paused" if state["offline_paused"] else "runs"
+    batches = "held" if state["batches_held"] else "run"
+    waiting, running = state["offline_waiting"], state["offline_running"]
+    return (
+        f"offline {offline}, {waiting} waiting, {running} running; batches {batches}; "
+        f"ttft {slo['ttft']}, tpot {slo['tpot']}, yield_ms {slo['yield_ms']:g}"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from conserve_sgl.bench.server import free_port
 
 JOB = """
 import json, pathlib, sys, time
@@ -61,19 +64,19 @@ class Run:
             },
         }
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, *options: str) -> subprocess.Popen[str]:
         path = self.folder / "demo.yaml"
         path.write_text(yaml.safe_dump(self.config))
         argv = [sys.executable, "-m", "conserve_sgl.bench.demo", "--model", "some/tiny-model"]
         return subprocess.Popen(
-            [*argv, "--config", str(path), "--out", str(self.out)],
+            [*argv, "--config", str(path), "--out", str(self.out), *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def finish(self) -> tuple[int, str, str]:
-        with self.start() as process:
+    def finish(self, *options: str) -> tuple[int, str, str]:
+        with self.start(*options) as process:
             output, errors = process.communicate(timeout=120)
         return process.returncode, output, errors
 
@@ -109,9 +112,50 @@ def test_the_demo_measures_both_phases_and_writes_its_results(demo: Run) -> None
     assert report["summaries"]["online beside the job"]["offline"]["output_tokens"] > 0
     assert report["config"]["seed"] == 1
     assert "sglang" in report["environment"]["versions"]
+    for line in ("Starting the server (log: ", "online alone: ", "online beside the job: "):
+        assert line in errors  # no terminal, so no bars
+    assert "missed an objective" not in errors + output
     job_log = (demo.out / "job.log").read_text()
     assert "job for http://127.0.0.1:" in job_log
     assert "stopped in good order" in job_log
+
+
+def test_objectives_that_are_missed_without_the_job_are_said_before_and_below_the_table(
+    demo: Run,
+) -> None:
+    demo.config["slo"]["ttft_ms"] = 0.001
+
+    status, output, errors = demo.finish()
+
+    assert status == 0, errors
+    warning = "online requests missed an objective with no offline work"
+    before, table, after = (text.replace("\n", " ") for text in split_at_table(output, errors))
+    assert warning in before
+    assert warning in after
+    assert "online beside the job" in table
+    assert warning in (demo.out / "table.md").read_text()
+
+
+def split_at_table(output: str, errors: str) -> tuple[str, str, str]:
+    before, _, after = errors.partition("Arrival to scheduler")
+    return before, output, after
+
+
+def test_the_server_gets_the_port_asked_for_and_a_profile_folder_of_its_own(demo: Run) -> None:
+    show = "import os, sys; sys.exit(sys.argv[1] + ' ' + os.environ['CONSERVE_PROFILE_DIR'])"
+    demo.config["server"]["command"] = ["{python}", "-c", show, "{port}"]
+    port = free_port()
+    status, _, errors = demo.finish("--port", str(port))
+    assert status == 2
+    assert f"{port} {demo.out / 'profiles'}" in errors.replace("\n", "")
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_starts(demo: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        status, _, errors = demo.finish("--port", str(taken.getsockname()[1]))
+    assert status == 2
+    assert "cannot be had: Address already in use" in errors
+    assert not (demo.out / "server.log").exists()
 
 
 def wait_for(path: Path, text: str) -> None:

@@ -138,8 +138,8 @@ def test_a_bad_conserve_section_is_refused_with_file_line_and_key(
     ("system", "reason"),
     [
         ({"name": "a", "kind": "stock", "conserve": {}}, "takes no conserve section"),
-        ({"name": "a b", "kind": "stock"}, "matching regex"),
-        ({"name": "a", "kind": "vanilla"}, "nvalid enum value"),
+        ({"name": "a b", "kind": "stock"}, "text that matches"),
+        ({"name": "a", "kind": "vanilla"}, "must be conserve or stock"),
         ({"name": "a", "kind": "stock", "falgs": []}, "unknown key"),
     ],
 )

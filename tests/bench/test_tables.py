@@ -95,6 +95,18 @@ def test_the_terminal_shows_every_system(systems: list[SystemResult]) -> None:
     assert "80 %" in capture.get()
 
 
+def test_a_narrow_terminal_cuts_neither_names_nor_figures(result: Make) -> None:
+    names = [f"conserve-with-a-long-name-and-tpot-{factor}x" for factor in ("1.05", "1.25")]
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(terminal_table(by_system([result((), name=name) for name in names])))
+
+    shown = capture.get()
+    assert "\u2026" not in shown
+    folded = "".join(line.split("│")[1].strip() for line in shown.splitlines() if "│" in line)
+    assert all(name in folded for name in names)
+
+
 def test_requests_that_failed_are_told_with_the_first_reason(
     result: Make, record: Callable[..., RequestRecord]
 ) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
 
@@ -72,10 +73,30 @@ def test_openai_client(server):
     before = server.offline_accepted()
     with openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none") as client:
         answer = client.chat.completions.create(**CHAT, service_tier="flex")
-        assert answer.usage.completion_tokens == 4
-        streamed = client.chat.completions.create(**CHAT, service_tier="flex", stream=True)
+        assert (answer.usage.completion_tokens, answer.service_tier) == (4, "flex")
+        streamed = list(client.chat.completions.create(**CHAT, service_tier="flex", stream=True))
         assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
+        assert {chunk.service_tier for chunk in streamed} == {"flex"}
     assert server.offline_accepted() == before + 2
+
+
+def test_openai_client_reads_the_tier_of_a_response(server):
+    asked = {"model": "m", "input": "hi", "max_output_tokens": 4, "service_tier": "flex"}
+    with openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none") as client:
+        assert client.responses.create(**asked).service_tier == "flex"
+        events = list(client.responses.create(**asked, stream=True))
+    responses = [event.response for event in events if hasattr(event, "response")]
+    assert responses
+    assert {response.service_tier for response in responses} == {"flex"}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_slash_too_many_stays_offline(server, route):
+    before = server.offline_accepted()
+    url = f"{server.base_url}/offline{route}/"
+    answer = httpx.post(url, json=ROUTES[route], follow_redirects=True, timeout=60)
+    assert answer.status_code == 200
+    assert server.offline_accepted() == before + 1
 
 
 def test_openai_client_on_the_offline_base_url(server):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from conserve_sgl.bench.server import free_port
+from conserve_sgl.plugin import HOOK_TARGETS
 
 pytestmark = pytest.mark.engine
 
@@ -37,3 +38,13 @@ def test_a_configuration_that_is_wrong(tiny_llama, config):
     done = _serve(tiny_llama, config)
     assert done.returncode == 2
     assert f"{config}:3: slo.steps: unknown key" in done.stderr
+
+
+def test_the_doctor_finds_a_server_that_would_start(tiny_llama, config):
+    command = [sys.executable, "-m", "conserve_sgl.cli", "doctor", f"--config={config}", "--"]
+    flags = [f"--model-path={tiny_llama}", f"--port={free_port()}"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    for target in HOOK_TARGETS:
+        assert f"ok   hook           {target.removeprefix('sglang.srt.')}\n" in done.stdout
+    assert done.stdout.endswith("A server would start, with conserve in every process.\n")

@@ -125,7 +125,7 @@ def test_changes_stand_for_keys_of_the_file(small):
         ({"slo.tpot": "9"}, r"^slo\.tpot=9: "),
         ({"slo.tpot": "fast"}, r"^slo\.tpot=fast: slo: tpot: 'fast' is not an objective"),
         ({"seed.x": "1"}, r"^seed\.x=1: there is no such key"),
-        ({"seed": "[1"}, r"^seed=\[1: the value is not YAML"),
+        ({"seed": "[1"}, r"^seed=\[1: is not YAML"),
         ({"offline.in_flight": "0"}, r"^offline\.in_flight=0: "),
     ],
 )

@@ -28,15 +28,18 @@ from rich.progress import (
 )
 
 from conserve_sgl.bench.arrivals import Arrival
-from conserve_sgl.bench.client import LoadResult, replay
+from conserve_sgl.bench.client import LoadResult, RequestRecord, replay
 from conserve_sgl.bench.command import stop_on_signals
 from conserve_sgl.bench.config import DemoConfig, fill
 from conserve_sgl.bench.environment import Environment, environment
+from conserve_sgl.bench.metrics import Slo
 from conserve_sgl.bench.offline import read_results
+from conserve_sgl.bench.progress import PlainProgress
 from conserve_sgl.bench.prompts import TimedRequest, timed_requests
 from conserve_sgl.bench.report import Phase, markdown_table, plot_phases, rich_table
-from conserve_sgl.bench.server import ManagedProcess, ServerProcess, free_port
+from conserve_sgl.bench.server import ManagedProcess, ServerProcess, check_free, free_port
 from conserve_sgl.errors import ConserveError, JobError, ServerError
+from conserve_sgl.profile import DIR_ENV
 from conserve_sgl.strict_yaml import load_yaml
 
 __all__ = ["Demo", "main"]
@@ -53,13 +56,29 @@ class Demo:
         model: path or name of the model, for {model} in the server's command.
         out: folder for results and logs; made when missing.
         console: where progress goes.
+        port: for the server; None takes a free one.
+
+    Raises:
+        ServerError: something listens on the port.
     """
 
-    def __init__(self, config: DemoConfig, model: str, out: Path, console: Console) -> None:
+    def __init__(
+        self,
+        config: DemoConfig,
+        model: str,
+        out: Path,
+        console: Console,
+        *,
+        port: int | None = None,
+    ) -> None:
         self.config = config
         self.out = out
         self.console = console
-        port = free_port()
+        self.plain = PlainProgress(console)
+        if port is None:
+            port = free_port()
+        else:
+            check_free(port)
         self.values = {
             "python": sys.executable,
             "model": model,
@@ -68,7 +87,11 @@ class Demo:
             "out": str(out),
         }
         self.server = ServerProcess(
-            self._filled(config.server.command), port=port, log_path=out / "server.log"
+            self._filled(config.server.command),
+            port=port,
+            log_path=out / "server.log",
+            # A machine that is busy now must not be what later servers take for their own pace.
+            env={DIR_ENV: str((out / "profiles").resolve())},
         )
         self.job = ManagedProcess(
             self._filled(config.offline.command),
@@ -90,6 +113,8 @@ class Demo:
             self._wait_ready()
             self._warm_up()
             alone = self._phase(ALONE, self._stream(1, ALONE))
+            if warning := alone_warning(alone, self.config.slo):
+                self.console.print(warning, style="yellow", highlight=False)
             beside = self._stream_beside_job()
             self.engine_state = read_engine_state(self.server.base_url)
         return alone, beside
@@ -98,13 +123,16 @@ class Demo:
         return [fill(argument, self.values) for argument in command]
 
     def _wait_ready(self) -> None:
+        log = f"(log: {self.server.log_path})"
+        self.plain.say(f"Starting the server {log}")
         with self.console.status("") as status:
-            took_s = self.server.wait_healthy(
-                self.config.server.ready_timeout_s,
-                lambda waited_s: status.update(
-                    f"Starting the server: {waited_s:.0f} s (log: {self.server.log_path})"
-                ),
-            )
+
+            def on_wait(waited_s: float) -> None:
+                text = f"Starting the server: {waited_s:.0f} s {log}"
+                status.update(text)
+                self.plain.still(text)
+
+            took_s = self.server.wait_healthy(self.config.server.ready_timeout_s, on_wait)
         self.console.print(f"Server ready after {took_s:.0f} s: {self.server.base_url}")
 
     def _warm_up(self) -> None:
@@ -145,14 +173,22 @@ class Demo:
 
     def _replay(self, requests: Sequence[TimedRequest], name: str) -> LoadResult:
         columns = TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn()
+        lasts_s = max((request.arrival.at_s for request in requests), default=0)
+        self.plain.say(f"{name}: {len(requests)} requests over {lasts_s:.0f} s")
         with Progress(*columns, TimeElapsedColumn(), console=self.console) as progress:
             task = progress.add_task(name, total=len(requests))
+
+            def on_done(_: RequestRecord) -> None:
+                progress.advance(task)
+                done = progress.tasks[task].completed
+                self.plain.still(f"{name}: {done:.0f}/{len(requests)}")
+
             return asyncio.run(
                 replay(
                     self.server.base_url,
                     requests,
                     drain_s=self.config.online.drain_s,
-                    on_done=lambda _: progress.advance(task),
+                    on_done=on_done,
                 )
             )
 
@@ -165,6 +201,19 @@ class Demo:
             online=result.records,
             offline=None if job_output is None else read_results(job_output),
         )
+
+
+def alone_warning(alone: Phase, slo: Slo) -> str:
+    """What to know before the figures are read; empty when online work alone met the objectives."""
+    online = alone.online_summary(slo)
+    missed = online.sent - online.good
+    if not missed:
+        return ""
+    return (
+        f"{missed} of {online.sent} online requests missed an objective with no offline work "
+        "beside them: something else runs on this machine, or it is too slow for them. The "
+        "figures beside the job do not show what offline work costs."
+    )
 
 
 def read_engine_state(base_url: str) -> dict[str, Any] | None:
@@ -193,7 +242,9 @@ def write_results(demo: Demo, phases: Sequence[Phase], on: Environment) -> None:
     caption = f"{model} on {on.hardware}; SGLang {on.versions.get('sglang', '-')}"
     caption += f"; seed {demo.config.seed}; TTFT {slo.ttft_ms:g} ms, TPOT {slo.tpot_ms:g} ms"
     (demo.out / "table.md").write_text(
-        f"{markdown_table(phases, slo)}\n{caption}\n{arrival_line(demo.engine_state)}", "utf-8"
+        f"{markdown_table(phases, slo)}\n{caption}\n{arrival_line(demo.engine_state)}"
+        f"{alone_warning(phases[0], slo)}\n",
+        "utf-8",
     )
     plot_phases(phases, slo, demo.out / "demo.png", caption=caption)
     report = msgspec.json.encode(_report(demo, phases, on))
@@ -228,12 +279,15 @@ def main(
     model: Annotated[str, typer.Option(help="Path of the model's folder.")],
     config: Annotated[Path, typer.Option(help="The demo's YAML file.")],
     out: Annotated[Path, typer.Option(help="Folder for results and logs.")],
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Of the server. Default: a free one.")
+    ] = None,
 ) -> None:
     """Measure an online stream alone and beside an offline job, on one server."""
     console = Console(stderr=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        demo = Demo(load_yaml(config, DemoConfig), model, out, console)
+        demo = Demo(load_yaml(config, DemoConfig), model, out, console, port=port)
         with stop_on_signals():
             phases = demo.run()
         write_results(demo, phases, environment())
@@ -242,6 +296,8 @@ def main(
         raise typer.Exit(2) from None
     Console().print(rich_table(phases, demo.config.slo))
     console.print(arrival_line(demo.engine_state), end="")
+    if warning := alone_warning(phases[0], demo.config.slo):
+        console.print(warning, style="yellow", highlight=False)
     console.print(f"Written: {out}/table.md, {out}/demo.png, {out}/demo.json")
 
 

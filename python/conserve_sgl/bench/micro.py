@@ -103,7 +103,8 @@ def run_micros(on_row: Callable[[Row], None] = lambda _: None) -> list[Row]:
 def micro_table(rows: list[Row]) -> Table:
     table = Table(title="Microseconds of one operation")
     for column in ("operation", "requests", "median us", "P99 us", "calls"):
-        table.add_column(column, justify="left" if column == "operation" else "right")
+        justify = "left" if column == "operation" else "right"
+        table.add_column(column, justify=justify, overflow="fold")
     for row in rows:
         times = f"{row.median_us:,.1f}", f"{row.p99_us:,.1f}"
         table.add_row(row.name, str(row.requests), *times, str(row.iterations))

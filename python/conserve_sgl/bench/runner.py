@@ -40,6 +40,7 @@ from conserve_sgl.bench.arrivals import Arrival
 from conserve_sgl.bench.client import LoadResult, RequestRecord, keep_in_flight, replay
 from conserve_sgl.bench.environment import Environment, clocks, environment
 from conserve_sgl.bench.probe import Reading, idle_share, read_server
+from conserve_sgl.bench.progress import PlainProgress
 from conserve_sgl.bench.prompts import TimedRequest, timed_requests
 from conserve_sgl.bench.results import Result, Run, read_run, run_folder, write_run
 from conserve_sgl.bench.server import ServerProcess, free_port
@@ -399,6 +400,7 @@ class _Steps:
         self._update = functools.partial(progress.update, task)
         self._runs, self._run = runs, 0
         self._done_s = self._share_s = 0.0
+        self._plain = PlainProgress(progress.console)
 
     def next(self, name: str, expected_s: float, *, is_new: bool = True) -> OnStep:
         """What shows the steps of the run of `name`, or of the next stretch of it."""
@@ -406,9 +408,12 @@ class _Steps:
         self._done_s += self._share_s
         self._share_s = expected_s
         title = f"{self._run}/{self._runs} {name}"
-        base_s, start_s = self._done_s, time.monotonic()
+        base_s, start_s, said = self._done_s, time.monotonic(), ""
 
         def show(what: str) -> None:
+            nonlocal said
+            is_new, said = what != said, what
+            (self._plain.say if is_new else self._plain.still)(f"{title}: {what}")
             spent_s = min(time.monotonic() - start_s, expected_s)
             self._update(completed=base_s + spent_s, description=f"{title}: {what}")
 

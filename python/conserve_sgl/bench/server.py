@@ -23,7 +23,7 @@ from typing import Self
 
 from conserve_sgl.errors import ServerError
 
-__all__ = ["ManagedProcess", "ServerProcess", "free_port", "serving", "split_flags"]
+__all__ = ["ManagedProcess", "ServerProcess", "check_free", "free_port", "serving", "split_flags"]
 
 _POLL_S = 0.1
 _READY_S = 300.0
@@ -34,6 +34,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def check_free(port: int) -> None:
+    """Raise ServerError when something listens on a port of the loopback interface.
+
+    It would answer in the place of the server that is to be started.
+    """
+    try:
+        with socket.create_server(("127.0.0.1", port)):
+            pass
+    except OSError as e:
+        raise ServerError(f"port {port} cannot be had: {os.strerror(e.errno)}") from e
 
 
 class ManagedProcess:

@@ -107,7 +107,8 @@ def terminal_table(systems: Sequence[SystemResult]) -> Table:
     shown = [column for column in rows[0] if column not in left_out]
     table = Table(title=f"Objectives: TTFT {slo.ttft_ms:g} ms, TPOT {slo.tpot_ms:g} ms")
     for column in shown:
-        table.add_column(column, justify="left" if column == "system" else "right")
+        justify = "left" if column == "system" else "right"
+        table.add_column(column, justify=justify, overflow="fold")  # a figure is never cut either
     for cells in rows:
         table.add_row(*(cells[column] for column in shown))
     return table

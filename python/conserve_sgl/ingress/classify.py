@@ -34,6 +34,7 @@ __all__ = [
     "class_from_headers",
     "job_from_body",
     "job_from_headers",
+    "names_tier",
     "split_prefix",
 ]
 
@@ -125,6 +126,11 @@ def class_from_body(body: bytes) -> ServiceClass | None:
         return None
     tier = _tagged(body).service_tier
     return _TIERS.get(tier) if isinstance(tier, str) else None
+
+
+def names_tier(body: bytes) -> bool:
+    """Whether a JSON body has a `service_tier`, one that we know or not."""
+    return b'"service_tier"' in body and isinstance(_tagged(body).service_tier, str)
 
 
 def _tagged(body: bytes) -> _Tagged:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
 from typing import Any
 
+from conserve_sgl.ingress.answers import Message, Send, echo_tier, keep_prefix, tier_to_echo
 from conserve_sgl.ingress.classify import (
     AskedJob,
     class_from_body,
@@ -25,9 +26,7 @@ from conserve_sgl.policy.service_class import ServiceClass
 
 __all__ = ["ServiceClassMiddleware", "asked_class", "asked_job"]
 
-Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 asked_class: ContextVar[ServiceClass | None] = ContextVar("conserve_asked_class", default=None)
@@ -77,36 +76,39 @@ class ServiceClassMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path, prefixed = split_prefix(scope["path"])
+        scope, path, prefixed = _without_prefix(scope)
         if prefixed:
-            raw_path, _ = split_prefix(scope.get("raw_path", b"").decode("latin-1"))
-            scope = {**scope, "path": path, "raw_path": raw_path.encode("latin-1")}
+            host = dict(scope["headers"]).get(b"host", b"")
+            send = keep_prefix(send, root=scope.get("root_path", ""), host=host)
         try:
             asked = ServiceClass.OFFLINE if prefixed else class_from_headers(scope["headers"])
             job = job_from_headers(scope["headers"])
             if await self._refused(asked, path, send):
                 return  # without reading what it sends
-            has_body = path in _GENERATING and scope["method"] in ("POST", "PUT")
-            if has_body and asked is not ServiceClass.ONLINE:
+            if path in _GENERATING and scope["method"] in ("POST", "PUT"):
                 body, receive = await _read_body(receive)
-                asked = asked or _class_of(path, body)
-                job |= job_from_body(body)
+                if asked is not ServiceClass.ONLINE:
+                    asked = asked or _class_of(path, body)
+                    job |= job_from_body(body)
+                if tier := tier_to_echo(path, body, asked):
+                    send = echo_tier(send, tier)
         except ValueError as e:
             await _answer(send, 400, str(e))
             return
-        await self._run(scope, receive, send, asked, job)
+        await self._run(scope, path, receive, send, asked, job)
 
     async def _run(
         self,
         scope: MutableMapping[str, Any],
+        path: str,
         receive: Receive,
         send: Send,
         asked: ServiceClass | None,
         job: AskedJob,
     ) -> None:
-        if await self._refused(asked, scope["path"], send):
+        if await self._refused(asked, path, send):
             return
-        counted = _is_bounded(asked, scope["path"])
+        counted = _is_bounded(asked, path)
         self.offline_in_hand += counted
         tokens = asked_class.set(asked), asked_job.set(job)
         try:
@@ -143,6 +145,23 @@ class ServiceClassMiddleware:
             await send(message)
 
         return send_on
+
+
+def _without_prefix(
+    scope: MutableMapping[str, Any],
+) -> tuple[MutableMapping[str, Any], str, bool]:
+    """The scope without the offline prefix, the route's path in it, and whether it had the prefix.
+
+    A server behind `--fastapi-root-path` gets that path before all others, the prefix too.
+    """
+    root = scope.get("root_path", "")
+    root = root if scope["path"].startswith(f"{root}/") else ""
+    path, prefixed = split_prefix(scope["path"].removeprefix(root))
+    if prefixed:
+        raw_path = scope.get("raw_path", b"").decode("latin-1").removeprefix(root)
+        raw_path = root + split_prefix(raw_path)[0]
+        scope = {**scope, "path": root + path, "raw_path": raw_path.encode("latin-1")}
+    return scope, path, prefixed
 
 
 def _is_bounded(asked: ServiceClass | None, path: str) -> bool:

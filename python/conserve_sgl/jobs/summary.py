@@ -124,7 +124,7 @@ class Tally:
 def print_summary(console: Console, plan: Plan, summary: Summary, faults: Faults) -> None:
     """Print the table, the rates of this run, why lines failed, and where things are."""
     table = Table(title=f"{summary.job}{' (partial)' if summary.partial else ''}")
-    table.add_column("task")
+    table.add_column("task", overflow="fold")  # never cut: it tells rows apart
     for head in ("lines", "failed", "score", "tokens in", "cached", "tokens out"):
         table.add_column(head, justify="right")
     for name, task in summary.tasks.items():
@@ -162,7 +162,7 @@ def print_lm_eval(console: Console, plan: Plan, summary: LmEvalSummary) -> None:
     """Print what lm-eval came to, its rates, and what online requests noticed of it."""
     table = Table(title=f"{plan.name}: lm-eval{' (partial)' if summary.partial else ''}")
     for head in ("task", "metric"):
-        table.add_column(head)
+        table.add_column(head, overflow="fold")
     for head in ("value", "stderr"):
         table.add_column(head, justify="right")
     for task, metrics in summary.tasks.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from conserve_sgl.policy.latency import (
     Coefficients,
@@ -65,7 +65,7 @@ def print_check(console: Console, profile: Profile, samples: list[StepSample]) -
 
 
 def _costs(coefficients: Coefficients) -> Table:
-    table = Table("cost", "of", title="What a step costs")
+    table = Table(Column("cost", overflow="fold"), "of", title="What a step costs")
     table.add_column("ms", justify="right")
     for name, seconds in msgspec.structs.asdict(coefficients).items():
         cost_ms = seconds * _UNITS.get(name, 1) * 1e3

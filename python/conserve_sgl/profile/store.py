@@ -19,7 +19,7 @@ import msgspec
 from conserve_sgl.errors import InputError
 from conserve_sgl.policy.latency import LatencyModel, StepSample
 
-__all__ = ["DIR_ENV", "EngineIdentity", "Profile", "ProfileStore", "read_profile"]
+__all__ = ["DIR_ENV", "EngineIdentity", "Profile", "ProfileStore", "model_path", "read_profile"]
 
 DIR_ENV = "CONSERVE_PROFILE_DIR"
 """Environment variable with the folder of profiles, instead of the one in the user's cache."""
@@ -154,7 +154,7 @@ class ProfileStore:
         """
         if len(arguments) == 1 and not arguments[0].startswith("-"):
             return Path(arguments[0])
-        model = _model_path(arguments)
+        model = model_path(arguments)
         for path in self.paths():
             if model is None or read_profile(path).identity.model == model:
                 return path
@@ -167,7 +167,8 @@ class ProfileStore:
         return sorted(found, key=lambda p: p.stat().st_mtime, reverse=True)
 
 
-def _model_path(flags: Sequence[str]) -> str | None:
+def model_path(flags: Sequence[str]) -> str | None:
+    """The model that flags of SGLang name, or None."""
     for i, flag in enumerate(flags):
         name, given, value = flag.partition("=")
         if name in ("--model-path", "--model"):

@@ -41,7 +41,8 @@ def terminal_table(simulated: Sequence[Simulated]) -> Table:
     table = Table(title="Simulated")
     for column in rows[0]:
         if column in _SHOWN:
-            table.add_column(column, justify="left" if column == "system" else "right")
+            justify = "left" if column == "system" else "right"
+            table.add_column(column, justify=justify, overflow="fold")
     for cells in rows:
         table.add_row(*(text for column, text in cells.items() if column in _SHOWN))
     return table

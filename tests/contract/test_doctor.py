@@ -1,0 +1,109 @@
+"""What the doctor finds with SGLang's own parser of flags and reader of models."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from conserve_sgl import doctor
+from conserve_sgl.doctor import Finding, Level
+
+
+def findings(*flags: str) -> dict[str, Finding]:
+    return {finding.what: finding for finding in doctor._flags(flags)}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model-path", "m", "--bogus-flag"], "unrecognized arguments: --bogus-flag"),
+        (["--bogus-flag"], "the following arguments are required: --model-path"),
+        (["--model-path", "m", "--port", "many"], "argument --port: invalid int value: 'many'"),
+        (["--model-path", "m", "--dtype", "x"], "argument --dtype: invalid choice: 'x'"),
+        (["--help"], "it prints something and ends"),
+        (["--model-path", "m", "--config", "/no/such.yaml"], "/no/such.yaml"),
+    ],
+)
+def test_flags_that_sglang_does_not_take(flags, said, capfd):
+    finding = findings(*flags)["flags"]
+    assert finding.level is Level.BAD
+    assert said in finding.detail
+    assert finding.detail.count("\n") < 3
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_that_is_there(model):
+    found = findings("--model-path", str(model))
+    assert found["flags"].level is found["model"].level is Level.OK
+    assert found["model"].detail == f"{model}: LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    "name", ["/nonexistent", "nonexistent", "no/such/model", "", "./none", "a" * 200]
+)
+def test_a_model_that_cannot_be(name):
+    found = findings("--model-path", name)
+    assert found["model"].level is Level.BAD
+    assert found["model"].detail.startswith(f"{name}: ")
+
+
+def test_a_model_without_weights(model):
+    (model / "model.safetensors").unlink()
+    assert findings("--model-path", str(model))["model"].detail == f"{model}: has no weights"
+    dummy = findings("--model-path", str(model), "--load-format", "dummy")
+    assert dummy["model"].level is Level.OK
+
+
+def test_a_tokenizer_that_is_not_there(model):
+    found = findings("--model-path", str(model), "--tokenizer-path", "/nonexistent")
+    assert found["tokenizer"].level is Level.BAD
+
+
+def test_a_folder_without_a_model(tmp_path):
+    assert findings("--model-path", str(tmp_path))["model"].level is Level.BAD
+
+
+def test_a_model_with_a_configuration_that_is_none(model):
+    (model / "config.json").write_text("{")
+    assert findings("--model-path", str(model))["model"].level is Level.BAD
+
+
+def test_a_model_of_the_hub_that_is_not_on_this_machine_is_not_checked_nor_fetched(monkeypatch):
+    def no_network(*_args, **_kwargs):
+        raise AssertionError("asks the network")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    finding = findings("--model-path", "no-such-owner/no-such-model")["model"]
+    assert finding.level is Level.NOTE
+    assert "is not on this machine: not checked" in finding.detail
+
+
+def test_a_model_with_sliding_windows_is_refused(model):
+    config = {
+        "model_type": "gpt_oss",
+        "architectures": ["GptOssForCausalLM"],
+        "num_hidden_layers": 2,
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    finding = findings("--model-path", str(model))["model"]
+    assert finding.level is Level.BAD
+    assert "not supported by conserve" in finding.detail
+
+
+def test_a_port_that_is_taken_is_noted(model):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        finding = findings("--model-path", str(model), "--port", port)["port"]
+    assert finding.level is Level.NOTE
+    assert finding.detail == f"127.0.0.1:{port} cannot be had now: Address already in use"
