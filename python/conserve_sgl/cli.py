@@ -20,6 +20,7 @@ from conserve_sgl.errors import ConserveError, InputError, ServerError, SettingE
 __all__ = ["app", "main"]
 
 _BAD_INPUT, _FAILED = 2, 1
+_MOST_IN_FLIGHT = 50_000  # as in a job
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 # A fresh interpreter: the server is then exactly `CONSERVE_CONFIG=... sglang serve ...`.
 _SGLANG_SERVE = [sys.executable, "-c", "from sglang.cli.main import main; main()", "serve"]
@@ -137,6 +138,7 @@ def profile(
 
 @app.command("eval")
 def run_eval(
+    context: typer.Context,
     job: Annotated[Path, typer.Argument(help="The job, YAML; docs/jobs.md says what it holds.")],
     endpoint: Annotated[
         list[str] | None,
@@ -146,7 +148,8 @@ def run_eval(
         Path | None, typer.Option(help="The folder for results, instead of the job's.")
     ] = None,
     max_in_flight: Annotated[
-        int | None, typer.Option(min=1, help="Requests at a time, instead of the job's.")
+        int | None,
+        typer.Option(min=1, max=_MOST_IN_FLIGHT, help="Requests at a time, instead of the job's."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many lines of every task.")
@@ -154,6 +157,7 @@ def run_eval(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Throw earlier results in the folder away.")
     ] = False,
+    api_key: ApiKeyOption = None,
 ) -> None:
     """Run an offline job, or go on with it where it stopped.
 
@@ -170,6 +174,8 @@ def run_eval(
         max_in_flight=max_in_flight,
         limit=limit,
         fresh=fresh,
+        api_key=api_key,
+        prefers_api_key=_is_typed(context, "api_key"),
     )
     raise typer.Exit(code)
 
@@ -177,20 +183,30 @@ def run_eval(
 @app.command("run-batch")
 def run_batch(
     input: Annotated[
-        Path, typer.Option("--input", "-i", help="A batch file, JSONL, as for OpenAI's Batch API.")
+        str,
+        typer.Option(
+            "--input",
+            "-i",
+            help="A batch file, JSONL, as for OpenAI's Batch API; a URL, or - for standard input.",
+        ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Gets the answers; lines in it are done.")
+        str,
+        typer.Option(
+            "--output", "-o", help="Gets the answers; lines in it are done. A URL gets it by PUT."
+        ),
     ],
     error_file: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Gets the lines that failed. Default: beside the output, .errors.jsonl."),
     ] = None,
     endpoint: Annotated[
         list[str] | None,
         typer.Option(help="Base URL of a server or gateway; may be repeated."),
     ] = None,
-    max_in_flight: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 64,
+    max_in_flight: Annotated[
+        int, typer.Option(min=1, max=_MOST_IN_FLIGHT, help="Requests at a time.")
+    ] = 64,
     priority: Annotated[
         int,
         typer.Option(help="Sent along for gateways; 1 if low values are the urgent ones there."),
@@ -207,11 +223,12 @@ def run_batch(
     cannot go on. 2: bad input, nothing was sent. 130: interrupted.
     """
     from conserve_sgl.batch import client
+    from conserve_sgl.batch.remote import local_copy
 
     job = client.RunBatch(
         input=input,
         output=output,
-        errors=error_file or output.with_suffix(".errors.jsonl"),
+        errors=error_file or str(local_copy(output).with_suffix(".errors.jsonl")),
         endpoints=endpoint or [_DEFAULT_ENDPOINT],
         max_in_flight=max_in_flight,
         priority=priority,
@@ -490,6 +507,12 @@ def _measured_in(folder: Path, flags: list[str], config: Path, console: Console)
     if not stored:
         raise ServerError(f"the server measured nothing:\n{server.log_tail()}")
     return stored[0]
+
+
+def _is_typed(context: typer.Context, option: str) -> bool:
+    """Whether an option was given on the command line, and not by its environment variable."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _config_path(given: Path | None) -> Path:

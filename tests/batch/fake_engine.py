@@ -121,6 +121,8 @@ class FakeEngine:
         if fault == "abort":
             choice = {"index": 0, "text": "", "finish_reason": "abort"}
             return JSONResponse({"choices": [choice]})
+        if isinstance(fault, str) and fault.startswith("{"):
+            return Response(fault)
         if fault == "text":
             return Response("not JSON", 418)
         status, headers = fault

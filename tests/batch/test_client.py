@@ -8,14 +8,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from batch import fake_engine
 from batch.lines import jsonl, request, requests
 from conserve_sgl import cli
+from conserve_sgl.batch import remote
 from conserve_sgl.batch.client import DONE, INTERRUPTED, SOME_FAILED, RunBatch, run_batch
 from conserve_sgl.errors import InputError, JobError
 from conserve_sgl.jobs.schema import Retry
@@ -32,8 +37,11 @@ class Folder:
     def run(self, *endpoints: str, content: bytes | None = None, **options) -> int:
         if content is not None:
             self.input.write_bytes(content)
-        job = {"input": self.input, "output": self.output, "errors": self.errors}
-        job |= {"endpoints": list(endpoints), "retry": QUICK} | options
+        job = {"input": self.input, "output": self.output, "errors": self.errors} | options
+        for name in ("input", "output", "errors"):
+            job[name] = str(job[name])
+        job |= {"endpoints": list(endpoints)}
+        job.setdefault("retry", QUICK)
         self.console = Console(file=io.StringIO(), width=200)
         return run_batch(RunBatch(**job), console=self.console)
 
@@ -108,6 +116,68 @@ def test_failed_lines_are_told_and_tried_again_the_next_time(server, folder):
     assert not folder.errors.exists()
 
 
+FAILED = '{"object": "response", "status": "failed", "error": {"message": "Generation aborted"}}'
+
+
+def test_an_answer_that_says_it_failed_is_none(server, folder):
+    server.engine.script = {"word 1": [FAILED] * 2, "word 2": [FAILED] * 5}
+    assert folder.run(server.url, content=requests(4)) == SOME_FAILED
+    assert sorted(folder.lines(folder.output)) == ["r0", "r1", "r3"]
+    assert "Generation aborted" in folder.lines(folder.errors)["r2"]["error"]["message"]
+
+
+def response(name: str) -> dict:
+    body = {"model": "m", "input": f"say {name}"}
+    return {"custom_id": name, "method": "POST", "url": "/v1/responses", "body": body}
+
+
+@pytest.mark.parametrize("status", [403, 404, 400])
+def test_a_fault_of_one_line_is_that_lines(server, folder, status):
+    server.engine.script = {"say b": [(status, {})]}
+    content = jsonl(*(request(f"r{i}") for i in range(6)), response("b"), response("c"))
+    assert folder.run(server.url, content=content) == SOME_FAILED
+    assert len(folder.lines(folder.output)) == 7
+    assert folder.lines(folder.errors)["b"]["response"]["status_code"] == status
+    assert f"failed: 1 x {status} scripted (b)" in folder.said
+    assert "7 of 8 lines are in" in folder.said
+    assert folder.run(server.url) == DONE
+
+
+def test_a_path_that_some_lines_ask_for_is_not_there(start_server, folder, monkeypatch):
+    monkeypatch.setattr(fake_engine, "PATHS", fake_engine.PATHS[:3])
+    server = start_server()
+    content = jsonl(*(request(f"r{i}") for i in range(6)), response("b"))
+    assert folder.run(server.url, content=content) == SOME_FAILED
+    assert sorted(folder.lines(folder.output)) == [f"r{i}" for i in range(6)]
+    assert f"failed: 1 x 404 {server.url} has no /v1/responses" in folder.said
+
+
+def test_a_server_that_has_no_path_for_any_line_ends_the_run_at_once(server, folder):
+    with pytest.raises(JobError, match="has no /v1/chat/completions"):
+        folder.run(f"{server.url}/gateway", content=requests(50), max_in_flight=1)
+    assert "0 of 50 lines are in" in folder.said
+    assert len(folder.lines(folder.errors)) == 1
+
+
+def test_what_is_in_flight_when_the_run_has_to_end_is_kept(server, folder):
+    server.engine.script = {"word 3": [(401, {})]}
+    server.engine.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(folder.run, server.url, content=requests(6), max_in_flight=6)
+        server.wait_until(lambda: server.engine.active == 5 and "in flight" in folder.said)
+        server.engine.gate.set()
+        with pytest.raises(JobError, match="401"):
+            running.result(60)
+    assert sorted(folder.lines(folder.output)) == ["r0", "r1", "r2", "r4", "r5"]
+    assert folder.run(server.url) == DONE
+    assert set(server.engine.answered.values()) == {1}
+
+
+def test_an_error_file_is_named_only_when_there_is_one(server, folder):
+    assert folder.run(server.url, content=requests(2)) == DONE
+    assert str(folder.errors) not in folder.said
+
+
 def test_a_busy_server_is_waited_for(server, folder):
     server.engine.script = {"word 1": [(429, {}), (503, {}), (429, {"retry-after": "0"})] * 5}
     assert folder.run(server.url, content=requests(3)) == DONE
@@ -157,10 +227,12 @@ def test_a_faulty_file_is_refused_whole(server, folder):
     assert not folder.output.exists()
 
 
-def test_a_stream_is_no_input(folder):
-    os.mkfifo(folder.input)
-    with pytest.raises(InputError, match="must be a regular file"):
-        folder.run("http://127.0.0.1:9")
+def test_a_number_that_is_none_is_refused(server, folder):
+    bad = jsonl(request("b")).replace(b'"model"', b'"temperature": 1e999, "model"')
+    with pytest.raises(InputError, match="body is not JSON: Number out of range") as caught:
+        folder.run(server.url, content=jsonl(request("a"), bad))
+    assert caught.value.line == 2
+    assert server.engine.requests == []
 
 
 def test_a_file_that_is_not_there(server, folder):
@@ -185,6 +257,21 @@ def test_it_does_not_write_over_other_peoples_files(server, folder, name):
     assert path.read_text() == "dear diary"
 
 
+@pytest.mark.parametrize("name", ["output", "errors"])
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [("folder", "Is a directory"), ("nowhere/file", "its folder is not there"), ("file/x", "N")],
+)
+def test_files_that_cannot_be_written_are_found_before_anything_is_sent(
+    server, folder, tmp_path, name, place, said
+):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=f"{place}: cannot be written: {said}"):
+        folder.run(server.url, content=requests(1), **{name: tmp_path / place})
+    assert server.engine.requests == []
+
+
 def test_it_does_not_mix_two_batches(server, folder):
     folder.run(server.url, content=requests(3))
     before = folder.output.read_bytes()
@@ -193,10 +280,182 @@ def test_it_does_not_mix_two_batches(server, folder):
     assert folder.output.read_bytes() == before
 
 
-@pytest.mark.parametrize("endpoint", ["localhost:30000", "http://localhost:30000/v1"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("request_timeout_s", value) for value in (-1, 0, float("nan"), float("inf"), 1e300)),
+        *(("priority", value) for value in (10**23, -(10**23), 2**31)),
+    ],
+)
+def test_an_option_that_would_fail_every_line_is_refused(server, folder, option, value):
+    with pytest.raises(InputError, match=f"--{option.replace('_', '-')}: must be"):
+        folder.run(server.url, content=requests(1), **{option: value})
+    assert server.engine.requests == []
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "localhost:30000",
+        "http://localhost:30000/v1",
+        "http://x:99999999",
+        "http://[::1",
+    ],
+)
 def test_an_endpoint_is_a_base_url(folder, endpoint):
     with pytest.raises(InputError, match="--endpoint"):
         folder.run(endpoint, content=requests(1))
+
+
+# ------------------------------------------------------------------ elsewhere
+
+
+class Shelf:
+    """An HTTP server that keeps files: GET and PUT."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.faults: list[int] = []
+        shelf = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                content = shelf.files.get(self.path)
+                self._answer(404 if content is None else 200, content or b"")
+
+            def do_PUT(self) -> None:
+                content = self.rfile.read(int(self.headers["content-length"]))
+                if not shelf.faults or shelf.faults[0] == 200:
+                    shelf.files[self.path] = content
+                self._answer(200, b"")
+
+            def _answer(self, status: int, content: bytes) -> None:
+                status = shelf.faults.pop(0) if shelf.faults else status
+                self.send_response(status)
+                if status == 307:
+                    self.send_header("location", "/elsewhere")
+                content = content if status == 200 else b""
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def output(self) -> bytes:
+        return self.files["/out/answers.jsonl?sig=secret"]
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shelf = Shelf()
+    yield shelf
+    shelf.close()
+
+
+def test_a_batch_from_a_url_to_a_url(server, folder, shelf):
+    shelf.files["/in/questions.jsonl?sig=secret"] = requests(5)
+    server.engine.script = {"word 1": [(400, {})]}
+    places = {
+        "input": f"{shelf.url}/in/questions.jsonl?sig=secret",
+        "output": f"{shelf.url}/out/answers.jsonl?sig=secret",
+        "errors": f"{shelf.url}/out/faults.jsonl?sig=secret",
+    }
+    assert folder.run(server.url, **places) == SOME_FAILED
+    stored = {line["custom_id"] for line in map(json.loads, shelf.output().splitlines())}
+    assert stored == {"r0", "r2", "r3", "r4"}
+    assert b'"custom_id":"r1"' in shelf.files["/out/faults.jsonl?sig=secret"]
+    assert "secret" not in folder.said
+    assert f"answers.jsonl is at {shelf.url}/out/answers.jsonl" in folder.said
+    names = {headers["x-sgl-conserve-job"] for _, headers, _ in server.engine.requests}
+    assert names == {"questions"}
+
+    assert folder.run(server.url, **places) == DONE  # goes on from what is in the folder
+    assert len(server.engine.requests) == 6
+    assert len(shelf.output().splitlines()) == 5
+
+
+def test_passing_faults_of_the_other_side_are_waited_for(server, folder, shelf):
+    shelf.files["/in.jsonl"] = requests(2)
+    shelf.faults = [503, 500]
+    assert folder.run(server.url, input=f"{shelf.url}/in.jsonl") == DONE
+    shelf.faults = [429, 200, 503]
+    assert folder.run(server.url, input=f"{shelf.url}/in.jsonl", output=f"{shelf.url}/a") == DONE
+    assert b"r1" in shelf.files["/a"]
+
+
+@pytest.mark.parametrize("url", ["{}/none.jsonl?sig=secret", "http://127.0.0.1:9/a", "http://[::1"])
+def test_an_input_that_is_not_there_is_told_before_anything_is_sent(server, folder, shelf, url):
+    with pytest.raises(InputError, match="cannot be read: ") as caught:
+        folder.run(server.url, input=url.format(shelf.url))
+    assert "secret" not in str(caught.value)
+    assert server.engine.requests == []
+    assert not folder.output.exists()
+
+
+@pytest.mark.parametrize("status", [403, 307])
+def test_results_that_are_not_taken_are_kept(server, folder, shelf, tmp_path, status):
+    folder.input.write_bytes(requests(3))
+    output = f"{shelf.url}/answers.jsonl"
+    shelf.faults = [status]
+    with pytest.raises(JobError, match=f"does not take the results: {status} .*answers.jsonl"):
+        folder.run(server.url, output=output)
+    assert len(folder.lines(tmp_path / "answers.jsonl")) == 3
+    assert folder.run(server.url, output=output) == DONE
+    assert shelf.files["/answers.jsonl"] == (tmp_path / "answers.jsonl").read_bytes()
+    assert len(server.engine.requests) == 3
+
+
+def test_a_faulty_line_of_a_url_is_named_with_it(server, folder, shelf):
+    shelf.files["/in.jsonl?sig=secret"] = jsonl(request("a"), b"{}\n", b"{\n")
+    with pytest.raises(InputError, match=rf"^{shelf.url}/in.jsonl:2: ") as caught:
+        folder.run(server.url, input=f"{shelf.url}/in.jsonl?sig=secret")
+    assert f"{shelf.url}/in.jsonl:3: " in folder.said
+    assert "secret" not in folder.said + str(caught.value)
+
+
+def test_standard_input_and_pipes(server, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(requests(3))))
+    assert folder.run(server.url, input="-") == DONE
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(pipe.write_bytes, requests(4))
+        assert folder.run(server.url, input=pipe) == DONE
+        writing.result()
+    assert sorted(folder.lines(folder.output)) == ["r0", "r1", "r2", "r3"]
+    assert len(server.engine.requests) == 4
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("http://h/a/b.jsonl", "b.jsonl"),
+        ("https://h/a%20b.jsonl?x=/y", "a b.jsonl"),
+        *(
+            (f"http://h{path}", "batch.jsonl")
+            for path in ("", "/", "/..", "/%2fetc", "/a%0a", "?a/b")
+        ),
+    ],
+)
+def test_the_name_of_a_urls_file_is_one_of_this_folder(url, name):
+    assert remote.local_copy(url) == Path(name)
+
+
+def test_what_is_shown_of_a_url_holds_no_secret():
+    assert remote.shown("https://me:pw@h:8443/a/b?sig=1#x") == "https://h:8443/a/b"
+    assert "pw" not in remote.shown("http://me:pw@[::1/a?b")
 
 
 # ---------------------------------------------------------------- the command
@@ -215,6 +474,15 @@ def test_the_command(server, folder):
     assert list(folder.lines(folder.output.with_suffix(".errors.jsonl"))) == ["r1"]
     result = CliRunner().invoke(cli.app, command(folder, server.url, "--max-in-flight=1"))
     assert result.exit_code == DONE
+
+
+def test_the_command_from_standard_input_to_a_url(server, folder, shelf):
+    arguments = ["run-batch", "-i", "-", "-o", f"{shelf.url}/a.jsonl", f"--endpoint={server.url}"]
+    server.engine.script = {"word 1": [(400, {})]}
+    result = CliRunner().invoke(cli.app, arguments, input=requests(3))
+    assert result.exit_code == SOME_FAILED
+    assert len(shelf.files["/a.jsonl"].splitlines()) == 2
+    assert list(folder.lines(Path("a.errors.jsonl"))) == ["r1"]
 
 
 @pytest.fixture

@@ -148,7 +148,10 @@ def test_a_busy_server_is_waited_for(server, client):
     assert server.engine.order.count("word 1") == 9
 
 
-@pytest.mark.parametrize("fault", [(500, {}), (502, {}), (408, {}), "raise", "abort"])
+FAILED = '{"object": "response", "status": "failed", "error": {"message": "Generation aborted"}}'
+
+
+@pytest.mark.parametrize("fault", [(500, {}), (502, {}), (408, {}), "raise", "abort", FAILED])
 def test_a_passing_fault_is_tried_again(server, client, fault):
     server.engine.script = {"word 1": [fault, fault]}
     batch = ended(server, client, create(client, requests(3)), "completed")
@@ -156,12 +159,18 @@ def test_a_passing_fault_is_tried_again(server, client, fault):
 
 
 def test_a_lasting_fault_is_the_result(server, client):
-    server.engine.script = {"word 0": [(500, {})] * 3, "word 1": ["abort"] * 3}
-    batch = ended(server, client, create(client, requests(3)), "completed")
+    server.engine.script = {
+        "word 0": [(500, {})] * 3,
+        "word 1": ["abort"] * 3,
+        "word 2": [FAILED] * 3,
+    }
+    batch = ended(server, client, create(client, requests(4)), "completed")
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (1, 3)
     errors = lines(client, batch.error_file_id)
     assert errors["r0"]["response"]["status_code"] == 500
     assert errors["r1"]["response"] is None
-    assert errors["r1"]["error"]["code"] == "aborted"
+    assert errors["r1"]["error"]["code"] == errors["r2"]["error"]["code"] == "aborted"
+    assert "Generation aborted (tried 3 times)" in errors["r2"]["error"]["message"]
 
 
 def test_a_file_with_faults_fails_with_their_lines(server, client):

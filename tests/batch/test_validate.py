@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from batch.lines import CHAT, jsonl, request, requests
 from conserve_sgl.batch.validate import (
@@ -131,6 +133,106 @@ def test_a_faulty_line_is_named(file, line, code, said):
     (error,) = refused(path, limits=Limits(max_line_bytes=2000 if "long" in code else 10**6))
     assert (error.code, error.line) == (code, 2)
     assert said in f"{error.message} {error.param}"
+
+
+BAD_FIRST = [
+    request("a", method="GET"),
+    request("a", body={"stream": True}),
+    request("a", body={"model": 5}),
+    request("a", url="/v1/models"),
+    request("", "x"),
+    request("a", custom_id=None),
+    b"{nope}\n",
+    b'{"custom_id":"a","method":"POST","url":"%b","body":{"model":"m","n":1e999}}\n'
+    % CHAT.encode(),
+]
+
+
+@pytest.mark.parametrize("first", BAD_FIRST)
+def test_a_faulty_line_puts_no_blame_on_others(file, first):
+    lines = [request(f"r{i}") for i in range(99)]
+    errors = refused(file(first, *lines, request("last", method="PUT")))
+    assert [error.line for error in errors] == [1, 101]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.none() | st.integers(0, len(BAD_FIRST) - 1), min_size=1, max_size=40))
+def test_exactly_the_faulty_lines_are_blamed(file, kinds):
+    """In whatever order; None is a good line. A faulty one's id is its own, or none."""
+    lines = []
+    for number, kind in enumerate(kinds, 1):
+        bad = request(f"r{number}") if kind is None else BAD_FIRST[kind]
+        if isinstance(bad, dict) and bad.get("custom_id") == "a":
+            bad = bad | {"custom_id": f"r{number}"}
+        elif isinstance(bad, bytes):
+            bad = bad.replace(b'"a"', b'"r%d"' % number)
+        lines.append(bad)
+    path = file(*lines)
+    faulty = [number for number, kind in enumerate(kinds, 1) if kind is not None]
+    if faulty:
+        assert [error.line for error in refused(path)] == faulty
+    else:
+        assert len(read_plan(path, CHAT, Limits())) == len(kinds)
+
+
+def test_the_model_of_most_lines_is_the_right_one(file):
+    odd = [request(f"o{i}", body={"model": "other"}) for i in range(3)]
+    good = [request(f"g{i}") for i in range(300)]
+    errors = refused(file(odd[0], *good[:150], odd[1], *good[150:], b"{\n", odd[2]))
+    assert [(error.line, error.code) for error in errors] == [
+        (1, "mismatched_model"),
+        (152, "mismatched_model"),
+        (303, "invalid_json_line"),
+        (304, "mismatched_model"),
+    ]
+    assert errors[0].message == "'other', and line 2 has 'm': one model for all lines"
+
+
+def test_when_no_model_has_most_lines_the_first_one_is_right(file):
+    lines = [request(str(i), body={"model": "ab"[i % 2]}) for i in range(300)]
+    errors = refused(file(*lines))
+    assert [error.line for error in errors] == list(range(2, 202, 2))
+
+
+def test_too_many_inputs_are_said_once(file):
+    def line(i: int) -> dict:
+        return request(str(i), url="/v1/embeddings") | {"body": {"model": "m", "input": ["a"] * 4}}
+
+    errors = refused(
+        file(*(line(i) for i in range(9)), request("z", method="GET")),
+        endpoint=None,
+        limits=Limits(max_embedding_inputs=10),
+    )
+    assert [(e.code, e.line) for e in errors] == [("too_many_inputs", 3), ("invalid_method", 10)]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"1e999",
+        b"-1e999",
+        b'[0, {"x": 1e400}]',
+        b"9" * 5000,
+        b'"\\ud800"',
+        b"[" * 3000 + b"]" * 3000,
+    ],
+)
+def test_what_cannot_be_read_whole_is_refused(file, value):
+    body = b'{"model": "m", "messages": [], "temperature": ' + value + b"}"
+    line = b'{"custom_id": "b", "method": "POST", "url": "%b", "body": %b}\n'
+    (error,) = refused(file(request("a"), line % (CHAT.encode(), body)))
+    assert (error.code, error.line) == ("invalid_json_line", 2)
+
+
+def test_null_is_as_if_it_were_not_there(file):
+    path = file(
+        request("a") | {"body": {"model": "m", "prompt": "null", "n": None, "stream": None}}
+    )
+    (where,) = read_plan(path, CHAT, Limits())
+    fd = os.open(path, os.O_RDONLY)
+    line = read_request(fd, *where)
+    os.close(fd)
+    assert bytes(line.body) == b'{"model":"m","prompt":"null"}'
 
 
 def test_a_line_that_is_too_long_does_not_hide_the_next(file):

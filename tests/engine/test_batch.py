@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from support.server import OFFLINE
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 
 KEY = "secret"
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 OVER = ("failed", "completed", "expired", "cancelled")
 
 
@@ -165,16 +165,74 @@ def test_the_servers_key_is_asked_for(running):
         assert answer.status_code == 401
 
 
-def test_run_batch(running, tmp_path):
-    (tmp_path / "in.jsonl").write_bytes(jsonl(CHAT, [chat_body(f"say {i}") for i in range(10)]))
+@pytest.fixture
+def start_run_batch(running, tmp_path) -> Iterator[Callable[[bytes], subprocess.Popen[str]]]:
+    """Starts `conserve run-batch` on a file of that content, into out.jsonl."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(content: bytes) -> subprocess.Popen[str]:
+        (tmp_path / "in.jsonl").write_bytes(content)
+        command = [sys.executable, "-m", "conserve_sgl.cli", "run-batch", "-i", "in.jsonl"]
+        command += ["-o", "out.jsonl", "--endpoint", running.server.base_url]
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=os.environ | {"CONSERVE_API_KEY": KEY},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait(10)
+
+
+def results(path: Path) -> dict[str, dict[str, Any]]:
+    return {line["custom_id"]: line for line in map(json.loads, path.read_text().splitlines())}
+
+
+def test_run_batch(running, tmp_path, start_run_batch):
     accepted = running.server.offline_accepted()
-    command = [sys.executable, "-m", "conserve_sgl.cli", "run-batch", "-i", "in.jsonl"]
-    command += ["-o", "out.jsonl", "--endpoint", running.server.base_url]
-    environment = os.environ | {"CONSERVE_API_KEY": KEY}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 10
+    bodies = [chat_body(f"say {i}") | {"n": None, "stream": None} for i in range(10)]
+    process = start_run_batch(jsonl(CHAT, bodies))
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said
+    assert len(results(tmp_path / "out.jsonl")) == 10
     assert running.server.offline_accepted() == accepted + 10
+
+
+def test_a_line_that_the_route_refuses_is_the_only_one_that_fails(tmp_path, start_run_batch):
+    """SGLang's /v1/responses knows its own model's name alone, its other routes any."""
+    refused = jsonl(RESPONSES, [{"model": "m", "input": "hi"}]).replace(b'"r0"', b'"refused"')
+    process = start_run_batch(jsonl(CHAT, [chat_body(f"say {i}") for i in range(6)]) + refused)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 1, said
+    assert sorted(results(tmp_path / "out.jsonl")) == [f"r{i}" for i in range(6)]
+    error = results(tmp_path / "out.errors.jsonl")["refused"]["response"]
+    assert error["status_code"] == 404
+    assert "failed: 1 x 404 The model 'm' does not exist (refused)" in said
+
+
+def test_a_response_that_was_aborted_is_sent_again(running, tmp_path, start_run_batch):
+    accepted = running.server.offline_accepted()
+    model = running.server.http.get("/v1/models").json()["data"][0]["id"]
+    body = {"model": model, "input": "a story", "max_output_tokens": 400, "temperature": 0}
+    process = start_run_batch(jsonl(RESPONSES, [body] * 4))
+    while running.server.offline_accepted() < accepted + 4:
+        assert process.poll() is None
+        time.sleep(0.02)
+    aborted = running.server.http.post("/abort_request", json={"rid": "", "abort_all": True})
+    assert aborted.status_code == 200
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said
+    found = results(tmp_path / "out.jsonl")
+    assert {line["response"]["body"]["status"] for line in found.values()} == {"incomplete"}
+    assert {line["response"]["body"]["usage"]["output_tokens"] for line in found.values()} == {400}
+    assert running.server.offline_accepted() > accepted + 4
+    running.server.assert_idle_and_balanced()
 
 
 def test_a_killed_server_goes_on_where_it_stopped(running):

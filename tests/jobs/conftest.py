@@ -24,9 +24,10 @@ class FakeSGLang:
     """Answers `/generate`, `/v1/chat/completions`, `/tokenize` and `/model_info` like SGLang.
 
     Runs its own event loop in a thread, so that runs under test may own theirs. A token is a
-    character, except for the pairs in `merges`, which are one token. The answer to a prompt is
-    its last word in capitals; the logprob of a token is minus its number of occurrences in the
-    whole text over ten, hence deterministic. The answer to token ids is their number.
+    character, except for the pairs in `merges`, which are one token, and those in `dropped`, which
+    are none. The answer to a prompt is its last word in capitals; the logprob of a token is minus
+    its number of occurrences in the whole text over ten, hence deterministic. The answer to token
+    ids is their number.
 
     Attributes:
         script: prompt -> faults to give before the answer, in order; mutated as they are used.
@@ -40,8 +41,11 @@ class FakeSGLang:
         self.model = "tiny"
         self.api_key: str | None = None
         self.merges: tuple[str, ...] = ()
+        self.dropped = ""
         self.tokenizer: str | None = None
         self.max_req_input_len: int | None = None
+        self.models_status = 404
+        self.max_model_len: Any = None
         self.script: dict[str, list[Fault]] = {}
         self.always: Fault | None = None
         self.active = self.peak = 0
@@ -89,6 +93,7 @@ class FakeSGLang:
         app.router.add_post("/v1/chat/completions", self._answer)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_get("/model_info", self._model_info)
+        app.router.add_get("/v1/models", self._models)
         app.router.add_get("/server_info", self._server_info)
         self._runner = web.AppRunner(app, shutdown_timeout=0)
         await self._runner.setup()
@@ -101,6 +106,11 @@ class FakeSGLang:
             return web.json_response({"error": "Unauthorized"}, status=401)
         info = {"model_path": self.model, "tokenizer_path": self.tokenizer}
         return web.json_response({key: value for key, value in info.items() if value is not None})
+
+    async def _models(self, _: web.Request) -> web.Response:
+        if self.models_status != 200:
+            return web.Response(status=self.models_status)
+        return web.json_response({"data": [{"id": "tiny", "max_model_len": self.max_model_len}]})
 
     async def _server_info(self, _: web.Request) -> web.Response:
         if self.max_req_input_len is None:
@@ -183,6 +193,7 @@ class FakeSGLang:
 
     def tokens(self, text: str) -> list[int]:
         pieces = []
+        text = "".join(character for character in text if character not in self.dropped)
         while text:
             piece = next((m for m in self.merges if text.startswith(m)), text[0])
             pieces.append(piece)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from types import ModuleType
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conserve_sgl.jobs.ask import (
     chat_body,
@@ -71,6 +74,26 @@ def test_sglang_takes_our_generate_bodies(contract, body):
     contract.GenerateRequest.from_json_value(sent)
 
 
+NUMBERS = [
+    *("max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed"),
+    *("frequency_penalty", "presence_penalty", "repetition_penalty"),
+]
+EDGES = [10**23, -(10**23), 2**63, 2**31, 2**31 - 1, -1, 0, 1, 2, 5e-324, 1e308, math.inf, math.nan]
+
+
+@given(st.sampled_from(NUMBERS), st.sampled_from(EDGES) | st.integers() | st.floats())
+def test_every_number_that_a_job_may_have_is_one_that_sglang_takes(contract, name, value):
+    try:
+        sampling = msgspec.convert({name: value}, Sampling)
+    except msgspec.ValidationError:
+        return
+    sent = msgspec.json.decode(msgspec.json.encode(generate_body(None, "x", sampling)))
+    contract.GenerateRequest.from_json_value(sent)
+    number = sent["sampling_params"][{"seed": "sampling_seed"}.get(name, name)]
+    assert number == pytest.approx(value)
+    assert abs(number) < (1e31 if isinstance(number, float) else 2**63 if name == "seed" else 2**31)
+
+
 def test_the_contract_would_refuse_an_unknown_sampling_parameter(contract):
     body = {"text": "x", "sampling_params": {"max_tokens": 1}}
     with pytest.raises(contract.JsonContractError, match="max_tokens"):
@@ -108,7 +131,7 @@ def test_an_aborted_answer_is_no_answer():
     with pytest.raises(BadReply, match="went away"):
         read_text(text_reply(aborted))
     with pytest.raises(BadReply, match="went away"):
-        read_choices(b"[" + text_reply(aborted) + b"]")
+        read_choices(b"[" + text_reply(aborted) + b"]", [2])
     chat = {
         "choices": [{"message": {"content": None}, "finish_reason": "abort"}],
         "usage": {"prompt_tokens": 1, "completion_tokens": 0},
@@ -130,4 +153,12 @@ def test_a_token_that_cannot_be_makes_its_choice_impossible():
 
 def test_a_reply_without_logprobs_is_bad():
     with pytest.raises(BadReply, match="no logprobs"):
-        read_choices(b"[" + text_reply({"type": "length"}) + b"]")
+        read_choices(b"[" + text_reply({"type": "length"}) + b"]", [2])
+
+
+@pytest.mark.parametrize("tokens", [[1], [3], [2, 2], []])
+def test_a_reply_with_another_number_of_logprobs_is_bad(tokens):
+    raw = b"[" + text_reply({"type": "length"}, [[None, 5], [-1.5, 6], [-0.25, 7]]) + b"]"
+    assert len(read_choices(raw, [2])) == 1
+    with pytest.raises(BadReply, match="logprobs and not"):
+        read_choices(raw, tokens)

@@ -14,6 +14,7 @@ from conserve_sgl.jobs.client import (
     Client,
     Clock,
     LineFailed,
+    NoSuchPath,
     Stopped,
     backoff_s,
     retry_after_s,
@@ -145,12 +146,31 @@ async def test_a_refused_line_fails_at_once(server):
         assert b.clock.sleeps_s == []
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 405])
-async def test_what_no_line_would_survive_ends_the_job(server, status):
+async def test_a_key_that_is_wrong_ends_the_job(server):
+    server.script["x"] = [(401, {})]
+    async with bench(server.url) as b:
+        with pytest.raises(JobError, match="/generate: 401 scripted: it wants another API key"):
+            await b.post()
+
+
+@pytest.mark.parametrize("status", [403, 404])
+async def test_what_may_be_about_one_line_fails_that_line(server, status):
     server.script["x"] = [(status, {})]
     async with bench(server.url) as b:
-        with pytest.raises(JobError, match=rf"/generate: {status} scripted"):
+        with pytest.raises(LineFailed, match="scripted") as failed:
             await b.post()
+        assert not isinstance(failed.value, NoSuchPath)
+        assert failed.value.status == status
+        assert (await b.post())[0] == "X"
+
+
+@pytest.mark.parametrize(("path", "status"), [("/nowhere", 404), ("/model_info", 405)])
+async def test_a_path_that_is_not_there_is_told_from_a_line_that_is_refused(server, path, status):
+    async with bench(server.url) as b:
+        for _ in range(2):
+            with pytest.raises(NoSuchPath, match=f"{server.url} has no {path}: ") as failed:
+                await b.client.post(path, {"text": "x"}, read, Attempts())
+            assert (failed.value.status, failed.value.path) == (status, path)
 
 
 async def test_a_server_that_stays_down_ends_the_job_after_a_while(server):

@@ -30,6 +30,8 @@ def plan_fault(job: Path) -> str:
         ('{"word": NaN}', {}, "data.jsonl:2: is not JSON: "),
         ('["word"]', {}, "data.jsonl:2: is not a JSON object {...}"),
         (b'{"word": "\xff"}', {}, "data.jsonl:2: is not JSON: "),
+        ("[" * 3000 + "]" * 3000, {}, "data.jsonl:2: is not JSON: "),
+        ('{"word": 1e999}', {}, "data.jsonl:2: is not JSON: "),
         (GOOD, {"id": "{{ word }}"}, "data.jsonl:2: id: 'w' is the id of line 1 too"),
         (
             GOOD | {"answer": 2},
@@ -133,6 +135,152 @@ def test_bad_jobs_are_named(folder, change, fault):
     folder.data([GOOD])
     message = plan_fault(folder.job(**change))
     assert fault in message
+
+
+BIG = 10**23
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(
+            ("endpoints", [f"http://{host}"])
+            for host in ("x:99999999", "[::1", "x:0", "x:8a", ":80")
+        ),
+        *(("endpoints", [f"http://{host}"]) for host in ("@", "[zz]:1", "a..b", ".", "a" * 64)),
+        ("endpoints", ["http://h\0"]),
+        *((key, value) for key in ("deadline_s", "drain_s") for value in (INF, NAN, -1, BIG)),
+        *(("request_timeout_s", value) for value in (INF, NAN, 0, 1e300)),
+        *(("priority", value) for value in (BIG, -BIG, 2**31)),
+        ("max_in_flight", BIG),
+        ("model", ""),
+        ("output", ""),
+        ("max_in_flight", 100_000),
+        *(("retry", {key: INF}) for key in ("first_delay_s", "max_delay_s", "server_down_s")),
+        ("retry", {"max_attempts": BIG}),
+        *(("api_key_env", value) for value in ("", "A=B", "a\0b")),
+    ],
+)
+def test_a_value_that_would_fail_every_line_is_found_first(folder, key, value):
+    folder.data([GOOD])
+    assert f"{key}" in plan_fault(folder.job(**{key: value}))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        *({key: BIG} for key in ("max_new_tokens", "min_new_tokens", "top_k", "seed")),
+        *({"temperature": value} for value in (INF, NAN, -0.1)),
+        *({"top_p": value} for value in (NAN, 5e-324, 1.1)),
+        *({"repetition_penalty": value} for value in (NAN, 0, 1e-300)),
+        *({key: NAN} for key in ("min_p", "frequency_penalty", "presence_penalty")),
+        *({"stop": value} for value in ("", ["a", ""], ["a"] * 33)),
+        *({"stop_token_ids": [value]} for value in (-1, BIG)),
+        *({"regex": value} for value in ("(((", "[a", "a{2,1}", "*", r"\p{L}(", "(" * 5000)),
+        *({"json_schema": value} for value in ("3", "[]", '"a"', "{" * 9, "[" * 5000)),
+    ],
+)
+def test_sampling_that_would_fail_every_line_is_found_first(folder, sampling):
+    folder.data([GOOD])
+    assert next(iter(sampling)) in plan_fault(folder.job(task={"sampling": sampling}))
+
+
+@pytest.mark.parametrize(
+    "regex",
+    [
+        r"\d+",
+        r"\p{L}+[\p{Nd}_]",
+        r"(?<year>\d{4})-(?<month>\d\d)",
+        r"[a-\x{10ffff}]|[\u{0}-z]",
+        r"^a\z|\\z",
+        r"a(?i)b",
+        "[[:alpha:]]",
+        r"[b-\x7f][\x00-z]\Z",
+    ],
+)
+def test_a_regex_of_another_dialect_is_taken(folder, regex):
+    folder.data([GOOD])
+    (planned,) = make_plan(folder.job(task={"sampling": {"regex": regex}})).tasks
+    assert planned.task.sampling.regex == regex
+
+
+@pytest.mark.parametrize("value", [INF, NAN, BIG])
+def test_template_kwargs_are_what_json_can_carry(folder, value):
+    folder.data([GOOD])
+    chat = [{"role": "user", "content": "x"}]
+    task = {"prompt": None, "chat": chat, "chat_template_kwargs": {"budget": value}}
+    assert "chat_template_kwargs: budget" in plan_fault(folder.job(task=task))
+    job = folder.job(
+        tasks=None, lm_eval={"tasks": ["x"], "model_args": {"chat_template_kwargs": {"b": value}}}
+    )
+    assert "chat_template_kwargs: b" in plan_fault(job)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": BIG},
+        {"seed": -1},
+        {"seed": [1, 2, -3, 4]},
+        {"limit": INF},
+        {"samples": {"x": [-1]}},
+        {"bootstrap_iters": BIG},
+        {"model_args": {"max_length": 1}},
+        {"model_args": {"max_gen_toks": BIG}},
+        {"model_args": {"custom_prefix_token_id": -1}},
+    ],
+)
+def test_numbers_that_lm_eval_would_fail_on_are_found_first(folder, changes):
+    message = plan_fault(folder.job(tasks=None, lm_eval={"tasks": ["x"]} | changes))
+    key, value = next(iter(changes.items()))
+    assert (next(iter(value)) if key == "model_args" else key) in message
+
+
+def test_the_reachable_extremes_are_taken(folder):
+    folder.data([GOOD])
+    job = folder.job(
+        endpoints=["http://[::1]:65535/gate/way", "https://user:pw@ü.de:1", "http://a_b"],
+        deadline_s=10**9,
+        priority=-(2**31) + 1,
+        api_key_env="MY_KEY",
+        task={"sampling": {"seed": 2**63 - 1, "max_new_tokens": 2**31 - 1, "stop": ["a"] * 32}},
+    )
+    assert len(make_plan(job).tasks) == 1
+
+
+def test_a_home_that_nobody_has(folder):
+    folder.data([GOOD])
+    assert "output: ~nosuchuser/x: " in plan_fault(folder.job(output="~nosuchuser/x"))
+
+
+def test_data_that_cannot_be_read(folder, words, monkeypatch):
+    """At the check, and when the disk has gone by the time the lines are sent."""
+    folder.data(words(2))
+    (planned,) = make_plan(folder.job()).tasks
+
+    open_ = Path.open
+
+    def broken(path: Path, *args: object, **kwargs: object) -> object:
+        if path.name == "data.jsonl":
+            raise OSError(5, "Input/output error", str(path))
+        return open_(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", broken)
+    assert "data.jsonl: cannot be read: Input/output error" in plan_fault(folder.job())
+    with pytest.raises(JobError, match=r"cannot read .*data.jsonl: Input/output error"):
+        next(lines(planned))
+
+
+def test_a_name_that_no_file_can_have(folder):
+    assert "cannot be read: File name too long" in plan_fault(folder.job(task={"data": "x" * 999}))
+
+
+def test_a_folder_is_no_data(folder):
+    (folder.path / "rows").mkdir()
+    assert "tasks[0].data: is a folder, not a file: " in plan_fault(
+        folder.job(task={"data": "rows"})
+    )
 
 
 def test_tasks_that_share_a_file_name_are_refused(folder):

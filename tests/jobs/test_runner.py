@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from conserve_sgl import cli
 from conserve_sgl.errors import InputError, JobError
 from conserve_sgl.jobs import run_job
 from conserve_sgl.jobs.runner import DONE, INTERRUPTED, SOME_FAILED
@@ -19,6 +24,20 @@ from rich.console import Console
 from conserve_sgl.jobs import run_job
 sys.exit(run_job(Path(sys.argv[1]), console=Console()))
 """
+
+
+class Screen(io.StringIO):
+    """A console's file that knows when a text was printed."""
+
+    def __init__(self, awaited: str) -> None:
+        super().__init__()
+        self._awaited = awaited
+        self.seen = threading.Event()
+
+    def write(self, text: str) -> int:
+        if self._awaited in text:
+            self.seen.set()
+        return super().write(text)
 
 
 @pytest.fixture
@@ -311,6 +330,40 @@ def test_a_choice_task_scores_all_choices_from_the_last_shared_token(server, fol
     assert (record["chosen"], record["output"], record["score"]) == (0, "the cat", 0.0)
 
 
+def test_a_choice_that_the_tokenizer_drops_is_not_the_likeliest(server, folder, console):
+    server.dropped = "\u2764 "
+    folder.data([{"q": "go", "options": ["a", "\u2764"], "answer": 1}])
+    score = {"kind": "loglikelihood_choice", "choices": "options", "target": "answer"}
+    job = folder.job(endpoints=[server.url], task={"prompt": "{{ q }}", "score": score})
+    assert run_job(job, console=console) == SOME_FAILED
+    (failure,) = folder.failures()
+    assert failure["error"] == "the choice ' \u2764' adds no token to the prompt"
+    assert folder.records() == []
+
+
+@pytest.mark.parametrize(
+    ("context", "code"), [(128, None), (129, DONE), ("a lot", DONE), (None, DONE)]
+)
+def test_an_answer_as_long_as_the_context_is_refused(server, folder, words, console, context, code):
+    folder.data(words(9))
+    server.models_status, server.max_model_len = 200, context
+    job = folder.job(endpoints=[server.url])
+    if code is None:
+        said = "words: max_new_tokens 128 leaves no token for a prompt in .* of 128. Nothing was"
+        with pytest.raises(JobError, match=said):
+            run_job(job, console=console)
+        assert server.requests == []
+    else:
+        assert run_job(job, console=console) == code
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 500])
+def test_a_gateway_that_shows_no_models_is_fine(server, folder, words, console, status):
+    folder.data(words(3))
+    server.models_status = status
+    assert run_job(folder.job(endpoints=[server.url]), console=console) == DONE
+
+
 def test_plain_lines_say_how_it_goes(server, folder, words, console):
     folder.data(words(3))
     run_job(folder.job(endpoints=[server.url], name="try"), console=console, limit=1)
@@ -329,3 +382,84 @@ def test_bad_input_sends_nothing(server, folder, words, console):
         run_job(folder.job(endpoints=[server.url]), console=console)
     assert server.requests == []
     assert not folder.output.exists()
+
+
+# ------------------------------------------------------------- what one line can and cannot do
+
+
+def test_a_line_of_its_own_404_does_not_end_the_job(server, folder, words, console):
+    folder.data(words(5))
+    server.script["say w2"] = [(404, {})]
+    assert run_job(folder.job(endpoints=[server.url]), console=console) == SOME_FAILED
+    assert sorted(r["line"] for r in folder.records()) == [1, 3, 4, 5]
+    assert [f["status"] for f in folder.failures()] == [404]
+
+
+def test_a_server_without_the_path_ends_the_job_at_once(server, folder, words, console):
+    folder.data(words(50))
+    job = folder.job(endpoints=[f"{server.url}/gateway"], max_in_flight=1)
+    with pytest.raises(JobError, match="has no /generate: 404"):
+        run_job(job, console=console)
+    assert len(folder.failures()) == 1
+
+
+def test_what_is_in_flight_when_the_job_has_to_end_is_kept(server, folder, words, console):
+    """Five lines are held at the server when a sixth one shows that the key is wrong."""
+    folder.data(words(9))
+    server.script["say w6"] = [(401, {})]
+    server.hold.clear()
+    job = folder.job(endpoints=[server.url], max_in_flight=6)
+    screen = Screen("Waiting for what is in flight")
+    with ThreadPoolExecutor(1) as pool:
+        released = pool.submit(lambda: screen.seen.wait(60) and server.hold.set())
+        with pytest.raises(JobError, match="401"):
+            run_job(job, console=Console(file=screen, width=300))
+        assert released.done()
+    assert sorted(r["line"] for r in folder.records()) == [1, 2, 3, 4, 5]
+    assert folder.summary()["run_lines"] == 5
+    assert run_job(job, console=console) == DONE
+    assert set(server.prompts.values()) == {1}
+
+
+def test_it_says_why_lines_failed(server, folder, words, console):
+    folder.data(words(9))
+    for line in (2, 3, 5):
+        server.script[f"say w{line}"] = [(400, {})]
+    server.script["say w7"] = [(413, {})]
+    run_job(folder.job(endpoints=[server.url], max_in_flight=1), console=console)
+    said = console.file.getvalue().replace("\n", "")
+    data = folder.path / "data.jsonl"
+    assert f"failed: 3 x 400 scripted ({data}:2)" in said
+    assert f"failed: 1 x 413 scripted ({data}:7)" in said
+
+
+# ---------------------------------------------------------------------------------- the key
+
+
+@pytest.mark.parametrize(
+    ("named", "option", "environment", "code"),
+    [
+        ({}, [], {}, 1),
+        ({}, ["--api-key=secret"], {}, DONE),
+        ({}, [], {"CONSERVE_API_KEY": "secret"}, DONE),
+        ({"api_key_env": "KEY"}, [], {"KEY": "secret", "CONSERVE_API_KEY": "other"}, DONE),
+        ({"api_key_env": "KEY"}, ["--api-key=secret"], {"KEY": "other"}, DONE),
+        ({"api_key_env": "KEY"}, [], {"KEY": "other", "CONSERVE_API_KEY": "secret"}, 1),
+        ({"api_key_env": "KEY"}, [], {"KEY": "a\nb"}, 2),
+        ({"api_key_env": "KEY"}, [], {}, 2),
+    ],
+)
+def test_the_key_is_the_options_the_jobs_or_the_environments(
+    server, folder, words, monkeypatch, named, option, environment, code
+):
+    server.api_key = "secret"
+    folder.data(words(2))
+    for name in ("KEY", "CONSERVE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    job = str(folder.job(endpoints=[server.url], **named))
+    monkeypatch.setattr(sys, "argv", ["conserve", "eval", job, *option])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == code

@@ -202,5 +202,27 @@ def test_failures_are_those_of_the_latest_run(plan):
 
 def test_an_unwritable_folder_is_a_job_error(plan):
     plan.output.write_text("a file")
-    with pytest.raises(JobError, match=r"cannot write .*out: "):
+    with pytest.raises(JobError, match=r"cannot write .*out: File exists. Nothing was sent"):
         Store(plan)
+
+
+@pytest.mark.parametrize("name", ["words.jsonl", ".job.json.part", "words.errors.jsonl", ".lock"])
+def test_a_file_that_cannot_be_written_is_found_before_anything_is_sent(plan, name):
+    with Store(plan):
+        pass
+    (plan.output / name).unlink(missing_ok=True)
+    (plan.output / name).mkdir()
+    with (
+        pytest.raises(JobError, match=r"cannot write .*\. Nothing was sent") as e,
+        Store(plan) as store,
+    ):
+        finished(store, plan)
+    assert str(plan.output / name) in str(e.value)
+
+
+def test_an_error_file_that_cannot_be_made_leaves_what_is_done(plan):
+    with Store(plan) as store:
+        finished(store, plan)
+        (plan.output / "words.errors.jsonl").mkdir()
+        with pytest.raises(JobError, match="finished lines before this are kept"):
+            store.add_failure("words", Failure(id="1", line=1, status=400, error="no", attempts=1))

@@ -22,9 +22,11 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from conserve_sgl.batch.results import Results, usage_of
+from conserve_sgl.batch.answers import fault_of, usage_of
+from conserve_sgl.batch.remote import STDIN, at_hand, is_url, local_copy, put, shown
+from conserve_sgl.batch.results import Results
 from conserve_sgl.batch.schema import BatchError, ResultLine, failed_line
-from conserve_sgl.batch.sender import result_line, was_aborted
+from conserve_sgl.batch.sender import result_line
 from conserve_sgl.batch.validate import (
     InputRefused,
     Limits,
@@ -34,10 +36,19 @@ from conserve_sgl.batch.validate import (
     read_request,
 )
 from conserve_sgl.errors import InputError, JobError
-from conserve_sgl.jobs.client import Attempts, BadReply, Client, Clock, LineFailed, Stopped
+from conserve_sgl.jobs.client import (
+    Attempts,
+    BadReply,
+    Client,
+    Clock,
+    LineFailed,
+    NoSuchPath,
+    Stopped,
+)
+from conserve_sgl.jobs.faults import Faults
 from conserve_sgl.jobs.interrupt import Interrupt
 from conserve_sgl.jobs.progress import Meter, ProgressView
-from conserve_sgl.jobs.schema import Retry, check_endpoint
+from conserve_sgl.jobs.schema import MOST_INT32, MOST_S, Retry, check_endpoint
 
 __all__ = ["RunBatch", "run_batch"]
 
@@ -49,19 +60,21 @@ _LIMITS = Limits(max_requests=sys.maxsize, max_embedding_inputs=sys.maxsize)
 
 
 class RunBatch(msgspec.Struct, frozen=True, kw_only=True):
-    """What to run, and where.
+    """What to run, and where. Numbers that no server or timer takes are refused by `run_batch`.
 
     Args:
-        input, output, errors: three different files; the last two are made.
+        input, output, errors: three different files, each a path or an http(s) URL; the last two
+            are made. From a URL the input is fetched. To a URL results are put at the end, and
+            until then are in a file of that name in the current folder. The input may be `-`.
         endpoints: base URLs without /v1.
         priority: sent in every body; None sends none.
         request_timeout_s: gives a request up and counts it as lost; None waits for ever.
         drain_s: how long an interrupt waits for what is in flight.
     """
 
-    input: Path
-    output: Path
-    errors: Path
+    input: str
+    output: str
+    errors: str
     endpoints: list[str]
     max_in_flight: int = 64
     priority: int | None = -1
@@ -83,18 +96,48 @@ def run_batch(job: RunBatch, *, console: Console) -> int:
     """
     try:
         _check(job)
-        _read(job, console)
-        with _locked(job.output):
-            plan, results = _open(job)
-            try:
-                return asyncio.run(_Run(job, plan, results, console).run())
-            finally:
-                results.close()
-    except KeyboardInterrupt:  # while nothing was being sent yet
+        with at_hand(job.input, job.retry) as source:
+            files = _Files(
+                input=source,
+                shown_input=shown(job.input),
+                output=local_copy(job.output),
+                errors=local_copy(job.errors),
+            )
+            code = _run(job, files, console)
+        if code != INTERRUPTED:
+            _put(job, files, console)
+        return code
+    except KeyboardInterrupt:  # while nothing was being sent
         return INTERRUPTED
     except OSError as e:
         where = f" {e.filename}" if e.filename else ""
         raise JobError(f"cannot read or write{where}: {e.strerror or e}") from e
+
+
+class _Files(msgspec.Struct, frozen=True, kw_only=True):
+    """The files of a run on this machine."""
+
+    input: Path
+    shown_input: str
+    output: Path
+    errors: Path
+
+
+def _run(job: RunBatch, files: _Files, console: Console) -> int:
+    _read(files, console)
+    with _locked(files.output):
+        plan, results = _open(files)
+        try:
+            return asyncio.run(_Run(job, files, plan, results, console).run())
+        finally:
+            results.close()
+
+
+def _put(job: RunBatch, files: _Files, console: Console) -> None:
+    for path, place in ((files.output, job.output), (files.errors, job.errors)):
+        if is_url(place) and path.exists():
+            put(path, place, job.retry)
+            console.print(f"{path} is at {shown(place)}", markup=False, soft_wrap=True)
 
 
 def _check(job: RunBatch) -> None:
@@ -103,15 +146,28 @@ def _check(job: RunBatch) -> None:
             check_endpoint(endpoint)
         except ValueError as e:
             raise InputError("--endpoint", str(e).removeprefix("endpoints: ")) from e
-    paths = [path.resolve() for path in (job.input, job.output, job.errors)]
-    if len(set(paths)) < 3:
-        raise InputError(job.output, "input, output and error file must be three different files")
+    timeout_s, priority = job.request_timeout_s, job.priority
+    if timeout_s is not None and not 0 < timeout_s <= MOST_S:  # nor what is no number
+        raise InputError("--request-timeout-s", f"must be above 0 and at most {MOST_S}")
+    if priority is not None and abs(priority) > MOST_INT32:
+        raise InputError("--priority", f"must be from -{MOST_INT32} to {MOST_INT32}")
+    here = [local_copy(job.output), local_copy(job.errors)]
+    if not is_url(job.input) and job.input != STDIN:
+        here.append(Path(job.input))
+    is_twice = len({path.resolve() for path in here}) < len(here)
+    if is_twice or job.input in (job.output, job.errors):
+        raise InputError(
+            shown(job.output), "input, output and error file must be three different files"
+        )
 
 
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
     """The output file, for this run alone."""
-    fd = os.open(output, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fd = os.open(output, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as e:
+        raise _unwritable(output, e) from e
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -121,46 +177,61 @@ def _locked(output: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _read(job: RunBatch, console: Console) -> None:
+def _read(files: _Files, console: Console) -> None:
     """Look for faults in what is there, before anything is made or changed."""
-    if job.input.exists() and not job.input.is_file():
-        raise InputError(job.input, "must be a regular file: it is read more than once")
     try:
-        read_plan(job.input, None, _LIMITS)
+        read_plan(files.input, None, _LIMITS)
     except InputRefused as e:
         for error in e.errors[1:]:
-            fault = str(_fault(job.input, error))
+            fault = str(_fault(files.shown_input, error))
             console.print(fault, style="red", markup=False, soft_wrap=True)
-        raise _fault(job.input, e.errors[0]) from e
+        raise _fault(files.shown_input, e.errors[0]) from e
     except OSError as e:
-        raise InputError(job.input, f"cannot be read: {e.strerror or e}") from e
-    for path in (job.output, job.errors):
-        with suppress(FileNotFoundError), path.open("rb") as file:
-            # A first line that a crash has torn is one of ours all the same.
-            if not _FIRST_BYTES.startswith(file.read(len(_FIRST_BYTES))):
-                raise InputError(path, "is there, and no batch made it; use another file")
+        raise InputError(files.shown_input, f"cannot be read: {e.strerror or e}") from e
+    for path in (files.output, files.errors):
+        try:
+            with suppress(FileNotFoundError), path.open("rb") as file:
+                # A first line that a crash has torn is one of ours all the same.
+                if not _FIRST_BYTES.startswith(file.read(len(_FIRST_BYTES))):
+                    raise InputError(path, "is there, and no batch made it; use another file")
+        except OSError as e:
+            raise _unwritable(path, e) from e
+        if not path.parent.is_dir():
+            raise InputError(path, "cannot be written: its folder is not there")
 
 
-def _open(job: RunBatch) -> tuple[Plan, Results]:
+def _open(files: _Files) -> tuple[Plan, Results]:
     """The lines to send, and the files to write."""
-    job.errors.unlink(missing_ok=True)
-    results = Results(job.output, job.errors)
-    plan = read_plan(job.input, None, _LIMITS, done=results.done)
+    try:
+        files.errors.unlink(missing_ok=True)
+        results = Results(files.output, files.errors)
+    except OSError as e:
+        raise _unwritable(files.errors, e) from e
+    plan = read_plan(files.input, None, _LIMITS, done=results.done)
     if len(plan) + len(results.done) != plan.total:
         results.close()
-        raise InputError(job.output, f"has lines that are not of {job.input}; use another file")
+        raise InputError(
+            files.output, f"has lines that are not of {files.shown_input}; use another file"
+        )
     return plan, results
 
 
-def _fault(path: Path, error: BatchError) -> InputError:
+def _unwritable(path: Path, e: OSError) -> InputError:
+    return InputError(e.filename or path, f"cannot be written: {e.strerror}")
+
+
+def _fault(path: str, error: BatchError) -> InputError:
     return InputError(path, error.message, line=error.line, key=error.param)
 
 
 class _Run:
     """One run of a plan into open files."""
 
-    def __init__(self, job: RunBatch, plan: Plan, results: Results, console: Console) -> None:
+    def __init__(
+        self, job: RunBatch, files: _Files, plan: Plan, results: Results, console: Console
+    ) -> None:
         self._job = job
+        self._files = files
         self._results = results
         self._console = console
         self._clock = Clock()
@@ -168,34 +239,42 @@ class _Run:
         self._count = min(job.max_in_flight, len(plan))
         self._meter = Meter(plan.total, self._clock.monotonic_s())
         self._meter.resumed = len(results.done)
+        self._urls = plan.urls
+        self._faults = Faults()
 
     async def run(self) -> int:
         meter = self._meter
-        with ProgressView(self._console, self._job.input.name, meter) as view:
-            if meter.resumed:
-                view.say(f"{meter.resumed} of {meter.total} lines are done already")
-            if self._count:
-                await self._send_all(view)
-            self._results.sync()
-        self._console.print(
-            f"{meter.resumed + meter.done} of {meter.total} lines are in {self._job.output}, "
-            f"{meter.failed} in {self._job.errors}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-        if not meter.failed:
-            self._job.errors.unlink(missing_ok=True)
+        try:
+            with ProgressView(self._console, self._files.input.name, meter) as view:
+                if meter.resumed:
+                    view.say(f"{meter.resumed} of {meter.total} lines are done already")
+                if self._count:
+                    await self._send_all(view)
+                self._results.sync()
+        finally:
+            self._finish()
         if meter.left:
             return INTERRUPTED
         return SOME_FAILED if meter.failed else DONE
 
+    def _finish(self) -> None:
+        """Say what is where; a file for errors that has none goes."""
+        meter, files = self._meter, self._files
+        say = {"markup": False, "highlight": False, "soft_wrap": True}
+        for line in self._faults.lines():
+            self._console.print(f"failed: {line}", **say)
+        where = f", {meter.failed} in {files.errors}" if meter.failed else ""
+        done = meter.resumed + meter.done
+        self._console.print(f"{done} of {meter.total} lines are in {files.output}{where}", **say)
+        if not meter.failed:
+            files.errors.unlink(missing_ok=True)
+
     async def _send_all(self, view: ProgressView) -> None:
         interrupt = Interrupt(self._job.drain_s, view.say)
-        source = os.open(self._job.input, os.O_RDONLY)
+        source = os.open(self._files.input, os.O_RDONLY)
         client = Client(
             self._job,
-            name=self._job.input.stem,
+            name=self._files.input.stem,
             deadline_s=None,
             api_key=self._job.api_key,
             identify=lambda _: None,
@@ -218,9 +297,12 @@ class _Run:
             request = read_request(source, *where)
             try:
                 line = await self._ask(client, request)
+            except LineFailed as e:
+                self._failed(request.custom_id, e)
             except Stopped:
                 return
-            self._finished(line)
+            else:
+                self._finished(line)
             if stopping.is_set():
                 return
 
@@ -228,19 +310,22 @@ class _Run:
         body = msgspec.json.decode(request.body) | {"service_tier": "flex"}
         if self._job.priority is not None:
             body["priority"] = self._job.priority
-        try:
-            answer, _ = await client.post(request.url, body, _whole, Attempts())
-        except LineFailed as e:
-            if e.status is None or e.body is None:
-                return failed_line(request.custom_id, "request_failed", str(e))
-            return result_line(request.custom_id, e.status, e.body, _request_id())
+        answer, _ = await client.post(request.url, body, _whole, Attempts())
         return result_line(request.custom_id, 200, answer, _request_id())
+
+    def _failed(self, custom_id: str, failed: LineFailed) -> None:
+        if failed.status is None or failed.body is None:
+            line = failed_line(custom_id, "request_failed", str(failed))
+        else:
+            line = result_line(custom_id, failed.status, failed.body, _request_id())
+        self._results.add(line)
+        self._meter.failed += 1
+        self._faults.add(custom_id, failed.status, str(failed))
+        if isinstance(failed, NoSuchPath) and self._urls == {failed.path}:
+            raise JobError(str(failed)) from failed
 
     def _finished(self, line: ResultLine) -> None:
         self._results.add(line)
-        if not line.succeeded:
-            self._meter.failed += 1
-            return
         usage = usage_of(line.response.body)
         self._meter.done += 1
         self._meter.prompt_tokens += usage.input_tokens
@@ -258,9 +343,8 @@ class _Run:
 
 
 def _whole(raw: bytes) -> bytes:
-    if was_aborted(raw):
-        raise BadReply("aborted by the server")
-    msgspec.json.decode(raw)
+    if fault := fault_of(raw):
+        raise BadReply(fault)
     return raw
 
 

@@ -16,13 +16,8 @@ from pathlib import Path
 
 import msgspec
 
-from conserve_sgl.batch.schema import (
-    InputDetails,
-    OutputDetails,
-    RequestCounts,
-    ResultLine,
-    Usage,
-)
+from conserve_sgl.batch.answers import usage_of
+from conserve_sgl.batch.schema import RequestCounts, ResultLine, Usage
 from conserve_sgl.jobs.store import AppendFile
 
 __all__ = ["Results", "finished_lines"]
@@ -30,32 +25,7 @@ __all__ = ["Results", "finished_lines"]
 logger = logging.getLogger(__name__)
 
 
-class _Details(msgspec.Struct, frozen=True):
-    cached_tokens: int | None = None
-    reasoning_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct, frozen=True):
-    """Usage in an answer of any of the endpoints."""
-
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    reasoning_tokens: int | None = None
-    prompt_tokens_details: _Details | None = None
-    completion_tokens_details: _Details | None = None
-    input_tokens_details: _Details | None = None
-    output_tokens_details: _Details | None = None
-
-
-class _Answer(msgspec.Struct, frozen=True):
-    usage: _Usage | None = None
-
-
-_decode_answer = msgspec.json.Decoder(_Answer).decode
 _decode_line = msgspec.json.Decoder(ResultLine).decode
-_encode = msgspec.json.encode
 
 
 class Results:
@@ -136,23 +106,3 @@ def finished_lines(path: Path) -> int:
             return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
     except FileNotFoundError:
         return 0
-
-
-def usage_of(body: bytes) -> Usage:
-    """The tokens that an answer says it used; what it does not say counts as 0."""
-    try:
-        usage = _decode_answer(body).usage or _Usage()
-    except msgspec.MsgspecError:
-        return Usage()
-    taken = usage.input_tokens or usage.prompt_tokens or 0
-    given = usage.output_tokens or usage.completion_tokens or 0
-    details_in = usage.input_tokens_details or usage.prompt_tokens_details or _Details()
-    details_out = usage.output_tokens_details or usage.completion_tokens_details or _Details()
-    reasoning = details_out.reasoning_tokens or usage.reasoning_tokens or 0
-    return Usage(
-        input_tokens=taken,
-        input_tokens_details=InputDetails(cached_tokens=details_in.cached_tokens or 0),
-        output_tokens=given,
-        output_tokens_details=OutputDetails(reasoning_tokens=reasoning),
-        total_tokens=taken + given,
-    )

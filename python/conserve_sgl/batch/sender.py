@@ -22,6 +22,7 @@ from enum import Enum
 
 import msgspec
 
+from conserve_sgl.batch.answers import fault_of
 from conserve_sgl.batch.dispatch import Aborted, Application, Reply, post
 from conserve_sgl.batch.in_flight import InFlight
 from conserve_sgl.batch.results import Results
@@ -33,12 +34,12 @@ from conserve_sgl.errors import JobError, StorageError
 from conserve_sgl.jobs.client import Clock, backoff_s, first_of, retry_after_s
 from conserve_sgl.jobs.schema import Retry
 
-__all__ = ["DISK_RETRY_S", "Ending", "Run", "Sender", "result_line", "was_aborted"]
+__all__ = ["DISK_RETRY_S", "Ending", "Run", "Sender", "result_line"]
 
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-"""How often a line may meet 408, 500, 502, 504 or an aborted answer before that is its result."""
+"""How often a line may meet 408, 500, 502, 504 or an answer that is none before it has failed."""
 DISK_RETRY_S = 5.0
 _RATE_WINDOW_S = 60.0
 _BUSY = (429, 503)
@@ -243,12 +244,14 @@ class Sender:
                 # Spread out: all slots were refused at about the same time.
                 wait_s = (asked_s or 0.0) + backoff_s(_RETRY, busy, self._rng)
             else:
-                aborted = reply.status == 200 and was_aborted(reply.body)
+                fault = fault_of(reply.body) if reply.status == 200 else None
+                if fault and run.abort.is_set():
+                    raise Aborted  # by us
                 lost += 1
-                if lost == MAX_ATTEMPTS and aborted:
-                    what = f"the server aborted this request {lost} times"
+                if lost == MAX_ATTEMPTS and fault:
+                    what = f"{fault} (tried {lost} times)"
                     return failed_line(request.custom_id, "aborted", what)
-                if lost == MAX_ATTEMPTS or not (aborted or reply.status in _FLAKY):
+                if lost == MAX_ATTEMPTS or not (fault or reply.status in _FLAKY):
                     return result_line(
                         request.custom_id, reply.status, reply.body, _request_id(reply)
                     )
@@ -296,28 +299,6 @@ class Sender:
 
     async def _in_thread(self, do: Callable, *arguments: object):
         return await asyncio.get_running_loop().run_in_executor(self._threads, do, *arguments)
-
-
-class _Choice(msgspec.Struct, frozen=True):
-    finish_reason: str | None = None
-
-
-class _Choices(msgspec.Struct, frozen=True):
-    choices: list[_Choice] = []
-
-
-_decode_choices = msgspec.json.Decoder(_Choices).decode
-
-
-def was_aborted(body: bytes) -> bool:
-    """Whether an answer says that the engine let go of the request before it was whole."""
-    if b'"abort"' not in body:
-        return False
-    try:
-        choices = _decode_choices(body).choices
-    except msgspec.MsgspecError:
-        return False
-    return any(choice.finish_reason == "abort" for choice in choices)
 
 
 def _request_id(reply: Reply) -> str:

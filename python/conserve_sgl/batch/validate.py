@@ -62,19 +62,22 @@ class Plan:
 
     Args:
         model: what all lines name, or None when none does.
-        total: lines in the file, those that are not to be sent included.
+        urls: where its lines go, those that are not to be sent included.
+        total: lines in the file, likewise.
         apart: offset and length of those that are to be sent too, but not among the others.
     """
 
     def __init__(
         self,
         model: str | None,
+        urls: frozenset[str],
         total: int,
         offsets: array[int],
         lengths: array[int],
         apart: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.model = model
+        self.urls = urls
         self.total = total
         self.apart = apart
         self._offsets = offsets
@@ -101,6 +104,19 @@ class _Body(msgspec.Struct, frozen=True):
     @property
     def text(self) -> bytes:
         return bytes(self.messages or self.prompt or self.input)
+
+
+class _Model:
+    """The lines that name one model: how many, and the numbers of the first of them."""
+
+    def __init__(self) -> None:
+        self.lines = 0
+        self.numbers: list[int] = []
+
+    def take(self, number: int) -> None:
+        self.lines += 1
+        if len(self.numbers) < MAX_ERRORS:
+            self.numbers.append(number)
 
 
 class _Fault(Exception):
@@ -205,7 +221,8 @@ class _Reader:
         self._done = done
         self._apart = apart
         self._seen: set[str] = set()
-        self._model: str | None = None
+        self._urls: set[str] = set()
+        self._models: dict[str | None, _Model] = {}
         self._total = 0
         self._inputs = 0
         self._lines: list[tuple[bytes, int, int]] = []
@@ -214,7 +231,7 @@ class _Reader:
     def take(self, number: int, offset: int, raw: bytes | None) -> None:
         self._total += 1
         try:
-            self._check(offset, raw)
+            self._check(number, offset, raw)
         except _Fault as fault:
             self._refuse(fault, number)
 
@@ -226,18 +243,21 @@ class _Reader:
     def plan(self) -> Plan:
         if self._total == 0:
             self._refuse(_Fault("empty_file", "the file has no requests"), None)
+        model = self._model_of_most()
         if self.errors:
-            raise InputRefused(self.errors)
+            in_order = sorted(self.errors, key=lambda error: error.line or 0)
+            raise InputRefused(in_order[:MAX_ERRORS])
         self._lines.sort()
         offsets = array("Q", (offset for _, offset, _ in self._lines))
         lengths = array("L", (length for _, _, length in self._lines))
-        return Plan(self._model, self._total, offsets, lengths, self._lines_apart)
+        urls = frozenset(self._urls)
+        return Plan(model, urls, self._total, offsets, lengths, self._lines_apart)
 
     def _refuse(self, fault: _Fault, line: int | None) -> None:
         error = BatchError(code=fault.code, message=str(fault), param=fault.param, line=line)
         self.errors.append(error)
 
-    def _check(self, offset: int, raw: bytes | None) -> None:
+    def _check(self, number: int, offset: int, raw: bytes | None) -> None:
         if self._total > self._limits.max_requests:
             raise _Fault("too_many_requests", f"more than {self._limits.max_requests} requests")
         if raw is None:
@@ -245,7 +265,7 @@ class _Reader:
         line = _parsed(raw)
         self._check_envelope(line)
         body = _parsed_body(line.body)
-        self._check_model(body.model)
+        self._models.setdefault(body.model, _Model()).take(number)
         if line.url == EMBEDDINGS:
             self._count_inputs(body.input)
         if line.custom_id in self._done:
@@ -270,16 +290,19 @@ class _Reader:
         allowed = ENDPOINTS if self._endpoint is None else (self._endpoint,)
         if line.url not in allowed:
             raise _Fault("invalid_url", f"must be {' or '.join(allowed)}, not {line.url!r}", "url")
+        self._urls.add(line.url)
 
-    def _check_model(self, model: str | None) -> None:
-        if len(self._seen) == 1:
-            self._model = model
-        elif model != self._model:
-            raise _Fault(
-                "mismatched_model",
-                f"{model!r}, and the first line has {self._model!r}: one model for all lines",
-                "body.model",
-            )
+    def _model_of_most(self) -> str | None:
+        """What most lines name, the first of equals; the others are at fault."""
+        if not self._models:
+            return None
+        most = max(self._models, key=lambda model: self._models[model].lines)
+        first = self._models[most].numbers[0]
+        for model, where in self._models.items():
+            said = f"{model!r}, and line {first} has {most!r}: one model for all lines"
+            for number in where.numbers if model != most else ():
+                self._refuse(_Fault("mismatched_model", said, "body.model"), number)
+        return most
 
     def _count_inputs(self, inputs: msgspec.Raw) -> None:
         try:
@@ -288,9 +311,9 @@ class _Reader:
             many = [inputs]
         # A list of numbers is one input in tokens.
         texts = [one for one in many if bytes(one).startswith((b'"', b"[", b"{"))]
+        before, most = self._inputs, self._limits.max_embedding_inputs
         self._inputs += len(texts) or 1
-        if self._inputs > self._limits.max_embedding_inputs:
-            most = self._limits.max_embedding_inputs
+        if before <= most < self._inputs:  # the lines after that are not at fault
             raise _Fault("too_many_inputs", f"more than {most} texts to embed", "body.input")
 
 
@@ -306,6 +329,10 @@ def _parsed(raw: bytes) -> RequestLine:
 
 
 def _parsed_body(raw: msgspec.Raw) -> _Body:
+    try:
+        msgspec.json.decode(raw)  # all of it: what is passed over may be 1e999
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        raise _Fault("invalid_json_line", f"the body is not JSON: {e}", "body") from e
     try:
         body = _decode_body(raw)
     except msgspec.ValidationError as e:

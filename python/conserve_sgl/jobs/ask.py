@@ -8,6 +8,7 @@ a flag of the server.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -24,7 +25,7 @@ from conserve_sgl.jobs.score import (
 )
 from conserve_sgl.jobs.store import Record
 
-__all__ = ["ask", "chat_body", "choice_body", "choice_logprob", "generate_body"]
+__all__ = ["ask", "asked_path", "chat_body", "choice_body", "choice_logprob", "generate_body"]
 
 # Our name, and where the two routes want it under another one.
 _NATIVE_NAMES = {"seed": "sampling_seed"}
@@ -131,10 +132,17 @@ def read_text(raw: bytes) -> TextReply:
     return _not_aborted(msgspec.json.decode(raw, type=TextReply))
 
 
-def read_choices(raw: bytes) -> list[ScoredChoice]:
-    """A reply to `choice_body`. Raises BadReply if any was aborted or has no logprobs."""
+def read_choices(raw: bytes, tokens: Sequence[int]) -> list[ScoredChoice]:
+    """A reply to `choice_body`, in which so many `tokens` of each choice are scored.
+
+    Raises BadReply if any was aborted, or has not a logprob for each of them.
+    """
     replies = [_not_aborted(reply) for reply in msgspec.json.decode(raw, type=list[TextReply])]
-    return [ScoredChoice(choice_logprob(reply), reply.meta_info) for reply in replies]
+    scored = [ScoredChoice(choice_logprob(reply), reply.meta_info) for reply in replies]
+    found = [one.logprob.tokens for one in scored]
+    if found != list(tokens):
+        raise BadReply(f"it has {found} logprobs and not {list(tokens)}")
+    return scored
 
 
 def read_chat(raw: bytes) -> ChatReply:
@@ -158,6 +166,13 @@ def choice_logprob(reply: TextReply) -> ChoiceLogprob:
     # JSON has no infinity: SGLang writes null for a token that cannot be.
     logprob = None if None in values else float(sum(values))
     return ChoiceLogprob(logprob=logprob, tokens=len(values))
+
+
+def asked_path(task: JsonlTask) -> str:
+    """The path that the first request for each line of `task` goes to."""
+    if isinstance(task.score, LoglikelihoodChoice):
+        return "/tokenize"
+    return "/generate" if task.chat is None else "/v1/chat/completions"
 
 
 async def ask(
@@ -229,6 +244,9 @@ async def _ask_choice(
     body = _optional(model=job.model) | {"prompt": [prompt, *(prompt + c for c in choices)]}
     reply, near = await client.post("/tokenize", body, read_tokens, attempts)
     context, *candidates = reply.tokens
+    for text, tokens in zip(choices, candidates, strict=True):
+        if tokens == context[: len(tokens)]:
+            raise LineFailed(None, f"the choice {text!r} adds no token to the prompt")
     shared = shared_prefix_tokens(context, candidates)
     if shared == 0:
         raise LineFailed(None, "prompt and choices share no first token: the prompt is too short")
@@ -236,7 +254,8 @@ async def _ask_choice(
     scored: list[ScoredChoice] = []
     for part in (candidates[:1], candidates[1:]):
         body = choice_body(job.model, part, shared, job.priority)
-        some, near = await client.post("/generate", body, read_choices, attempts, near)
+        read = partial(read_choices, tokens=[len(tokens) - shared for tokens in part])
+        some, near = await client.post("/generate", body, read, attempts, near)
         scored += some
     texts = [choice.removeprefix(score.delimiter) for choice in choices]
     chosen = pick_choice(score, texts, [one.logprob for one in scored])

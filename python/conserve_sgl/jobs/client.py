@@ -9,7 +9,8 @@ time that is left when the job has a deadline. What fails is one of:
 | connection refused, host not found  | bench the endpoint; the job ends when no endpoint answered |
 |                                     | for `server_down_s`                                        |
 | 408, 500, 502, 504, connection lost | back off and retry, `max_attempts` times per line          |
-| 401, 403, 404, 405                  | the job ends: no other line would fare better              |
+| 401                                 | the job ends: no other line would fare better              |
+| 404, 405 to a path that is not there| the line has failed with `NoSuchPath`                      |
 | any other status                    | the line has failed                                        |
 """
 
@@ -32,7 +33,17 @@ import msgspec
 from conserve_sgl.errors import JobError
 from conserve_sgl.jobs.schema import Job, Retry
 
-__all__ = ["Attempts", "BadReply", "Client", "Clock", "Endpoint", "LineFailed", "Stopped", "Target"]
+__all__ = [
+    "Attempts",
+    "BadReply",
+    "Client",
+    "Clock",
+    "Endpoint",
+    "LineFailed",
+    "NoSuchPath",
+    "Stopped",
+    "Target",
+]
 
 T = TypeVar("T")
 
@@ -43,8 +54,8 @@ JOB_NAME_CHARACTERS = 128
 CONNECT_TIMEOUT_S = 10.0
 _BUSY = {429, 503}
 _FLAKY = {408, 500, 502, 504}
-_HOPELESS = {401: "it wants another API key (api_key_env)", 403: "it wants another API key"}
-_HOPELESS |= {404: "it has no such path or model", 405: "it has no such path"}
+_CLOSED = 401
+_NO_PATH = {404, 405}
 
 
 class Clock:
@@ -77,6 +88,14 @@ class LineFailed(Exception):
         super().__init__(reason)
         self.status = status
         self.body = body
+
+
+class NoSuchPath(LineFailed):
+    """The endpoint has no such `path`, whatever the line: every other one that goes there fails."""
+
+    def __init__(self, status: int, reason: str, body: bytes, path: str) -> None:
+        super().__init__(status, reason, body)
+        self.path = path
 
 
 class Stopped(Exception):
@@ -126,7 +145,13 @@ class Endpoint:
     refusals: int = 0
     benched_until_s: float = 0.0
     identified: bool = False
+    paths: dict[str, bool] = field(default_factory=dict)  # whether they are there, once known
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def forget(self) -> None:
+        """Ask anew what it serves."""
+        self.identified = False
+        self.paths.clear()
 
 
 def backoff_s(retry: Retry, failures: int, rng: random.Random) -> float:
@@ -250,7 +275,7 @@ class Client:
                 endpoint.in_flight -= 1
 
     async def get(self, path: str) -> Any | None:
-        """What an endpoint answers to GET `path`: JSON or text, None if it has no such path.
+        """What an endpoint answers to GET `path`: JSON or text, None if it has no such path for us.
 
         Tried again like `post`, over all endpoints.
 
@@ -269,8 +294,8 @@ class Client:
                 except LineFailed as e:
                     raise JobError(f"{endpoint.url}{path}: {e}") from e
                 continue
-            if status in (401, 403):
-                raise _hopeless(endpoint, path, status, raw)
+            if status == _CLOSED:
+                raise _closed(endpoint, path, raw)
             return _decoded(raw) if status == 200 else None
 
     async def _pick(self, near: Endpoint | None) -> Endpoint:
@@ -304,21 +329,38 @@ class Client:
                 await self._identify(endpoint)
         attempts.sent += 1
         status, raw = await self._exchange(endpoint, "POST", path, body)
-        if status in _HOPELESS:
-            raise _hopeless(endpoint, path, status, raw)
+        if status == _CLOSED:
+            raise _closed(endpoint, path, raw)
+        if status in _NO_PATH and not await self._has_path(endpoint, path, status):
+            reason = f"{endpoint.url} has no {path}: {_message(raw)}"
+            raise NoSuchPath(status, reason, raw, path)
         if status != 200:
             raise _Fault(_Kind.REJECTED, _message(raw), status, body=raw)
+        endpoint.paths[path] = True
         try:
             return read(raw)
         except (BadReply, msgspec.MsgspecError, UnicodeDecodeError) as e:
             raise _Fault(_Kind.FLAKY, f"unexpected reply: {e}", status) from e
 
+    async def _has_path(self, endpoint: Endpoint, path: str, status: int) -> bool:
+        """Whether `path`, which answered `status`, takes a POST: 404 may be about a line's model.
+
+        A GET finds out: a route for POST alone answers 405 to it, and has nothing to do.
+        """
+        if path not in endpoint.paths:
+            if status == 404:
+                status, _ = await self._exchange(endpoint, "GET", path, None)
+                endpoint.paths[path] = status != 404
+            else:
+                endpoint.paths[path] = False
+        return endpoint.paths[path]
+
     async def _identify(self, endpoint: Endpoint) -> None:
         if endpoint.identified:
             return
         status, raw = await self._exchange(endpoint, "GET", "/model_info", None)
-        if status in (401, 403):
-            raise _hopeless(endpoint, "/model_info", status, raw)
+        if status == _CLOSED:
+            raise _closed(endpoint, "/model_info", raw)
         reply = _decoded(raw)
         if status == 200 and isinstance(reply, dict) and reply.get("model_path"):
             self._identify_model(str(reply["model_path"]))
@@ -368,7 +410,7 @@ class Client:
                 wait_s = backoff_s(self._retry, attempts.busy, self._rng)
         else:
             attempts.lost += 1
-            endpoint.identified = False  # it may come back as another server
+            endpoint.forget()  # it may come back as another server
             if attempts.lost >= self._retry.max_attempts:
                 reason = f"{fault} (lost {attempts.lost} times)"
                 raise LineFailed(fault.status, reason, fault.body) from fault
@@ -377,7 +419,7 @@ class Client:
         await self._pause(wait_s)
 
     def _bench(self, endpoint: Endpoint) -> None:
-        endpoint.identified = False
+        endpoint.forget()
         if endpoint.benched_until_s > self._now_s():
             return  # all in flight see the same refusal: it counts once
         endpoint.refusals += 1
@@ -421,8 +463,11 @@ def _kept_alive_socket(address: tuple) -> socket.socket:
     return sock
 
 
-def _hopeless(endpoint: Endpoint, path: str, status: int, raw: bytes) -> JobError:
-    return JobError(f"{endpoint.url}{path}: {status} {_message(raw)}: {_HOPELESS[status]}")
+def _closed(endpoint: Endpoint, path: str, raw: bytes) -> JobError:
+    return JobError(
+        f"{endpoint.url}{path}: {_CLOSED} {_message(raw)}: it wants another API key "
+        "(api_key_env, --api-key)"
+    )
 
 
 def _why(e: BaseException) -> str:

@@ -83,9 +83,13 @@ def make_plan(path: Path, **overrides: object) -> Plan:
     tasks = []
     for i, task in enumerate(job.tasks):
         data = path.parent / expand(path, f"tasks[{i}].data", task.data)
-        if not data.is_file():
-            raise InputError(path, f"no such file: {data}", key=f"tasks[{i}].data")
-        tasks.append(_plan_task(job, task, data, faults))
+        try:
+            if not data.is_file():
+                what = "is a folder, not a file" if data.is_dir() else "no such file"
+                raise InputError(path, f"{what}: {data}", key=f"tasks[{i}].data")
+            tasks.append(_plan_task(job, task, data, faults))
+        except OSError as e:
+            raise InputError(data, f"cannot be read: {e.strerror}") from e
     if faults:
         raise _all_in_one(faults)
     _refuse_writing_over_input(path, output, tasks)
@@ -96,12 +100,15 @@ def lines(planned: PlannedTask) -> Iterator[Line]:
     """The task's lines, rendered one by one.
 
     Raises:
-        JobError: the data file is no longer the one that was planned.
+        JobError: the data file is no longer the one that was planned, or cannot be read any more.
     """
-    if _stamp(planned.data) != planned.data_stamp:
-        raise JobError(f"{planned.data} was changed after the job had read it: start it again")
-    for number, fields in _read(planned.data, planned.task.limit):
-        yield _render(planned.task, planned.data, number, planned.vars | fields)
+    try:
+        if _stamp(planned.data) != planned.data_stamp:
+            raise JobError(f"{planned.data} was changed after the job had read it: start it again")
+        for number, fields in _read(planned.data, planned.task.limit):
+            yield _render(planned.task, planned.data, number, planned.vars | fields)
+    except OSError as e:
+        raise JobError(f"cannot read {planned.data}: {e.strerror}") from e
 
 
 def _override(path: Path, job: Job, overrides: dict[str, object]) -> Job:
@@ -122,8 +129,10 @@ def expand(path: Path, key: str, text: str) -> str:
     """`text`, a path, with ${VARIABLES} and ~ filled in.
 
     Raises:
-        InputError: a variable is not set; `path` and `key` say where it stands.
+        InputError: it is empty, or a variable is not set; `path` and `key` say where it stands.
     """
+    if not text:
+        raise InputError(path, "is empty", key=key)
 
     def value(match: re.Match[str]) -> str:
         name = match[1]
@@ -133,7 +142,10 @@ def expand(path: Path, key: str, text: str) -> str:
             raise InputError(path, f"environment variable {name} is not set", key=key)
         return os.environ[name]
 
-    return str(Path(_VARIABLE.sub(value, text)).expanduser())
+    try:
+        return str(Path(_VARIABLE.sub(value, text)).expanduser())
+    except RuntimeError as e:  # ~ and a name that nobody has
+        raise InputError(path, f"{text}: {e}", key=key) from e
 
 
 def _plan_task(job: Job, task: JsonlTask, data: Path, faults: list[InputError]) -> PlannedTask:
@@ -205,7 +217,7 @@ def _read(
 def _object(data: Path, number: int, raw: bytes) -> dict:
     try:
         value = msgspec.json.decode(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise InputError(data, f"is not JSON: {e}", line=number) from e
     if not isinstance(value, dict):
         raise InputError(data, "is not a JSON object {...}", line=number)

@@ -8,16 +8,19 @@ import random
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from conserve_sgl.errors import InputError, JobError
-from conserve_sgl.jobs.ask import ask
-from conserve_sgl.jobs.client import Attempts, Client, Clock, LineFailed, Stopped
+from conserve_sgl.jobs.ask import ask, asked_path
+from conserve_sgl.jobs.client import Attempts, Client, Clock, LineFailed, NoSuchPath, Stopped
+from conserve_sgl.jobs.faults import Faults
 from conserve_sgl.jobs.interrupt import Interrupt
 from conserve_sgl.jobs.lm_eval.evaluate import Evaluation, load_tasks
 from conserve_sgl.jobs.plan import Line, Plan, PlannedTask, lines, make_plan
 from conserve_sgl.jobs.progress import Meter, ProgressView
+from conserve_sgl.jobs.schema import LoglikelihoodChoice, Sampling
 from conserve_sgl.jobs.store import Failure, Record, Store
 from conserve_sgl.jobs.summary import (
     LmEvalSummary,
@@ -42,6 +45,8 @@ def run_job(
     max_in_flight: int | None = None,
     limit: int | None = None,
     fresh: bool = False,
+    api_key: str | None = None,
+    prefers_api_key: bool = False,
 ) -> int:
     """Run the job at `path` to its end, or go on with it, and return the exit code.
 
@@ -52,6 +57,8 @@ def run_job(
         endpoints, output, max_in_flight: replace what the file says.
         limit: replaces the limit of every task, lm-eval's too.
         fresh: throw away earlier results in the output folder first.
+        api_key: the servers' key for a job that names none (`api_key_env`).
+        prefers_api_key: take it for a job that names one too.
 
     Returns:
         0 when all lines are finished, 1 when some failed, 130 when it was interrupted.
@@ -68,7 +75,8 @@ def run_job(
             max_in_flight=max_in_flight,
             limit=limit,
         )
-        api_key = _api_key(path, plan.job.api_key_env)
+        if plan.job.api_key_env is not None and not prefers_api_key:
+            api_key = _api_key(path, plan.job.api_key_env)
         config = plan.job.lm_eval
         loaded = None if config is None else load_tasks(path, config)
         with Store(plan, fresh=fresh) as store:
@@ -91,13 +99,23 @@ def run_job(
         return INTERRUPTED
 
 
-def _api_key(path: Path, variable: str | None) -> str | None:
-    if variable is None:
-        return None
+def _api_key(path: Path, variable: str) -> str:
     if not os.environ.get(variable):
         reason = f"environment variable {variable} is not set"
         raise InputError(path, reason, key="api_key_env")
+    if not os.environ[variable].isprintable():
+        reason = f"environment variable {variable} holds what cannot be sent, such as a line break"
+        raise InputError(path, reason, key="api_key_env")
     return os.environ[variable]
+
+
+def _context_tokens(models: Any) -> int | None:
+    """What an answer to GET /v1/models says of the context of its first model."""
+    try:
+        tokens = models["data"][0]["max_model_len"]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return tokens if type(tokens) is int else None
 
 
 class Runner:
@@ -125,6 +143,9 @@ class Runner:
         self._started_s = self._clock.monotonic_s()
         self._meter = Meter(plan.total, self._started_s)
         self._meter.resumed = sum(len(done) for done in self._done.values())
+        self._faults = Faults()
+        self._checking = asyncio.Lock()
+        self._lengths_checked = False
         self._failures_in_a_row = 0
         self._run_s = 0.0
 
@@ -175,13 +196,33 @@ class Runner:
             yield from ((planned, line) for line in lines(planned) if line.id not in done)
 
     async def _work(self, client: Client, pending: Iterator[tuple[PlannedTask, Line]]) -> None:
-        for planned, line in pending:
-            try:
+        try:
+            async with self._checking:
+                await self._check_lengths(client)
+            for planned, line in pending:
                 await self._answer(client, planned, line)
-            except Stopped:
-                return
-            if self._interrupt.stopping.is_set():
-                return
+                if self._interrupt.stopping.is_set():
+                    return
+        except Stopped:
+            return
+
+    async def _check_lengths(self, client: Client) -> None:
+        """Refuse answers that are as long as the model's context, where the server tells it."""
+        if self._lengths_checked:
+            return
+        context_tokens = None
+        with suppress(JobError):  # what is wrong with the server, the lines will say
+            context_tokens = _context_tokens(await client.get("/v1/models"))
+        for planned in self._plan.tasks:
+            if context_tokens is None or isinstance(planned.task.score, LoglikelihoodChoice):
+                continue
+            wanted_tokens = (planned.task.sampling or Sampling()).max_new_tokens
+            if wanted_tokens >= context_tokens:
+                raise JobError(
+                    f"{planned.task.name}: max_new_tokens {wanted_tokens} leaves no token for a "
+                    f"prompt in the model's context of {context_tokens}. Nothing was sent"
+                )
+        self._lengths_checked = True
 
     async def _answer(self, client: Client, planned: PlannedTask, line: Line) -> None:
         attempts = Attempts()
@@ -211,6 +252,9 @@ class Runner:
         self._store.add_failure(planned.task.name, failure)
         self._tally(planned).failed += 1
         self._meter.failed += 1
+        self._faults.add(f"{planned.data}:{line.line}", failed.status, str(failed))
+        if isinstance(failed, NoSuchPath) and self._all_go_to(failed.path):
+            raise JobError(str(failed)) from failed
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= self._job.retry.max_failures_in_a_row:
             raise JobError(
@@ -218,6 +262,9 @@ class Runner:
                 f"{planned.data}:{line.line}: {failed}. Finished lines are kept; run the same "
                 "command again to go on"
             )
+
+    def _all_go_to(self, path: str) -> bool:
+        return all(asked_path(planned.task) == path for planned in self._plan.tasks)
 
     def _tally(self, planned: PlannedTask) -> Tally:
         return self._tallies[planned.task.name]
@@ -247,5 +294,5 @@ class Runner:
     def _finish(self) -> None:
         self._run_s = round(self._clock.monotonic_s() - self._started_s, 3)
         summary = self.summary()
-        print_summary(self._console, self._plan, summary)
+        print_summary(self._console, self._plan, summary, self._faults)
         self._store.write_summary(summary)

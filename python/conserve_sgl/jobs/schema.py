@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
+import warnings
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -22,9 +25,19 @@ __all__ = [
     "check_endpoint",
 ]
 
-Positive = Annotated[float, msgspec.Meta(gt=0)]
-Count = Annotated[int, msgspec.Meta(ge=1)]
-Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
+# What a server takes, or a timer, or a tensor of 32 bits: beyond it every line would fail.
+MOST_S = 10**9
+MOST_INT32 = 2**31 - 1
+_MOST_INT64 = 2**63 - 1
+_MOST_IN_FLIGHT = 50_000  # each has a socket
+_MOST_STOPS = 32
+
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=MOST_S)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=MOST_INT32)]
+Number = Annotated[int, msgspec.Meta(ge=0, le=MOST_INT32)]
+Priority = Annotated[int, msgspec.Meta(ge=-MOST_INT32, le=MOST_INT32)]
+InFlight = Annotated[int, msgspec.Meta(ge=1, le=_MOST_IN_FLIGHT)]
+Fraction = Annotated[float, msgspec.Meta(ge=1e-30, le=1)]
 # Also the name of the result file, hence neither dots nor separators.
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$")]
 
@@ -33,17 +46,17 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How to sample. What is None is left out, so the server's own default holds."""
 
     max_new_tokens: Count = 128
-    min_new_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
-    temperature: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    min_new_tokens: Number | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=1e30)] = 0.0
     top_p: Fraction | None = None
-    top_k: Annotated[int, msgspec.Meta(ge=-1)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=-1, le=MOST_INT32)] | None = None
     min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=2)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(ge=1e-6, le=2)] | None = None
     stop: list[str] | str | None = None
-    stop_token_ids: list[int] | None = None
-    seed: int | None = None
+    stop_token_ids: list[Number] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=-_MOST_INT64, le=_MOST_INT64)] | None = None
     ignore_eos: bool | None = None
     regex: str | None = None
     json_schema: str | None = None
@@ -55,8 +68,15 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError("min_new_tokens: is larger than max_new_tokens")
         if self.regex is not None and self.json_schema is not None:
             raise ValueError("regex: cannot be given together with json_schema")
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stops) > _MOST_STOPS or "" in stops:
+            raise ValueError(f"stop: up to {_MOST_STOPS} texts, none of them empty")
+        if self.regex is not None:
+            _compiles("regex", _compile_of_any_dialect, self.regex)
         if self.json_schema is not None:
-            _compiles("json_schema", msgspec.json.decode, self.json_schema)
+            schema = _compiles("json_schema", msgspec.json.decode, self.json_schema)
+            if not isinstance(schema, dict):
+                raise ValueError("json_schema: is JSON, but not an object {...}")
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -148,6 +168,7 @@ class JsonlTask(
             raise ValueError("chat: at least one message is needed")
         if self.chat_template_kwargs is not None and self.chat is None:
             raise ValueError("chat_template_kwargs: needs chat")
+        _finite("chat_template_kwargs", self.chat_template_kwargs or {})
         if self.id is not None:
             _compiles("id", compile_template, self.id)
         if isinstance(self.score, LoglikelihoodChoice):
@@ -167,11 +188,18 @@ class ModelArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     revision: str | None = None
     trust_remote_code: bool = False
     use_fast_tokenizer: bool = True
-    max_length: Count | None = None
+    max_length: Annotated[int, msgspec.Meta(ge=2, le=MOST_INT32)] | None = None
     max_gen_toks: Count = 256
     add_bos_token: bool | None = None
-    custom_prefix_token_id: int | None = None
+    custom_prefix_token_id: Number | None = None
     chat_template_kwargs: dict[str, str | int | float | bool] = {}
+
+    def __post_init__(self) -> None:
+        _finite("chat_template_kwargs", self.chat_template_kwargs)
+
+
+# As numpy takes them.
+Seed = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 
 
 class LmEval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -179,10 +207,10 @@ class LmEval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     tasks: Annotated[list[str | dict[str, Any]], msgspec.Meta(min_length=1)]
     model: Literal["conserve"] = "conserve"
-    model_args: ModelArgs = ModelArgs()
-    num_fewshot: Annotated[int, msgspec.Meta(ge=0)] | None = None
-    limit: Positive | None = None
-    samples: dict[str, list[int]] | None = None
+    model_args: ModelArgs = msgspec.field(default_factory=ModelArgs)
+    num_fewshot: Number | None = None
+    limit: Annotated[float, msgspec.Meta(gt=0, le=MOST_INT32)] | None = None
+    samples: dict[str, list[Number]] | None = None
     gen_kwargs: dict[str, Any] = {}
     apply_chat_template: bool | str = False
     fewshot_as_multiturn: bool | None = None
@@ -192,8 +220,8 @@ class LmEval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     log_samples: bool = True
     predict_only: bool = False
     include_path: str | None = None
-    seed: int | list[int | None] | None = None
-    bootstrap_iters: Annotated[int, msgspec.Meta(ge=0)] = 100000
+    seed: Seed | list[Seed | None] | None = None
+    bootstrap_iters: Number = 100000
     confirm_run_unsafe_code: bool = False
     metadata: dict[str, Any] = {}
 
@@ -214,10 +242,10 @@ class LmEval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Retry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What to do when a request fails; how long to keep at it."""
 
-    first_delay_s: Positive = 0.5
-    max_delay_s: Positive = 30.0
+    first_delay_s: Seconds = 0.5
+    max_delay_s: Seconds = 30.0
     max_attempts: Count = 5
-    server_down_s: Positive = 600.0
+    server_down_s: Seconds = 600.0
     max_failures_in_a_row: Count = 100
 
 
@@ -232,12 +260,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     tasks: list[JsonlTask] = []
     lm_eval: LmEval | None = None
     name: str | None = None
-    model: str | None = None
-    priority: int | None = None
-    deadline_s: Positive | None = None
-    max_in_flight: Count = 32
-    request_timeout_s: Positive | None = None
-    drain_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0
+    model: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    priority: Priority | None = None
+    deadline_s: Seconds | None = None
+    max_in_flight: InFlight = 32
+    request_timeout_s: Seconds | None = None
+    drain_s: Annotated[float, msgspec.Meta(ge=0, le=MOST_S)] = 10.0
     retry: Retry = msgspec.field(default_factory=Retry)
     api_key_env: str | None = None
     save_prompts: bool = False
@@ -246,6 +274,11 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     def __post_init__(self) -> None:
         if not self.tasks and self.lm_eval is None:
             raise ValueError("tasks: there are none, and no lm_eval either")
+        if self.api_key_env is not None and not re.fullmatch(r"[^=\0]+", self.api_key_env):
+            raise ValueError(
+                "api_key_env: must be the name of an environment variable; leave it out where the "
+                "servers want no key"
+            )
         for endpoint in self.endpoints:
             check_endpoint(endpoint)
         _unique("endpoints", self.endpoints)
@@ -255,8 +288,16 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 def check_endpoint(url: str) -> None:
     """Raise ValueError unless `url` is a server's base URL."""
-    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
+    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url) or not url.isprintable():
         raise ValueError(f"endpoints: {url!r} is not a base URL such as http://127.0.0.1:30000")
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        host.encode("idna")
+    except ValueError as e:  # UnicodeError is one: a name that cannot be looked up
+        raise ValueError(f"endpoints: {url!r} is not a URL: {e}") from e
+    if not host or port == 0:
+        raise ValueError(f"endpoints: {url!r} has no {'port' if host else 'host'}")
     if re.search(r"/(v1|generate)(/|$)", url):
         raise ValueError(f"endpoints: give {url!r} without /v1 or /generate; they are added")
 
@@ -267,8 +308,36 @@ def _unique(key: str, values: list[str]) -> None:
             raise ValueError(f"{key}: {value!r} is given twice")
 
 
+def _finite(key: str, values: dict[str, str | int | float | bool]) -> None:
+    for name, value in values.items():
+        # JSON has no infinity, and parsers of it no number of 23 digits.
+        is_finite = not isinstance(value, float) or math.isfinite(value)
+        if not is_finite or (type(value) is int and abs(value) > _MOST_INT64):
+            raise ValueError(f"{key}: {name}: is a number that JSON cannot carry")
+
+
+# An escape of any dialect, and a range that begins or ends with one.
+_ESCAPE = r"\\(?:[pPux]\{[^{}]*\}|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|.)"
+_ESCAPES = re.compile(rf"{_ESCAPE}(?:-(?:{_ESCAPE}|[^]\\]))?|[^][\\]-{_ESCAPE}", re.DOTALL)
+_NAMED = re.compile(r"\(\?<(?![=!])[^>]*>")
+_FLAGS = re.compile(r"\(\?[a-zA-Z-]+\)")
+
+
+def _compile_of_any_dialect(source: str) -> None:
+    """Refuse what no grammar backend of a server can read, and only that.
+
+    Their dialects differ from Python's in escapes, in names of groups and in where flags stand.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # a class in a class
+        try:
+            re.compile(source)
+        except re.error:
+            re.compile(_ESCAPES.sub("a", _FLAGS.sub("", _NAMED.sub("(", source))))
+
+
 def _compiles(key: str, compile_, source: str):
     try:
         return compile_(source)
-    except (TemplateFault, re.error, msgspec.DecodeError) as e:
+    except (TemplateFault, re.error, msgspec.DecodeError, RecursionError, OverflowError) as e:
         raise ValueError(f"{key}: {e}") from e

@@ -136,13 +136,13 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.folder / ".lock")
         except OSError as e:
-            raise _cannot_write(self.folder, e) from e
+            raise _cannot_open(self.folder, e) from e
         try:
             self._open(fresh)
         except BaseException as e:
             self.close()
             if isinstance(e, OSError):
-                raise _cannot_write(self.folder, e) from e
+                raise _cannot_open(self.folder, e) from e
             raise
 
     def _open(self, fresh: bool) -> None:
@@ -175,18 +175,21 @@ class Store:
         are not in the plan (a lower `limit`) stay in the file and are not visited.
 
         Raises:
-            JobError: the file was damaged other than by a torn last line.
+            JobError: the file cannot be written, or was damaged other than by a torn last line.
         """
         path = self._path(planned.task.name)
-        path.touch()
         done: set[str] = set()
-        for record in _whole_lines(path):
-            if record.id in done:
-                raise JobError(f"{path}: id {record.id!r} is there twice; {_START_ANEW}")
-            if record.id in planned.ids:
-                done.add(record.id)
-                visit(record)
-        self._files[planned.task.name] = AppendFile(path)
+        try:
+            path.touch()
+            for record in _whole_lines(path):
+                if record.id in done:
+                    raise JobError(f"{path}: id {record.id!r} is there twice; {_START_ANEW}")
+                if record.id in planned.ids:
+                    done.add(record.id)
+                    visit(record)
+            self._files[planned.task.name] = AppendFile(path)
+        except OSError as e:
+            raise _cannot_open(path, e) from e
         return done
 
     def set_model(self, model: str) -> None:
@@ -196,7 +199,11 @@ class Store:
             JobError: results from another model are in the folder.
         """
         if self.job_file.model is None:
-            self._write_job_file(msgspec.structs.replace(self.job_file, model=model))
+            job_file = msgspec.structs.replace(self.job_file, model=model)
+            try:
+                self._write_job_file(job_file)
+            except OSError as e:
+                raise _cannot_write(self.folder, e) from e
         elif self.job_file.model != model:
             raise JobError(
                 f"{self.folder} has results of the model {self.job_file.model}, and the endpoints "
@@ -209,8 +216,12 @@ class Store:
 
     def add_failure(self, task: str, failure: Failure) -> None:
         """Append a failed line to the task's error file, which is made by the first one."""
+        path = self._errors_path(task)
         if task not in self._errors:
-            self._errors[task] = AppendFile(self._errors_path(task))
+            try:
+                self._errors[task] = AppendFile(path)
+            except OSError as e:
+                raise _cannot_write(path, e) from e
         self._errors[task].append(failure)
 
     def sync(self) -> None:
@@ -224,7 +235,11 @@ class Store:
     def write_summary(self, summary: msgspec.Struct) -> None:
         """Replace `summary.json`."""
         text = msgspec.json.format(msgspec.json.encode(summary), indent=2)
-        _replace(self.folder / "summary.json", text)
+        path = self.folder / "summary.json"
+        try:
+            _replace(path, text)
+        except OSError as e:
+            raise _cannot_write(path, e) from e
 
     def close(self) -> None:
         """Sync and close all files and let go of the folder."""
@@ -328,19 +343,20 @@ def _whole_lines(path: Path):
 
 def _replace(path: Path, text: bytes) -> None:
     part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        file.write(text + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        with part.open("wb") as file:
-            file.write(text + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as e:
-        raise _cannot_write(path, e) from e
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _cannot_open(path: Path, e: OSError) -> JobError:
+    return JobError(f"cannot write {e.filename or path}: {e.strerror}. Nothing was sent")
 
 
 def _cannot_write(path: Path, e: OSError) -> JobError:

@@ -6,6 +6,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from conserve_sgl.jobs.faults import Faults
 from conserve_sgl.jobs.lm_eval.online import OnlineLatency
 from conserve_sgl.jobs.plan import Plan
 from conserve_sgl.jobs.score import standard_error
@@ -120,8 +121,8 @@ class Tally:
         )
 
 
-def print_summary(console: Console, plan: Plan, summary: Summary) -> None:
-    """Print the table, the rates of this run, and where things are."""
+def print_summary(console: Console, plan: Plan, summary: Summary, faults: Faults) -> None:
+    """Print the table, the rates of this run, why lines failed, and where things are."""
     table = Table(title=f"{summary.job}{' (partial)' if summary.partial else ''}")
     table.add_column("task", overflow="fold")  # never cut: it tells rows apart
     for head in ("lines", "failed", "score", "tokens in", "cached", "tokens out"):
@@ -147,6 +148,8 @@ def print_summary(console: Console, plan: Plan, summary: Summary) -> None:
         f"{summary.run_retries:,} retries",
         **say,
     )
+    for line in faults.lines():
+        console.print(f"failed: {line}", **say)
     console.print(f"results: {plan.output}", **say)
     for name, task in summary.tasks.items():
         if task.failed:

@@ -165,7 +165,6 @@ FIRST = [None, 1, None]  # the last token of the context, which SGLang gives no 
         ([[-0.5, 7, None], [-0.25, 8, None]], [7, 9], (-0.75, False)),
         ([[-0.5, 7, None], [-0.25, 8, None]], [9, 8], (-0.75, False)),
         ([[None, 7, None]], [9], (float("-inf"), False)),
-        ([], [], (0.0, True)),
     ],
 )
 def test_loglikelihood_is_the_sum_and_greedy_is_not_inverted(tokens, top, expected):
@@ -201,7 +200,7 @@ def test_a_long_context_loses_its_beginning(server, job, console):
 
 
 def test_a_text_that_is_too_long_to_score_ends_the_run(server, job, console):
-    with pytest.raises(JobError, match="longer than the model's context"):
+    with pytest.raises(JobError, match=r"has 4 tokens, .* more than max_length 4"):
         run_job(job(CHOICES, limit=1, model_args={"max_length": 4}), console=console)
     assert server.requests == []
 
@@ -211,6 +210,82 @@ def test_a_reply_with_too_few_logprobs_is_asked_for_again():
 
     with pytest.raises(BadReply, match="0 logprobs and not 2"):
         score(reply([FIRST], [None]), 2)
+    with pytest.raises(BadReply):  # no text is certain because nothing of it was scored
+        score(reply([FIRST], [None]), 0)
+
+
+def first_words(words: list[str]) -> dict[str, Any]:
+    """A task whose choices go on where the context stops, within a word."""
+    return CHOICES | {
+        "doc_to_text": "The sky is bl",
+        "target_delimiter": "",
+        "doc_to_choice": words,
+    }
+
+
+def bare(context: str, continuation: str) -> dict[str, Any]:
+    """A task that scores the same text for each row."""
+    task = {"task": "bare", "output_type": "loglikelihood", "target_delimiter": ""}
+    task |= {"doc_to_text": context, "doc_to_target": continuation}
+    return task | {"metric_list": [{"metric": "acc"}]}
+
+
+@pytest.fixture
+def merging(tmp_path) -> Path:
+    """A tokenizer that has "blue" as one token and "b", "l", "u", "e" as well."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [*pre_tokenizers.ByteLevel.alphabet(), "bl", "ue", "blue", "<s>"]
+    vocab = {token: i for i, token in enumerate(letters)}
+    merges = [("b", "l"), ("u", "e"), ("bl", "ue")]
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
+    fast.save_pretrained(tmp_path / "merging")
+    return tmp_path / "merging"
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        (first_words(["ue", "ack"]), "'ue' after 'The sky is bl' has no token of its own"),
+        (bare("The sky is bl", ""), "'' after 'The sky is bl' has no token of its own"),
+        (bare("", "<s>"), "'<s>' has no token of its own"),
+        (bare("{{ '  ' }}", "blue"), "'  ' before 'blue' has no token"),
+        (bare("", ""), "'' has no token of its own"),
+    ],
+)
+def test_a_continuation_without_tokens_is_refused(server, job, console, merging, task, said):
+    path = job(task, model_args={"tokenizer": str(merging)})
+    with pytest.raises(JobError, match=said):
+        run_job(path, console=console)
+    assert server.requests == []
+
+
+def test_a_continuation_that_keeps_a_token_of_its_own_is_scored(server, job, console, merging):
+    """As transformers-based lm-eval scores it: what follows the context's number of tokens."""
+    run_job(
+        job(first_words(["ued", "ack"]), model_args={"tokenizer": str(merging)}), console=console
+    )
+    bodies = [body for _, _, body in server.requests]
+    assert len(bodies) == 2 * len(ROWS)
+    assert {len(body["input_ids"]) - body["logprob_start_len"] - 1 for body in bodies} == {1, 3}
+
+
+def test_a_rolling_text_without_tokens_is_refused(server, job, console, merging, monkeypatch):
+    from conserve_sgl.jobs.lm_eval.model import ConserveLM
+
+    encode = ConserveLM.tok_encode
+
+    def blind(self, text, *args, **kwargs):  # as a tokenizer that drops what it does not know
+        return [] if "sideways" in text else encode(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(ConserveLM, "tok_encode", blind)
+    with pytest.raises(JobError, match="'what is sideways\\?' has no token of its own"):
+        run_job(job(TEXTS, model_args={"tokenizer": str(merging)}), console=console)
+    assert server.requests == []
 
 
 @pytest.mark.parametrize(
@@ -236,8 +311,74 @@ def test_generation_parameters_are_translated(given, sent):
 
 
 def test_an_unknown_generation_parameter_is_refused(server, job, console):
-    with pytest.raises(JobError, match="gen_kwargs: SGLang has no sampling parameter 'num_beams'"):
+    with pytest.raises(InputError, match=r"gen_kwargs: answers: .*parameter 'num_beams'"):
         run_job(job(ANSWERS, gen_kwargs={"num_beams": 2}), console=console)
+    assert server.requests == []
+
+
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+def answers(**generation: Any) -> dict[str, Any]:
+    return ANSWERS | {"generation_kwargs": {"until": ["\n"]} | generation}
+
+
+@pytest.mark.parametrize(
+    ("task", "keys", "where"),
+    [
+        *((answers(**{name: 99}), {}, "lm_eval.tasks") for name in LIMITS),
+        *((ANSWERS, {"gen_kwargs": {name: 100}}, "lm_eval.gen_kwargs") for name in LIMITS),
+        (answers(), {"model_args": {"max_length": 100, "max_gen_toks": 100}}, "lm_eval.tasks"),
+    ],
+)
+def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused(
+    server, job, console, task, keys, where
+):
+    keys = {"model_args": {"max_length": 100}} | keys
+    said = rf"{where}: answers: max_gen_toks (99|100) leaves no token .* max_length 100"
+    with pytest.raises(InputError, match=said):
+        run_job(job(CHOICES, task, **keys), console=console)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_room_is_made_for_an_answer_whatever_its_limit_is_called(server, job, console, name):
+    task = answers(**{name: 94})
+    run_job(job(task, model_args={"max_length": 100}), console=console)
+    for _, _, body in server.requests:
+        assert len(body["input_ids"]) == 5
+        assert body["sampling_params"]["max_new_tokens"] == 94
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_jobs_limit_replaces_a_tasks_of_another_name(server, job, console, name):
+    for own in LIMITS:
+        server.requests.clear()
+        run_job(job(answers(**{own: 7}), gen_kwargs={name: 3}), console=console, fresh=True)
+        assert {body["sampling_params"]["max_new_tokens"] for _, _, body in server.requests} == {3}
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [
+        {"temperature": float("inf")},
+        {"temperature": "warm"},
+        {"top_p": 2},
+        {"max_gen_toks": "many"},
+        {"max_gen_toks": 0},
+        {"max_gen_toks": -5},
+        {"until": [5]},
+        {"until": ["a"] * 33},
+        {"regex": "((("},
+        {"seed": 10**23},
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_generation_that_would_fail_every_question_is_refused(server, job, console, generation):
+    with pytest.raises(InputError, match=r"lm_eval\.tasks: (answers|cannot be loaded): "):
+        run_job(job(answers(**generation)), console=console)
+    with pytest.raises(InputError, match=r"lm_eval\.gen_kwargs: answers: "):
+        run_job(job(ANSWERS, gen_kwargs=generation), console=console)
     assert server.requests == []
 
 
@@ -382,6 +523,9 @@ def test_the_job_we_ship_finds_its_tasks_and_their_data(checkout, shared_data, m
         ([CHOICES], {"seed": [1, 2]}, "seed: one number, or four"),
         ([CHOICES], {"fewshot_as_multiturn": True}, "needs apply_chat_template"),
         ([{"task": None}], {}, "cannot be loaded: "),
+        ([CHOICES], {"output_path": "/proc/x"}, r"lm_eval\.output_path: cannot write /proc/x: "),
+        ([CHOICES], {"use_cache": "/proc/x/c"}, r"lm_eval\.use_cache: cannot write /proc/x: "),
+        ([CHOICES], {"use_cache": ""}, r"lm_eval\.use_cache: is empty"),
         ([], {}, "lm_eval.tasks: "),
     ],
 )
@@ -389,6 +533,15 @@ def test_bad_input_is_found_before_anything_is_sent(server, job, console, tasks,
     with pytest.raises(InputError, match=fault):
         run_job(job(*tasks, **keys), console=console)
     assert server.requests == []
+
+
+def test_a_task_that_fails_while_it_is_evaluated_is_named(folder, job, console):
+    """A task is code of someone else's: here one that fails on its last line."""
+    folder.data([*ROWS, ROWS[0] | {"answer": 1}])
+    failing = CHOICES | {"doc_to_text": "{{ 1 // (1 - answer) }}"}
+    with pytest.raises(JobError, match=r"lm-eval failed at .*:\d+: ZeroDivisionError: .* are kept"):
+        run_job(job(failing), console=console)
+    assert folder.summary()["partial"] is True
 
 
 def test_the_server_has_to_say_what_the_job_does_not(server, job, console):

@@ -7,6 +7,7 @@ import hashlib
 import os
 import sqlite3
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import msgspec
 import yaml
 from rich.console import Console
 
-from conserve_sgl.errors import InputError, JobError
+from conserve_sgl.errors import ConserveError, InputError, JobError
 from conserve_sgl.jobs.client import Clock, Stopped
 from conserve_sgl.jobs.lm_eval.online import Snapshot, compare, snapshot
 from conserve_sgl.jobs.lm_eval.sender import Sender
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["Evaluation", "LoadedTasks", "load_tasks"]
 
 _DEFAULT_SEEDS = (0, 1234, 1234, 1234)
+_SCORING = 2
+"""Of answers in the cache. 2: no continuation without tokens; one name for max_gen_toks."""
 
 
 class LoadedTasks(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,12 +113,15 @@ class Evaluation:
         """Ask the server for what `model_args` left open, and load the tokenizer.
 
         Raises:
-            InputError: the server does not say it, or there is no such tokenizer.
+            InputError: the server does not say it, there is no such tokenizer, a task asks for
+                what cannot be generated, or a folder cannot be made.
             JobError: no endpoint answers.
         """
+        from conserve_sgl.jobs.lm_eval.generation import prepared
         from conserve_sgl.jobs.lm_eval.model import ConserveLM
 
         model, args = asyncio.run(self._model())
+        self._gen_kwargs = prepared(self._path, self._tasks.tasks, self._config.gen_kwargs, args)
         try:
             self._lm = ConserveLM(self._sender, self._plan.job, model, args)
         except (OSError, ValueError) as e:
@@ -123,6 +129,8 @@ class Evaluation:
             raise InputError(self._path, f"cannot load {args.tokenizer}: {e}", key=key) from e
         self._model_args = {"model": model} | _given(args)
         self._cache = self._cache_path(model, args)
+        self._make_folder("output_path", self._output())
+        self._make_folder("use_cache", Path(self._cache).parent)
         if fresh:
             Path(f"{self._cache}_rank0.db").unlink(missing_ok=True)
 
@@ -140,6 +148,14 @@ class Evaluation:
             return
         except sqlite3.Error as e:
             raise JobError(f"cannot write the cache {self._cache}_rank0.db: {e}") from e
+        except ConserveError:
+            raise
+        except Exception as e:  # as when tasks are loaded
+            where = traceback.extract_tb(e.__traceback__)[-1]
+            raise JobError(
+                f"lm-eval failed at {where.filename}:{where.lineno}: {type(e).__name__}: {e}. "
+                "Finished requests are kept; run the same command again to go on"
+            ) from e
 
     def summary(self) -> LmEvalSummary:
         """What the run came to, or has so far."""
@@ -175,8 +191,9 @@ class Evaluation:
         return str(model), args
 
     def _cache_path(self, model: str, args: ModelArgs) -> str:
-        # lm-eval's key is the request alone: another model's answers must not be in reach.
-        of = hashlib.sha256(msgspec.json.encode([model, args])).hexdigest()[:12]
+        # lm-eval's key is the request alone: another model's answers must not be in reach, nor
+        # those of a version of ours that scored otherwise.
+        of = hashlib.sha256(msgspec.json.encode([_SCORING, model, args])).hexdigest()[:12]
         given = self._config.use_cache
         base = (
             self._plan.output / "lm_eval_cache"
@@ -208,7 +225,7 @@ class Evaluation:
                 system_instruction=config.system_instruction,
                 apply_chat_template=config.apply_chat_template,
                 fewshot_as_multiturn=_multiturn(config),
-                gen_kwargs=dict(config.gen_kwargs) or None,
+                gen_kwargs=self._gen_kwargs or None,
                 predict_only=config.predict_only,
                 random_seed=seeds[0],
                 numpy_random_seed=seeds[1],
@@ -221,6 +238,14 @@ class Evaluation:
         results["config"]["model"] = "conserve"
         _write(tracker, results)
         return results
+
+    def _make_folder(self, key: str, folder: Path) -> None:
+        # Not found out when everything has been answered.
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            reason = f"cannot write {folder}: {e.strerror}"
+            raise InputError(self._path, reason, key=f"lm_eval.{key}") from e
 
     def _output(self) -> Path:
         given = self._config.output_path

@@ -7,7 +7,7 @@ they are sent (`Sender`) and how a reply is read. Imports lm_eval and transforme
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lm_eval import utils
@@ -76,14 +76,14 @@ def score(reply: TextReply, scored_tokens: int) -> tuple[float, bool]:
 
     Args:
         reply: to a `score_body`.
-        scored_tokens: how many tokens that body had after its context.
+        scored_tokens: how many tokens that body had after its context, at least 1.
 
     Raises:
         BadReply: it has not that many logprobs.
     """
     tokens = reply.meta_info.input_token_logprobs[1:]
     likeliest = reply.meta_info.input_top_logprobs[1:]
-    if not len(tokens) == len(likeliest) == scored_tokens:
+    if not len(tokens) == len(likeliest) == scored_tokens > 0:
         raise BadReply(f"it has {len(tokens)} logprobs and not {scored_tokens}")
     # JSON has no infinity: SGLang writes null for a token that cannot be.
     logprob = sum(-math.inf if value is None else value for value, *_ in tokens)
@@ -164,8 +164,29 @@ class ConserveLM(TemplateAPI):
             **self._template_kwargs,
         )
 
+    def loglikelihood(self, requests: list, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        """As lm-eval's; a text that has no tokens is refused, where that has an IndexError."""
+        bare = [request.args for request in requests if request.args[0] == ""]
+        _refuse(bare, lambda pair: self.tok_encode(pair[1], add_special_tokens=False))
+        return super().loglikelihood(requests, *args, **kwargs)
+
+    def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
+        """Where each continuation has been tokenised with its context, and nothing is sent yet.
+
+        One that merges into the last token of its context has no tokens of its own. lm-eval's `hf`
+        model ends with an assertion there; the sum over no token, 0, would call it certain.
+        """
+        texts = [request for request in requests if not isinstance(request[0], _Rolling)]
+        _refuse([key for key, _, tokens in texts if not tokens], lambda _: None)
+        for (context, continuation), tokens, _ in texts:
+            if not tokens:  # it is nothing but spaces, which lm-eval gives to the continuation
+                raise JobError(f"{context!r} before {_shown(continuation)} has no token")
+        return super()._loglikelihood_tokens(requests, **kwargs)
+
     def loglikelihood_rolling(self, requests: list, **_: Any) -> list[float]:
         """All windows of all texts at once, where lm-eval's own goes text by text."""
+        given = [("", text) for (text,) in (request.args for request in requests) if text]
+        _refuse(given, lambda pair: self.tok_encode(pair[1], add_special_tokens=False))
         texts, windows = [], []
         for (text,) in (request.args for request in requests):
             parts = list(self._windows(text))
@@ -195,6 +216,9 @@ class ConserveLM(TemplateAPI):
     ) -> list[list[Any]]:
         """Where lm-eval sends its requests: the answers in order, each in a list of its own."""
         answers: list[list[Any]] = [[] for _ in requests]
+        for i, context_tokens in enumerate(ctxlens or []):
+            if context_tokens < 1:
+                raise self._too_long(cache_keys[i], len(requests[i]) - context_tokens)
 
         def bodies() -> Iterator[tuple[int, dict[str, Any]]]:
             # Sorted by tokens: neighbours share prefixes, and are in flight together.
@@ -202,7 +226,7 @@ class ConserveLM(TemplateAPI):
                 if ctxlens is None:
                     body = generate_body(requests[i], gen_kwargs or {}, self._max_gen_toks)
                 else:
-                    body = score_body(requests[i], _positive(ctxlens[i]))
+                    body = score_body(requests[i], ctxlens[i])
                 yield i, body | self._tags
 
         def answered(i: int, reply: TextReply) -> None:
@@ -225,6 +249,13 @@ class ConserveLM(TemplateAPI):
         if key.left == 0:
             self.cache_hook.add_partial("loglikelihood_rolling", (key.text,), key.logprob)
 
+    def _too_long(self, key: Any, tokens: int) -> JobError:
+        text = key.text if isinstance(key, _Rolling) else key[1]
+        return JobError(
+            f"{_shown(text)} has {tokens} tokens, with one before and one after it more than "
+            f"max_length {self.max_length + 1}"  # lm-eval takes one away
+        )
+
     # Three methods that TemplateAPI wants, for a way of sending that is not used here.
     def _create_payload(self, *args: Any, **kwargs: Any) -> dict:
         raise NotImplementedError
@@ -238,7 +269,20 @@ class ConserveLM(TemplateAPI):
         raise NotImplementedError
 
 
-def _positive(context_tokens: int) -> int:
-    if context_tokens < 1:
-        raise JobError("a text to score is longer than the model's context (max_length)")
-    return context_tokens
+def _refuse(pairs: list[tuple[str, str]], tokens_of: Callable[[tuple[str, str]], Any]) -> None:
+    """Raise JobError if a continuation of the `pairs` (context, continuation) has no tokens."""
+    without = [pair for pair in pairs if not tokens_of(pair)]
+    if not without:
+        return
+    (context, continuation), *others = without
+    after = f" after {_shown(context)}" if context else ""
+    more = f" (one of {len(without)} such texts)" if others else ""
+    raise JobError(
+        f"{_shown(continuation)}{after} has no token of its own to be scored{more}: it is empty or "
+        "becomes one with the last token before it; another target_delimiter or text may help"
+    )
+
+
+def _shown(text: str) -> str:
+    """Its end: what stands before a continuation may be long."""
+    return repr(text if len(text) <= 60 else f"...{text[-57:]}")

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from conserve_sgl.errors import JobError
 from conserve_sgl.jobs.ask import TextReply, read_text
-from conserve_sgl.jobs.client import Attempts, Client, Clock, LineFailed, Stopped
+from conserve_sgl.jobs.client import Attempts, Client, Clock, LineFailed, NoSuchPath, Stopped
+from conserve_sgl.jobs.faults import Faults
 from conserve_sgl.jobs.interrupt import Interrupt
 from conserve_sgl.jobs.progress import Meter, ProgressView
 from conserve_sgl.jobs.schema import Job
@@ -54,6 +55,7 @@ class Sender:
         self._name = name
         self._deadline_s = self._clock.deadline_s(job)
         self._rng = random.Random(seed)
+        self._failures_in_a_row = 0
         self.requests = self.retries = self.prompt_tokens = self.completion_tokens = 0
 
     async def get(self, path: str) -> Any | None:
@@ -88,23 +90,21 @@ class Sender:
         if total == 0:
             return
         meter = Meter(total, self._clock.monotonic_s())
-        failures: list[LineFailed] = []
+        faults = Faults()
+        self._failures_in_a_row = 0
         with ProgressView(self._console, name, meter) as view:
             interrupt = Interrupt(self._job.drain_s, view.say)
             async with self._client(interrupt.stopping, meter.noted) as client:
                 workers = (
-                    self._work(client, interrupt, bodies, answered, meter, failures)
+                    self._work(client, interrupt, bodies, answered, meter, faults)
                     for _ in range(min(self._job.max_in_flight, total))
                 )
                 await interrupt.run(workers, self._tick(view))
         self.retries += meter.retries
         if meter.left:
             raise Stopped
-        if failures:
-            raise JobError(
-                f"{len(failures)} of {total} requests of {name} failed, the first one with: "
-                f"{failures[0]}. Finished requests are kept; run the same command again to go on"
-            )
+        if faults.total:
+            raise _failed(f"{faults.total} of {total} requests of {name} failed", faults)
 
     async def _work(
         self,
@@ -113,7 +113,7 @@ class Sender:
         bodies: Iterator[tuple[K, dict[str, Any]]],
         answered: Callable[[K, TextReply], None],
         meter: Meter,
-        failures: list[LineFailed],
+        faults: Faults,
     ) -> None:
         for key, body in bodies:
             read = partial(_read, answered, key)
@@ -122,14 +122,16 @@ class Sender:
             except Stopped:
                 return
             except LineFailed as failed:
-                failures.append(failed)
+                faults.add(f"{len(body['input_ids'])} tokens", failed.status, str(failed))
                 meter.failed += 1
-                if len(failures) >= self._job.retry.max_failures_in_a_row:
-                    raise JobError(
-                        f"{len(failures)} requests failed, the last one with: {failed}. Finished "
-                        "requests are kept; run the same command again to go on"
-                    ) from failed
+                if isinstance(failed, NoSuchPath):
+                    raise JobError(str(failed)) from failed
+                self._failures_in_a_row += 1
+                if self._failures_in_a_row >= self._job.retry.max_failures_in_a_row:
+                    what = f"{self._failures_in_a_row} requests failed in a row"
+                    raise _failed(what, faults) from failed
             else:
+                self._failures_in_a_row = 0
                 self._count(reply, meter)
             if interrupt.stopping.is_set():
                 return
@@ -160,6 +162,13 @@ class Sender:
             clock=self._clock,
             rng=self._rng,
         )
+
+
+def _failed(what: str, faults: Faults) -> JobError:
+    kinds = "; ".join(faults.lines())
+    return JobError(
+        f"{what}: {kinds}. Finished requests are kept; run the same command again to go on"
+    )
 
 
 def _read(answered: Callable[[K, TextReply], None], key: K, raw: bytes) -> TextReply:
