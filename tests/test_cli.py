@@ -77,11 +77,10 @@ def test_an_unknown_command_is_an_error():
 
 
 @pytest.mark.parametrize("seconds", ["-1", "0", "nan", "inf", "1e300"])
-def test_a_time_that_is_none_is_bad_input(tmp_path, seconds):
+def test_a_time_that_is_none_is_bad_input(monkeypatch, capsys, tmp_path, seconds):
     files = ["-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
-    result = run("run-batch", *files, "--request-timeout-s", seconds)
-    assert result.exit_code == 2
-    assert "must be above 0" in result.output
+    assert run_main(monkeypatch, "run-batch", *files, "--request-timeout-s", seconds) == 2
+    assert "--request-timeout-s: must be above 0" in capsys.readouterr().err
 
 
 def test_a_key_that_cannot_be_sent_is_bad_input(tmp_path):

@@ -213,8 +213,7 @@ def run_batch(
     ] = -1,
     api_key: ApiKeyOption = None,
     request_timeout_s: Annotated[
-        float | None,
-        typer.Option(callback=_time, help="Give a request up after so long. Default: never."),
+        float | None, typer.Option(help="Give a request up after so long. Default: never.")
     ] = None,
 ) -> None:
     """Run a batch file on servers that are there, or go on with it where it stopped.
@@ -385,7 +384,8 @@ def simulate(
         Path | None, typer.Option(help="The online trace, instead of the file's.")
     ] = None,
     duration: Annotated[
-        float | None, typer.Option(min=1, help="Seconds of the stream, instead of the file's.")
+        float | None,
+        typer.Option(min=1, callback=_time, help="Seconds of the stream, instead of the file's."),
     ] = None,
     systems: Annotated[
         str, typer.Option(help="Only these systems and the baselines, names with commas between.")

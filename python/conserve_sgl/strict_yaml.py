@@ -54,7 +54,7 @@ def load_yaml(path: Path | str, type_: type[T], *, changes: Mapping[str, str] | 
         return msgspec.convert(value, type_)
     except msgspec.ValidationError as e:
         fault = explain(e, type_, value)
-        if (changed := _changed(changes, fault.key)) is not None:
+        if (changed := _changed(changes, fault.steps)) is not None:
             reason = fault.reason if fault.key == changed else f"{fault.key}: {fault.reason}"
             raise _bad_change(changed, changes[changed], reason) from e
         line = _line_of(node, fault.steps)
@@ -76,11 +76,12 @@ def _change(value: Any, key: str, text: str) -> None:
         raise _bad_change(key, text, e.reason) from e
 
 
-def _changed(changes: Mapping[str, str], key: str | None) -> str | None:
-    """The change that the key of a fault lies in, or that lies in what the key names."""
-    at = f"{key}."
-    inside = (c for c in changes if at.startswith(f"{c}.") or f"{c}.".startswith(at))
-    return next(inside, None) if key else None
+def _changed(changes: Mapping[str, str], steps: tuple[str, ...]) -> str | None:
+    """The change that the place of a fault lies in, or that lies in that place."""
+    for key in changes if steps else ():
+        if all(a == b for a, b in zip(key.split("."), steps, strict=False)):
+            return key
+    return None
 
 
 def _bad_change(key: str, text: str, reason: str) -> InputError:

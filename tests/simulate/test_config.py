@@ -126,7 +126,10 @@ def test_changes_stand_for_keys_of_the_file(small):
         ({"slo.tpot": "fast"}, r"^slo\.tpot=fast: slo: tpot: 'fast' is not an objective"),
         ({"seed.x": "1"}, r"^seed\.x=1: there is no such key"),
         ({"seed": "[1"}, r"^seed=\[1: is not YAML"),
-        ({"offline.in_flight": "0"}, r"^offline\.in_flight=0: "),
+        ({"offline.in_flight": "0"}, r"^offline\.in_flight=0: must be a whole number"),
+        ({"dial": "[{tpot: 5}]"}, r"^dial=\[\{tpot: 5\}\]: dial\[0\]\.tpot: must be text"),
+        ({"seed": ".inf"}, r"^seed=\.inf: \.inf is no number"),
+        ({"device": '"\\0"'}, r"^device=.*: holds "),
     ],
 )
 def test_a_bad_change_is_named(small, changes, reason):

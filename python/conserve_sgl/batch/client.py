@@ -217,7 +217,7 @@ def _open(files: _Files) -> tuple[Plan, Results]:
 
 
 def _unwritable(path: Path, e: OSError) -> InputError:
-    return InputError(e.filename or path, f"cannot be written: {e.strerror}")
+    return InputError(e.filename or path, f"cannot be written: {e.strerror or e}")
 
 
 def _fault(path: str, error: BatchError) -> InputError:

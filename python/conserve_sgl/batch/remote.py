@@ -87,7 +87,7 @@ def at_hand(place: str, retry: Retry) -> Iterator[Path]:
         except _Refused as e:
             raise InputError(shown(place), f"cannot be read: {e}") from e
         except OSError as e:
-            raise InputError(shown(place), f"cannot be read: {e.strerror}") from e
+            raise InputError(shown(place), f"cannot be read: {e.strerror or e}") from e
         yield copy
 
 

@@ -89,7 +89,7 @@ def make_plan(path: Path, **overrides: object) -> Plan:
                 raise InputError(path, f"{what}: {data}", key=f"tasks[{i}].data")
             tasks.append(_plan_task(job, task, data, faults))
         except OSError as e:
-            raise InputError(data, f"cannot be read: {e.strerror}") from e
+            raise InputError(data, f"cannot be read: {e.strerror or e}") from e
     if faults:
         raise _all_in_one(faults)
     _refuse_writing_over_input(path, output, tasks)
@@ -108,7 +108,7 @@ def lines(planned: PlannedTask) -> Iterator[Line]:
         for number, fields in _read(planned.data, planned.task.limit):
             yield _render(planned.task, planned.data, number, planned.vars | fields)
     except OSError as e:
-        raise JobError(f"cannot read {planned.data}: {e.strerror}") from e
+        raise JobError(f"cannot read {planned.data}: {e.strerror or e}") from e
 
 
 def _override(path: Path, job: Job, overrides: dict[str, object]) -> Job:

@@ -356,7 +356,7 @@ def _replace(path: Path, text: bytes) -> None:
 
 
 def _cannot_open(path: Path, e: OSError) -> JobError:
-    return JobError(f"cannot write {e.filename or path}: {e.strerror}. Nothing was sent")
+    return JobError(f"cannot write {e.filename or path}: {e.strerror or e}. Nothing was sent")
 
 
 def _cannot_write(path: Path, e: OSError) -> JobError:
