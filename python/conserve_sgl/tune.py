@@ -96,7 +96,7 @@ def _refusal(url: str, response: aiohttp.ClientResponse) -> str:
 def _line(state: Mapping[str, Any]) -> str:
     slo = state["slo"]
     offline = "paused" if state["offline_paused"] else "runs"
-    batches = "held" if state["batches_held"] else "run"
+    batches = "held" if state.get("batches_held") else "run"
     waiting, running = state["offline_waiting"], state["offline_running"]
     starved = f", none for {state['offline_starved_s']:.0f} s because of {state['offline_bound']}"
     starved = starved if state["offline_starved_s"] >= 1 else ""
