@@ -52,7 +52,7 @@ MAY_IMPORT = {
         *_LEAVES,
     },
     "platform": _LEAVES,
-    "jobs": {"json_lines", "strict_yaml", *_LEAVES},
+    "jobs": {"json_lines", "shapes", "strict_yaml", *_LEAVES},
     # bench/micro.py times parts of the house.
     "bench": {
         "config",
