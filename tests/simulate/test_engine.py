@@ -12,6 +12,7 @@ from conserve_sgl.bench.backlog import RandomPrompts
 from conserve_sgl.bench.metrics import Slo
 from conserve_sgl.config import ConserveConfig, SlicesConfig, SloConfig
 from conserve_sgl.policy import StepPlan, StepWork
+from conserve_sgl.policy.slo import Pace
 from conserve_sgl.simulate.device import StepTimes
 from conserve_sgl.simulate.engine import Engine, Host, Step
 from conserve_sgl.simulate.load import backlog_requests, online_requests
@@ -264,9 +265,10 @@ def test_the_policy_learns_the_device_as_it_goes(device):
 
 def test_a_policy_that_never_lets_work_run_is_told(device):
     class Idle:
+        pace = Pace()
+
         def plan(self, _view):
             return StepPlan(
-                online_prefill_tokens=0,
                 offline_prefill_tokens=0,
                 offline_admissions=0,
                 offline_decode_rows=0,
