@@ -61,6 +61,7 @@ class FakeEngine:
             "arrival_ms": {"p50": 1.5, "p99": 2.5},
             "on": True,
             "offline_paused": False,
+            "batches_held": False,
             "offline_waiting": 0,
             "offline_running": self.in_hand,
             "slo": {"ttft": "1x", "tpot": "1x", "yield_ms": 5},
