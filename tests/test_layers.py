@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "__init__": _LEAVES,
     "errors": set(),
     "machine": set(),
+    "emulation": _LEAVES,
     "strict_yaml": _LEAVES,
     "compat": _LEAVES,
     "policy": set(),
@@ -47,9 +48,11 @@ MAY_IMPORT = {
         "profile",
         "settings",
         "machine",
+        "emulation",
         *_LEAVES,
     },
-    "platform": _LEAVES,
+    # simulate/device.py: the step times of a device.
+    "platform": {"emulation", "policy", "simulate", *_LEAVES},
     "jobs": {"strict_yaml", *_LEAVES},
     # bench/micro.py times parts of the house.
     "bench": {
@@ -59,6 +62,7 @@ MAY_IMPORT = {
         "engine",
         "jobs",
         "machine",
+        "emulation",
         "strict_yaml",
         *_LEAVES,
     },

@@ -27,12 +27,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from conserve_sgl.bench.arrivals import Arrival
 from conserve_sgl.bench.client import LoadResult, RequestRecord, keep_in_flight, replay
 from conserve_sgl.bench.environment import Environment, environment
-from conserve_sgl.bench.probe import Reading, idle_share, read_server
+from conserve_sgl.bench.probe import Reading, busy_share, idle_share, read_server
 from conserve_sgl.bench.prompts import TimedRequest, timed_requests
 from conserve_sgl.bench.results import Result, Run, read_run, run_folder, write_run
 from conserve_sgl.bench.server import ServerProcess, free_port
+from conserve_sgl.bench.stretch import (
+    device_counters,
+    device_record,
+    host_arrivals,
+    host_config,
+    host_conserve,
+)
 from conserve_sgl.bench.systems import BenchConfig, SystemConfig
 from conserve_sgl.config import CONFIG_ENV
+from conserve_sgl.emulation import DEVICE_ENV
 from conserve_sgl.errors import InputError, ServerError
 
 __all__ = ["Runner"]
@@ -62,6 +70,10 @@ class Runner:
         self.out = out
         self.console = console
         self.arrivals = config.online.arrivals.draw(config.online.duration_s, config.seed)
+        # What is sent and waited for: on an emulated device, in its stretched time.
+        self._scale = config.time_scale
+        self._sent = host_config(config, self._scale)
+        self._arrivals = host_arrivals(self.arrivals, self._scale)
         self.environment: Environment = environment()
 
     def pending(self, *, fresh: bool = False) -> list[tuple[SystemConfig, int]]:
@@ -91,6 +103,7 @@ class Runner:
         """Of all in the configuration that decides how `system` fares."""
         config = self.config
         parts = (config.seed, config.slo, config.server, config.online, config.offline)
+        parts += () if config.emulated is None else (config.emulated,)
         text = msgspec.json.encode((self.model, *parts, msgspec.structs.replace(system, dial=None)))
         return hashlib.sha256(text).hexdigest()[:16]
 
@@ -125,7 +138,7 @@ class Runner:
 
     def _expected_s(self) -> float:
         """A guess, for the progress bar."""
-        return 30 + self.config.offline.lead_s + self.config.online.duration_s + 10
+        return 30 + self._sent.offline.lead_s + self._sent.online.duration_s + 10
 
     def _run(self, system: SystemConfig, repeat: int, step: OnStep) -> None:
         folder = run_folder(self.out, system.name, repeat)
@@ -140,7 +153,7 @@ class Runner:
             load, offline, before, after = self._measured(system, server, step)
             server.check()
         step("stopping the server")
-        records = (*load.records, *offline)
+        records = tuple(device_record(r, self._scale) for r in (*load.records, *offline))
         _check_served(system, records, server)
         run = Run(
             system=system,
@@ -151,15 +164,17 @@ class Runner:
             slo=self.config.slo,
             started_unix_s=load.started_unix_s,
             window_s=self.config.online.duration_s,
-            duration_s=max(load.duration_s, self.config.online.duration_s),
+            duration_s=max(load.duration_s / self._scale, self.config.online.duration_s),
             ready_s=ready_s,
             idle_share=idle_share(before, after),
-            counters_before=before.counters,
-            counters_after=after.counters,
+            busy_share=busy_share(before, after),
+            counters_before=device_counters(before.counters, self._scale),
+            counters_after=device_counters(after.counters, self._scale),
             command=sys.argv,
             server_command=server.argv,
             server_env=env,
             environment=self.environment,
+            emulated=self.config.emulated,
         )
         write_run(folder, Result(run, records))
 
@@ -167,9 +182,13 @@ class Runner:
         conserve = ""  # a configuration that this process was given is not for a stock server
         if system.kind == "conserve":
             path = folder / "conserve.yaml"
-            path.write_text(yaml.safe_dump(system.conserve or {}, sort_keys=False), "utf-8")
+            section = host_conserve(system.conserve or {}, self._scale)
+            path.write_text(yaml.safe_dump(section, sort_keys=False), "utf-8")
             conserve = str(path.resolve())
-        env = {**self.config.server.env, **system.env, CONFIG_ENV: conserve}
+        # Nor is a device that it was told to emulate: the file says on what a server runs.
+        emulated = self.config.emulated
+        device = {DEVICE_ENV: ""} if emulated is None else emulated.environment()
+        env = {**self.config.server.env, **system.env, **device, CONFIG_ENV: conserve}
         port = free_port()
         argv = self.config.server_argv(system, self.model, port)
         return ServerProcess(argv, port=port, log_path=folder / "server.log", env=env), env
@@ -195,15 +214,15 @@ class Runner:
     async def _measure(self, system: SystemConfig, server: ServerProcess, step: OnStep) -> Measured:
         url = server.base_url
         await self._warm_up(system, url)
-        requests = self._online(system, self.arrivals, _ONLINE) if system.load != "offline" else ()
-        lead_s = self.config.offline.lead_s if system.load != "online" else _QUIET_LEAD_S
+        requests = self._online(system, self._arrivals, _ONLINE) if system.load != "offline" else ()
+        lead_s = self._sent.offline.lead_s if system.load != "online" else _QUIET_LEAD_S
         start_s = time.perf_counter() + lead_s
         stop = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
             ticking = tasks.create_task(self._watch(server, step, start_s))
             window = tasks.create_task(self._read_around_window(url, start_s))
             offline = tasks.create_task(self._offline(system, url, start_s, stop))
-            drain_s = self.config.online.drain_s
+            drain_s = self._sent.online.drain_s
             load = await replay(url, requests, drain_s=drain_s, start_s=start_s)
             before, after = await window
             stop.set()
@@ -226,7 +245,7 @@ class Runner:
     async def _read_around_window(self, url: str, start_s: float) -> tuple[Reading, Reading]:
         await asyncio.sleep(start_s - time.perf_counter())
         before = await read_server(url)
-        await asyncio.sleep(start_s + self.config.online.duration_s - time.perf_counter())
+        await asyncio.sleep(start_s + self._sent.online.duration_s - time.perf_counter())
         return before, await read_server(url)
 
     async def _offline(
@@ -247,7 +266,7 @@ class Runner:
         while True:
             server.check()
             since_s = time.perf_counter() - start_s
-            window_s = self.config.online.duration_s
+            window_s = self._sent.online.duration_s
             step(
                 "backlog begins"
                 if since_s < 0

@@ -1,0 +1,119 @@
+"""The emulated device of this process: step times by a device file, on the clock of a queue."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from conserve_sgl.emulation import Emulation
+from conserve_sgl.errors import IncompatibleError
+from conserve_sgl.platform.emulated.queue import DeviceQueue
+from conserve_sgl.policy.latency import StepWork
+from conserve_sgl.simulate.device import StepTimes, load_device
+
+__all__ = ["BUSY_METRIC", "EmulatedDevice", "the_device"]
+
+BUSY_METRIC = "conserve:emulated_device_busy_seconds"
+"""On `/metrics`, with `_total` behind it: host seconds in which the device computed."""
+
+_SEED = 0
+
+
+class EmulatedDevice:
+    """Steps, slices of layers and copies in the time of the real device, times `time_scale`.
+
+    Args:
+        times: step times of the real device.
+        time_scale: host seconds for a second of the device.
+        queue: the clock.
+        count_busy: told the host seconds that each launch computes.
+    """
+
+    def __init__(
+        self,
+        times: StepTimes,
+        time_scale: float,
+        queue: DeviceQueue,
+        count_busy: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        self.spec = times.device
+        self.queue = queue
+        self._times = times
+        self._scale = time_scale
+        self._count_busy = count_busy
+        self._shapes: set[tuple[int, ...]] = set()
+
+    @property
+    def name(self) -> str:
+        """Says that it is emulated, and how slowly: no profile of one may serve the other."""
+        slower = "" if self._scale == 1 else f", {self._scale:g} times slower"
+        return f"{self.spec.name} (emulated{slower})"
+
+    def run_step(self, work: StepWork, before_layer: Callable[[int], object]) -> None:
+        """Launch a step of `work`. `before_layer` may let the current stream wait."""
+        first = self._is_first(work)
+        seconds = self._times.first_s(work) if first else self._times.draw_s(work)
+        self._run(range(self.spec.layers), seconds / self.spec.layers, before_layer)
+
+    def run_slice(
+        self, work: StepWork, layers: range, before_layer: Callable[[int], object]
+    ) -> None:
+        """Launch some layers of a prefill of `work`."""
+        self._run(layers, self._times.draw_layer_s(work), before_layer)
+
+    def copy(self, tokens: int, layers: float) -> None:
+        """Launch the copy of the KV of so many tokens and layers between device and host."""
+        seconds = self.spec.copy_s(tokens) * layers / self.spec.layers
+        self.queue.copy(seconds * self._scale)
+
+    def _run(self, layers: range, layer_s: float, before_layer: Callable[[int], object]) -> None:
+        layer_s *= self._scale
+        for layer in layers:
+            before_layer(layer)
+            self.queue.compute(layer_s)
+        self._count_busy(layer_s * len(layers))
+
+    def _is_first(self, work: StepWork) -> bool:
+        """Whether no step of about this shape ran before: kernels are compiled by shape."""
+        sizes = (work.prefill_tokens, work.prompts, work.decode_rows)
+        shape = tuple(size.bit_length() for size in sizes)
+        if shape in self._shapes:
+            return False
+        self._shapes.add(shape)
+        return True
+
+
+@cache
+def the_device() -> EmulatedDevice:
+    """The device that the environment names, the same for the whole process.
+
+    Raises:
+        IncompatibleError: none is named.
+        InputError: there is no such device, or its file cannot be used.
+    """
+    emulation = Emulation.from_environment()
+    if emulation is None:
+        raise IncompatibleError("no emulated device is named")
+    times = StepTimes(load_device(emulation.device), seed=_SEED)
+    return EmulatedDevice(times, emulation.time_scale, DeviceQueue(), _busy_counter())
+
+
+def _busy_counter() -> Callable[[float], None]:
+    # SGLang sets it for a server with --enable-metrics, before it starts its processes.
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return lambda _: None
+    from prometheus_client import Counter
+
+    return Counter(BUSY_METRIC, "Host seconds in which the emulated device computed.").inc
+
+
+def install(queue: DeviceQueue) -> None:
+    """Make `torch.cpu` of this process a device that runs behind the host. Idempotent."""
+    torch.cpu.Stream = queue.classes.stream
+    torch.cpu.Event = queue.classes.event
+    torch.cpu.StreamContext = torch.cpu.stream = queue.classes.context
+    torch.cpu.current_stream = lambda device=None: queue.current  # noqa: ARG005
+    torch.cpu.synchronize = lambda device=None: queue.synchronize()  # noqa: ARG005

@@ -1,0 +1,88 @@
+"""The platform: a plain CPU whose forward pass is the time that it takes on another device.
+
+SGLang makes the platform while `sglang.srt.utils` is being imported, so at module level only its
+leaf modules can be imported here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from conserve_sgl.platform import NAME
+from conserve_sgl.platform.cpu import CpuPlatform
+from conserve_sgl.platform.emulated.device import install, the_device
+from conserve_sgl.platform.hicache import transfer_kv_direct
+
+__all__ = ["CHUNKED_PREFILL_TOKENS", "EmulatedPlatform"]
+
+CHUNKED_PREFILL_TOKENS = 8192
+"""Default prefill chunk: SGLang's on a GPU of 80 GB."""
+
+# One KV head of the 8 bytes in which a token's checksum fits.
+_GEOMETRY = {
+    "architectures": ["EmulatedForCausalLM"],
+    "hidden_size": 4,
+    "intermediate_size": 4,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "torch_dtype": "bfloat16",
+}
+
+
+class EmulatedPlatform(CpuPlatform):
+    """Serves any dense model's folder, of which only config and tokenizer are read."""
+
+    device_name = "conserve_emulated"
+
+    def get_device_name(self, device_id: int = 0) -> str:  # noqa: ARG002
+        return the_device().name
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        if server_args.chunked_prefill_size is None:
+            server_args.chunked_prefill_size = CHUNKED_PREFILL_TOKENS
+        super().apply_server_args_defaults(server_args)
+        given = json.loads(server_args.json_model_override_args)
+        server_args.json_model_override_args = json.dumps({**given, **_GEOMETRY})
+        server_args.load_format = "dummy"
+
+    def init_backend(self) -> None:
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+        from sglang.srt.mem_cache.pool_host import mha
+
+        super().init_backend()
+        register_attention_backend(NAME)(_make_attention_backend)
+        mha.transfer_kv_direct = _copy_in_time
+        install(the_device().queue)
+
+    def post_load_model(self, model: torch.nn.Module) -> None:  # noqa: ARG002  it has no attention
+        from sglang.srt.model_executor.model_runner import ModelRunner
+
+        ModelRunner.sample = _sample
+
+
+def _make_attention_backend(runner: Any) -> Any:
+    from conserve_sgl.platform.emulated.model import NoAttention
+
+    return NoAttention(runner)
+
+
+def _copy_in_time(
+    src_layers: Sequence[torch.Tensor],
+    dst_layers: Sequence[torch.Tensor],
+    src_indices: torch.Tensor,
+    dst_indices: torch.Tensor,
+    page_size: int,
+) -> None:
+    """`transfer_kv_direct`, and as long as the real KV takes; keys and values of each layer."""
+    transfer_kv_direct(src_layers, dst_layers, src_indices, dst_indices, page_size)
+    the_device().copy(len(src_indices), len(src_layers) / 2)
+
+
+def _sample(runner: Any, logits_output: Any, forward_batch: Any) -> torch.Tensor:  # noqa: ARG001
+    """The model's own tokens, whatever sampling was asked for."""
+    return logits_output.next_token_logits[:, 0]
