@@ -20,6 +20,7 @@ from conserve_sgl.bench.results import by_system, read_folder
 from conserve_sgl.bench.systems import BenchConfig, SystemConfig
 from conserve_sgl.bench.tables import Harvest
 from conserve_sgl.config import CONFIG_ENV
+from conserve_sgl.emulation import DEVICE_ENV, SCALE_ENV
 from conserve_sgl.errors import InputError, ServerError
 
 LENGTHS = {"median_tokens": 5, "max_tokens": 5}
@@ -133,6 +134,37 @@ def test_only_conserve_gets_a_configuration(bench: Bench, monkeypatch: pytest.Mo
 
     assert env["online-only"] == ""
     assert env["ours"] == str((bench.out / "runs" / "ours.1" / "conserve.yaml").resolve())
+
+
+def test_an_emulated_device_is_measured_in_its_own_time(bench: Bench) -> None:
+    bench.content["emulated"] = {"device": "some-gpu", "time_scale": 2}
+    bench.content["systems"][2]["conserve"] = {"slo": {"ttft": "100ms"}}
+    bench.run(systems=["online-only", "ours"])
+
+    runs = {r.run.system.name: r.run for r in read_folder(bench.out)}
+    for run in runs.values():
+        assert run.server_env[DEVICE_ENV] == "some-gpu"
+        assert run.server_env[SCALE_ENV] == "2"
+        assert run.window_s == 0.5
+        assert run.counters_after["arrival_ms.p99"] == 2.5 / 2
+    told = yaml.safe_load((bench.out / "runs" / "ours.1" / "conserve.yaml").read_text())
+    assert told["slo"]["ttft"] == "200.000000ms"
+    (online,) = (r.online for r in read_folder(bench.out) if r.run.system.name == "ours")
+    assert max(record.due_s for record in online) < 0.5
+    assert all(record.sent_s >= record.due_s for record in online)
+    assert "some-gpu, 2 times slower" in (bench.out / "table.md").read_text()
+
+
+def test_the_shell_s_emulated_device_is_not_the_benchmark_s(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DEVICE_ENV, "of-the-shell")
+    bench.run(systems=["online-only"])
+
+    (result,) = read_folder(bench.out)
+    assert result.run.server_env[DEVICE_ENV] == ""
+    assert result.run.emulated is None
+    assert result.run.host_share is None
 
 
 def test_finished_runs_are_kept_and_the_others_made_up_for(

@@ -185,3 +185,27 @@ def test_a_trace_cannot_stand_for_a_distribution(load: Load, tmp_path: Path) -> 
     load()
     with pytest.raises(InputError, match="not a trace"):
         load_bench(tmp_path / "bench.yaml", trace=Path("b.csv"))
+
+
+def test_an_emulated_device_is_named_or_a_file_beside_this_one(load: Load, tmp_path: Path) -> None:
+    named = load(emulated={"device": "h100-llama8b-triton"})
+    beside = load(emulated={"device": "gpus/mine.json", "time_scale": 3})
+
+    assert named.emulated.device == "h100-llama8b-triton"
+    assert (named.time_scale, beside.time_scale, load().time_scale) == (1.0, 3.0, 1.0)
+    assert beside.emulated.device == str((tmp_path / "gpus" / "mine.json").resolve())
+
+
+@pytest.mark.parametrize(
+    ("emulated", "key"),
+    [
+        ({"device": "x", "time_scale": 0.5}, "emulated.time_scale"),
+        ({"device": ""}, "emulated.device"),
+        ({"device": "x", "speed": 1}, "emulated.speed"),
+    ],
+)
+def test_an_emulated_device_that_cannot_be_is_refused(
+    load: Load, emulated: dict[str, object], key: str
+) -> None:
+    with pytest.raises(InputError, match=key):
+        load(emulated=emulated)

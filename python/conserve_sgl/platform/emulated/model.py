@@ -17,14 +17,13 @@ from sglang.srt.model_executor.forward_context import get_req_to_token_pool, get
 
 from conserve_sgl.errors import IncompatibleError
 from conserve_sgl.platform.emulated.device import the_device
+from conserve_sgl.platform.emulated.tokens import checksums, next_tokens
 from conserve_sgl.policy.latency import StepWork
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 __all__ = ["EmulatedForCausalLM", "EntryClass", "NoAttention", "work_of"]
-
-_TOKEN, _POSITION, _MIX = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xD6E8FEB86659FD93
 
 
 def work_of(forward_batch: ForwardBatch) -> StepWork:
@@ -102,25 +101,23 @@ class EmulatedForCausalLM(torch.nn.Module):
     def _output(
         self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch
     ) -> LogitsProcessorOutput:
-        slots = _slots(get_token_to_kv_pool(), self._layers - 1)
+        """Write the checksums of the step's tokens, and tell what follows the last of each."""
         if forward_batch.forward_mode.is_decode_or_idle():
             lengths = torch.ones_like(positions)
         else:
-            lengths = forward_batch.extend_seq_lens
+            lengths = forward_batch.extend_seq_lens.long()
         last = torch.cumsum(lengths, 0) - 1
-        first = last - lengths + 1
-        before = positions[first].long()
-        terms = _mixed(input_ids.long() * _wrapped(_TOKEN) + positions * _wrapped(_POSITION))
-        running = torch.cumsum(terms, 0)
-        rows = get_req_to_token_pool().req_to_token[
-            forward_batch.req_pool_indices, (before - 1).clamp(min=0)
-        ]
-        found = torch.where(before > 0, slots[rows.long()], 0)
-        start = found - running[first] + terms[first]
-        sums = running + torch.repeat_interleave(start, lengths.long())
+        slots = self._slots()
+        before = _before(slots, forward_batch.req_pool_indices, positions[last - lengths + 1])
+        sums = checksums(input_ids, positions, lengths, before)
         slots[forward_batch.out_cache_loc.long()] = sums
-        tokens = self._spoken[_mixed(sums[last]) % len(self._spoken)]
+        tokens = next_tokens(sums[last], self._spoken)
         return LogitsProcessorOutput(next_token_logits=tokens.unsqueeze(1))
+
+    def _slots(self) -> torch.Tensor:
+        """The last layer's keys, which a load brings last, as one int64 a token: a view."""
+        keys = get_token_to_kv_pool().get_key_buffer(self._layers - 1)
+        return keys.view(len(keys), -1).view(torch.int64)[:, 0]
 
 
 EntryClass = EmulatedForCausalLM
@@ -143,18 +140,8 @@ def _wait_for_load(layer: int) -> None:
     get_token_to_kv_pool().get_key_buffer(layer)
 
 
-def _slots(pool: Any, layer: int) -> torch.Tensor:
-    """A layer's keys as one whole number a token: a view."""
-    keys = pool.get_key_buffer(layer)
-    return keys.view(len(keys), -1).view(torch.int64)[:, 0]
-
-
-def _mixed(values: torch.Tensor) -> torch.Tensor:
-    """Well spread 64-bit numbers; products wrap."""
-    values = (values ^ (values >> 32)) * _wrapped(_MIX)
-    return values ^ (values >> 29)
-
-
-def _wrapped(constant: int) -> int:
-    """An unsigned 64-bit number as the signed one of the same bits."""
-    return constant - (1 << 64) if constant >> 63 else constant
+def _before(slots: torch.Tensor, rows: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """The checksum that each row's KV holds before its position `starts`; 0 before the first."""
+    req_to_token = get_req_to_token_pool().req_to_token
+    found = slots[req_to_token[rows, (starts - 1).clamp(min=0)].long()]
+    return torch.where(starts > 0, found, 0)

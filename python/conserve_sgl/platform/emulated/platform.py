@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from conserve_sgl.platform import NAME
-from conserve_sgl.platform.cpu import CpuPlatform
+from conserve_sgl.platform.cpu import CpuPlatform, require
+from conserve_sgl.platform.emulated import sampling
 from conserve_sgl.platform.emulated.device import install, the_device
 from conserve_sgl.platform.hicache import transfer_kv_direct
 
@@ -43,6 +44,13 @@ class EmulatedPlatform(CpuPlatform):
         return the_device().name
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
+        """As on a CPU; the model keeps its depth, its vocabulary and its context, nothing else.
+
+        Raises:
+            IncompatibleError: a flag asks for what this platform cannot do.
+        """
+        require("tensor_parallel_size", server_args.tp_size, (1,))
+        require("kv_cache_dtype", server_args.kv_cache_dtype, ("auto", "bfloat16", "bf16"))
         if server_args.chunked_prefill_size is None:
             server_args.chunked_prefill_size = CHUNKED_PREFILL_TOKENS
         super().apply_server_args_defaults(server_args)
@@ -60,9 +68,7 @@ class EmulatedPlatform(CpuPlatform):
         install(the_device().queue)
 
     def post_load_model(self, model: torch.nn.Module) -> None:  # noqa: ARG002  it has no attention
-        from sglang.srt.model_executor.model_runner import ModelRunner
-
-        ModelRunner.sample = _sample
+        sampling.install()
 
 
 def _make_attention_backend(runner: Any) -> Any:
@@ -81,8 +87,3 @@ def _copy_in_time(
     """`transfer_kv_direct`, and as long as the real KV takes; keys and values of each layer."""
     transfer_kv_direct(src_layers, dst_layers, src_indices, dst_indices, page_size)
     the_device().copy(len(src_indices), len(src_layers) / 2)
-
-
-def _sample(runner: Any, logits_output: Any, forward_batch: Any) -> torch.Tensor:  # noqa: ARG001
-    """The model's own tokens, whatever sampling was asked for."""
-    return logits_output.next_token_logits[:, 0]
