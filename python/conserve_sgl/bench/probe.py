@@ -31,7 +31,7 @@ class Reading(msgspec.Struct, frozen=True):
     `idle_s` is SGLang's count of the seconds in which its scheduler had no runnable or queued
     work, a second or one step late; None from a server without --enable-metrics. `counters` are
     whatever numbers conserve shows, and SGLang's retractions. `busy_s` is an emulated device's
-    count of the seconds in which it computed; None from any other.
+    count of the seconds in which a step had it; None from any other.
     """
 
     at_s: float
@@ -64,7 +64,7 @@ def idle_share(before: Reading, after: Reading) -> float | None:
 
 
 def busy_share(before: Reading, after: Reading) -> float | None:
-    """Of the time between two readings in which an emulated device computed; else None."""
+    """Of the time between two readings in which a step had an emulated device; else None."""
     return _share(before, after, before.busy_s, after.busy_s)
 
 

@@ -62,7 +62,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         idle_share: of the window in which SGLang's scheduler had no work; None when not known.
         counters_before, counters_after: numbers that the server showed around the window.
         emulated: the device that was emulated, with its scale of time; all times are the device's.
-        busy_share: of the window in which an emulated device computed; None for a real one.
+        busy_share: of the window in which a step had the emulated device; None for a real one.
     """
 
     system: SystemConfig
@@ -88,7 +88,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def host_share(self) -> float | None:
         """Of the window in which an emulated device waited for this machine although there was
-        work: all that it neither computed nor was idle. None for a real device."""
+        work: all in which no step had it and it was not idle. None for a real device."""
         if self.busy_share is None or self.idle_share is None:
             return None
         return max(1.0 - self.busy_share - self.idle_share, 0.0)

@@ -57,8 +57,15 @@ def test_an_idle_device_begins_when_it_is_launched(host: Host) -> None:
     host.now_s += 10.0
     host.queue.compute(1.0)
 
-    assert host.event().at_s == 111.0
-    assert host.queue.busy_s == 2.0  # not while it waited for the host
+    assert host.event().at_s == host.queue.free_s == 111.0
+
+
+def test_a_launch_that_takes_the_host_longer_than_the_device_ends_with_it(host: Host) -> None:
+    host.queue.compute(2.0)
+    host.queue.launch_until(101.5)
+    assert (host.now_s, host.queue.free_s) == (101.5, 102.0)
+    host.queue.launch_until(103.0)
+    assert (host.now_s, host.queue.free_s, host.event().at_s) == (103.0, 103.0, 103.0)
 
 
 def test_what_is_past_lets_nobody_wait(host: Host) -> None:
@@ -92,8 +99,7 @@ def test_a_copy_runs_beside_a_computation_and_after_its_own_stream(host: Host) -
     host.queue.compute(1.0)
 
     assert copies.done_s == 102.0
-    assert host.queue.current.done_s == 106.0
-    assert host.queue.busy_s == 6.0
+    assert host.queue.current.done_s == host.queue.free_s == 106.0
 
 
 def test_a_stream_waits_for_another_and_for_an_event(host: Host) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from functools import cache
 
+import msgspec
 import torch
 
 from conserve_sgl.emulation import Emulation
@@ -17,7 +19,7 @@ from conserve_sgl.simulate.device import StepTimes, load_device
 __all__ = ["BUSY_METRIC", "EmulatedDevice", "the_device"]
 
 BUSY_METRIC = "conserve:emulated_device_busy_seconds"
-"""On `/metrics`, with `_total` behind it: host seconds in which the device computed."""
+"""On `/metrics`, with `_total` behind it: host seconds in which a step had the device."""
 
 _SEED = 0
 
@@ -25,11 +27,14 @@ _SEED = 0
 class EmulatedDevice:
     """Steps, slices of layers and copies in the time of the real device, times `time_scale`.
 
+    The host is held for as long as launching takes the real one, from the moment of the launch.
+
     Args:
         times: step times of the real device.
         time_scale: host seconds for a second of the device.
         queue: the clock.
-        count_busy: told the host seconds that each launch computes.
+        count_busy: told the seconds of each launch in which it, and nothing before it, has the
+            device, waiting for loads and for the real host included.
     """
 
     def __init__(
@@ -48,33 +53,59 @@ class EmulatedDevice:
 
     @property
     def name(self) -> str:
-        """Says that it is emulated, and how slowly: no profile of one may serve the other."""
+        """Says that it is emulated, from which file and how slowly: a profile serves one alone."""
+        table = hashlib.sha256(msgspec.json.encode(self.spec)).hexdigest()[:8]
         slower = "" if self._scale == 1 else f", {self._scale:g} times slower"
-        return f"{self.spec.name} (emulated{slower})"
+        return f"{self.spec.name} (emulated from {table}{slower})"
 
-    def run_step(self, work: StepWork, before_layer: Callable[[int], object]) -> None:
-        """Launch a step of `work`. `before_layer` may let the current stream wait."""
-        first = self._is_first(work)
-        seconds = self._times.first_s(work) if first else self._times.draw_s(work)
-        self._run(range(self.spec.layers), seconds / self.spec.layers, before_layer)
+    def run_step(
+        self,
+        work: StepWork,
+        before_layer: Callable[[int], object],
+        *,
+        repeated_context: int = 0,
+    ) -> None:
+        """Launch a step.
+
+        Args:
+            work: what it holds.
+            before_layer: may let the current stream wait.
+            repeated_context: tokens of the rows' contexts that another row of the step reads, too.
+        """
+        if self._is_first(work):
+            seconds = self._times.first_s(work)
+        else:
+            seconds = self._times.draw_s(work, repeated_context)
+        layers = self.spec.layers
+        launch_s = self._times.launch_s(work)
+        self._run(range(layers), seconds / layers, launch_s / layers, before_layer)
 
     def run_slice(
         self, work: StepWork, layers: range, before_layer: Callable[[int], object]
     ) -> None:
-        """Launch some layers of a prefill of `work`."""
-        self._run(layers, self._times.draw_layer_s(work), before_layer)
+        """Launch some layers of a prefill of `work`, without a graph."""
+        layer_s = self._times.draw_layer_s(work)
+        self._run(layers, layer_s, self.spec.eager_layer_s, before_layer)
 
     def copy(self, tokens: int, layers: float) -> None:
         """Launch the copy of the KV of so many tokens and layers between device and host."""
         seconds = self.spec.copy_s(tokens) * layers / self.spec.layers
         self.queue.copy(seconds * self._scale)
 
-    def _run(self, layers: range, layer_s: float, before_layer: Callable[[int], object]) -> None:
-        layer_s *= self._scale
+    def _run(
+        self,
+        layers: range,
+        layer_s: float,
+        launch_s: float,
+        before_layer: Callable[[int], object],
+    ) -> None:
+        layer_s, launch_s = layer_s * self._scale, launch_s * self._scale
+        began_s, free_s = self.queue.now_s(), self.queue.free_s
         for layer in layers:
             before_layer(layer)
             self.queue.compute(layer_s)
-        self._count_busy(layer_s * len(layers))
+        self.queue.launch_until(began_s + launch_s * len(layers))
+        self._count_busy(self.queue.free_s - max(began_s, free_s))
 
     def _is_first(self, work: StepWork) -> bool:
         """Whether no step of about this shape ran before: kernels are compiled by shape."""
@@ -107,7 +138,7 @@ def _busy_counter() -> Callable[[float], None]:
         return lambda _: None
     from prometheus_client import Counter
 
-    return Counter(BUSY_METRIC, "Host seconds in which the emulated device computed.").inc
+    return Counter(BUSY_METRIC, "Host seconds in which a step had the emulated device.").inc
 
 
 def install(queue: DeviceQueue) -> None:

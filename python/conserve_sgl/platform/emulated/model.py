@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["EmulatedForCausalLM", "EntryClass", "NoAttention", "work_of"]
 
+_SAMPLED_TOKENS = 64
+"""Of a row's context every so many-th slot is looked at: prefixes are shared in long pieces."""
+
 
 def work_of(forward_batch: ForwardBatch) -> StepWork:
     """What one forward of `forward_batch` computes on the real device."""
@@ -81,7 +84,8 @@ class EmulatedForCausalLM(torch.nn.Module):
         **_kwargs: Any,
     ) -> LogitsProcessorOutput:
         """Launch a whole step. The "logits" are the next tokens, [requests, 1]."""
-        self._device.run_step(self._work, _wait_for_load)
+        repeated = _repeated_context(forward_batch, self._work.decode_rows)
+        self._device.run_step(self._work, _wait_for_load, repeated_context=repeated)
         return self._output(input_ids, positions, forward_batch)
 
     def forward_split_prefill(
@@ -138,6 +142,19 @@ class NoAttention(AttentionBackend):
 def _wait_for_load(layer: int) -> None:
     """The stream waits for what is being loaded into a layer's KV from the host."""
     get_token_to_kv_pool().get_key_buffer(layer)
+
+
+def _repeated_context(forward_batch: ForwardBatch, rows: int) -> int:
+    """About how many tokens of KV the last `rows` of a batch, which decode, read again that another
+    of them has read: those of a prefix that they share."""
+    if rows < 2:
+        return 0
+    lengths = forward_batch.seq_lens_cpu[-rows:]
+    at = torch.arange(0, int(lengths.max()), _SAMPLED_TOKENS)
+    req_to_token = get_req_to_token_pool().req_to_token
+    slots = req_to_token[forward_batch.req_pool_indices[-rows:].unsqueeze(1), at]
+    read = slots[at < lengths.unsqueeze(1)]
+    return (len(read) - len(read.unique())) * _SAMPLED_TOKENS
 
 
 def _before(slots: torch.Tensor, rows: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """The clock of an emulated device: what was put on it, and when it is done with it.
 
-A launch returns at once. It begins when the host has launched it, when what was put on the same
-stream before it is done, and, for a computation, when the device's one set of compute units is
-free; it ends so many seconds later. An event remembers when what its stream held is done, and who
-waits for it waits for that time. Values are computed by the host at launch: only the time in which
-they may be looked at is the device's.
+A launch returns when the host has launched all of it, which may be at once. It begins when what was
+put on the same stream before it is done, and, for a computation, when the device's one set of
+compute units is free; it ends so many seconds later. An event remembers when what its stream held
+is done, and who waits for it waits for that time. Values are computed by the host at launch: only
+the time in which they may be looked at is the device's.
 
 `Stream`, `Event` and `StreamContext` have the interface of their namesakes in `torch.cpu`, which do
 nothing; `classes_of` makes those of one queue. Not for several threads that launch.
@@ -27,7 +27,7 @@ class DeviceQueue:
         clock: seconds, the host's.
         sleep: lets the host wait for so many of them.
 
-    `busy_s` is how long the compute units work on all that was launched so far.
+    `free_s` is when the compute units are done with all that was launched so far.
     """
 
     def __init__(
@@ -35,17 +35,15 @@ class DeviceQueue:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.busy_s = 0.0
         self._clock = clock
         self._sleep = sleep
-        self._free_s = self._last_s = -inf
+        self.free_s = self._last_s = -inf
         self.classes = classes_of(self)
         self.current: Stream = self.classes.stream()
 
     def compute(self, seconds: float) -> None:
         """Launch a computation on the current stream."""
-        self._free_s = self._put(seconds, not_before_s=self._free_s)
-        self.busy_s += seconds
+        self.free_s = self._put(seconds, not_before_s=self.free_s)
 
     def copy(self, seconds: float) -> None:
         """Launch a copy on the current stream; it runs beside computations."""
@@ -57,6 +55,18 @@ class DeviceQueue:
         stream.done_s = begin_s + seconds
         self._last_s = max(self._last_s, stream.done_s)
         return stream.done_s
+
+    def launch_until(self, at_s: float) -> None:
+        """Launching what was put on the current stream last takes the host until `at_s`, and the
+        device is not done with it before."""
+        self.wait_until(at_s)
+        if at_s > self.current.done_s:
+            self.current.done_s = self.free_s = at_s
+            self._last_s = max(self._last_s, at_s)
+
+    def now_s(self) -> float:
+        """The host's clock."""
+        return self._clock()
 
     def is_past(self, at_s: float) -> bool:
         return self._clock() >= at_s
