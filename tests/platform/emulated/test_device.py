@@ -13,7 +13,7 @@ from conserve_sgl.policy.latency import StepWork
 from conserve_sgl.simulate.device import StepTimes, load_device
 
 LAYERS = 4
-STEP_S, FIRST_S, LAYER_S, COPY_S = 0.08, 0.4, 0.03, 0.001
+STEP_S, LAYER_S, COPY_S = 0.08, 0.03, 0.001
 LAUNCH_S, EAGER_LAYER_S, REPEATED_S = 0.01, 0.005, 0.0001
 WORK = StepWork.of([(100, 0)])
 
@@ -36,9 +36,6 @@ class Times:
 
     def draw_s(self, _work: StepWork, repeated_context: int = 0) -> float:
         return STEP_S - REPEATED_S * repeated_context
-
-    def first_s(self, _work: StepWork) -> float:
-        return FIRST_S
 
     def draw_layer_s(self, _work: StepWork) -> float:
         return LAYER_S
@@ -76,30 +73,18 @@ def no_wait(_layer: int) -> None:
 def test_everything_takes_the_device_s_time_times_the_scale(scale: float) -> None:
     counted: list[float] = []
     emulated = device(scale, counted.append)
-    first_s = ran_s(emulated, lambda: emulated.run_step(WORK, no_wait))
     step_s = ran_s(emulated, lambda: emulated.run_step(WORK, no_wait))
     slice_s = ran_s(emulated, lambda: emulated.run_slice(WORK, range(1, 3), no_wait))
     copy_s = ran_s(emulated, lambda: emulated.copy(50, layers=2))
 
-    assert first_s == pytest.approx(FIRST_S * scale)
     assert step_s == pytest.approx(STEP_S * scale)
     assert slice_s == pytest.approx(2 * LAYER_S * scale)
     assert copy_s == pytest.approx(50 * COPY_S * 2 / LAYERS * scale)
-    busy_s = first_s + step_s + slice_s
-    assert sum(counted) == pytest.approx(busy_s)
-
-
-def test_a_shape_is_new_once_and_another_one_again() -> None:
-    emulated = device()
-    works = [WORK, StepWork.of([(101, 7)]), StepWork.of([(600, 0)]), StepWork.of((), [9]), WORK]
-    took = [ran_s(emulated, lambda w=work: emulated.run_step(w, no_wait)) for work in works]
-
-    assert took == pytest.approx([FIRST_S, STEP_S, FIRST_S, FIRST_S, STEP_S])
+    assert counted == pytest.approx([step_s, slice_s])
 
 
 def test_a_step_waits_before_the_layer_whose_kv_is_being_loaded() -> None:
     emulated = device()
-    emulated.run_step(WORK, no_wait)
     loads = emulated.queue.classes.stream()
     loads.done_s = 1.0
     loaded = loads.record_event()
@@ -121,7 +106,7 @@ def test_the_host_is_held_while_it_launches(scale: float) -> None:
     emulated.run_step(WORK, no_wait)
 
     assert host.now_s == pytest.approx(LAUNCH_S * scale)
-    assert emulated.queue.current.done_s == pytest.approx(FIRST_S * scale)
+    assert emulated.queue.current.done_s == pytest.approx(STEP_S * scale)
     emulated.run_slice(WORK, range(2), no_wait)
     assert host.now_s == pytest.approx((LAUNCH_S + 2 * EAGER_LAYER_S) * scale)
 
@@ -139,7 +124,6 @@ def test_a_step_is_not_over_before_all_of_it_was_launched() -> None:
 
 def test_rows_that_share_a_prefix_read_it_cheaper() -> None:
     emulated = device()
-    emulated.run_step(WORK, no_wait)
     took_s = ran_s(emulated, lambda: emulated.run_step(WORK, no_wait, repeated_context=100))
 
     assert took_s == pytest.approx(STEP_S - 100 * REPEATED_S)

@@ -49,7 +49,6 @@ class EmulatedDevice:
         self._times = times
         self._scale = time_scale
         self._count_busy = count_busy
-        self._shapes: set[tuple[int, ...]] = set()
 
     @property
     def name(self) -> str:
@@ -72,10 +71,7 @@ class EmulatedDevice:
             before_layer: may let the current stream wait.
             repeated_context: tokens of the rows' contexts that another row of the step reads, too.
         """
-        if self._is_first(work):
-            seconds = self._times.first_s(work)
-        else:
-            seconds = self._times.draw_s(work, repeated_context)
+        seconds = self._times.draw_s(work, repeated_context)
         layers = self.spec.layers
         launch_s = self._times.launch_s(work)
         self._run(range(layers), seconds / layers, launch_s / layers, before_layer)
@@ -106,15 +102,6 @@ class EmulatedDevice:
             self.queue.compute(layer_s)
         self.queue.launch_until(began_s + launch_s * len(layers))
         self._count_busy(self.queue.free_s - max(began_s, free_s))
-
-    def _is_first(self, work: StepWork) -> bool:
-        """Whether no step of about this shape ran before: kernels are compiled by shape."""
-        sizes = (work.prefill_tokens, work.prompts, work.decode_rows)
-        shape = tuple(size.bit_length() for size in sizes)
-        if shape in self._shapes:
-            return False
-        self._shapes.add(shape)
-        return True
 
 
 @cache
