@@ -68,7 +68,7 @@ MAY_IMPORT = {
     },
     "plugin": {"batch", "config", "compat", "engine", "ingress", "settings", *_LEAVES},
     "tune": _LEAVES,
-    "doctor": {"config", "compat", "plugin", "__init__", *_LEAVES},
+    "doctor": {"config", "compat", "plugin", "emulation", "__init__", *_LEAVES},
     "cli": {
         "config",
         "compat",

@@ -7,6 +7,7 @@ leaf modules can be imported here.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from conserve_sgl.platform.cpu import CpuPlatform, require
 from conserve_sgl.platform.emulated import sampling
 from conserve_sgl.platform.emulated.device import install, the_device
 from conserve_sgl.platform.hicache import transfer_kv_direct
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["CHUNKED_PREFILL_TOKENS", "EmulatedPlatform"]
 
@@ -69,6 +72,7 @@ class EmulatedPlatform(CpuPlatform):
 
     def post_load_model(self, model: torch.nn.Module) -> None:  # noqa: ARG002  it has no attention
         sampling.install()
+        logger.warning("the device is emulated: %s", the_device().name)
 
 
 def _make_attention_backend(runner: Any) -> Any:
