@@ -64,9 +64,8 @@ class EmulatedForCausalLM(torch.nn.Module):
                 f"layers, and this one has {self._layers}"
             )
         self._work = StepWork()
-        ends = (
-            config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        )
+        ends = config.eos_token_id
+        ends = set(ends) if isinstance(ends, list) else {ends}
         self._spoken = torch.tensor([t for t in range(config.vocab_size) if t not in ends])
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
