@@ -91,10 +91,12 @@ RANGES = {
     "above 0": lambda type_: bounds(type_) == (0, None, None),
     "true or false": lambda type_: type_ is bool,
     "`eager` or `slack`": lambda type_: get_args(type_) == ("eager", "slack"),
+    "`run` or `held`": lambda type_: get_args(type_) == ("run", "held"),
     "0 to 1": lambda type_: bounds(type_) == (None, 0, 1),
     "a folder or null": lambda type_: type_ == str | None,
     # Parsed by the section itself; tests/test_config.py has its edges.
     "`ms` above 0 or `x` of at least 1": lambda type_: type_ is str,
+    "or null": lambda type_: type_ == str | None,
 }
 
 

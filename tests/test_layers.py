@@ -28,6 +28,7 @@ _LEAVES = {"errors"}
 MAY_IMPORT = {
     "__init__": _LEAVES,
     "errors": set(),
+    "json_lines": set(),
     "machine": set(),
     "emulation": _LEAVES,
     "strict_yaml": _LEAVES,
@@ -53,20 +54,26 @@ MAY_IMPORT = {
     },
     # simulate/device.py: the step times of a device.
     "platform": {"emulation", "policy", "simulate", *_LEAVES},
-    "jobs": {"strict_yaml", *_LEAVES},
+    "jobs": {"json_lines", "strict_yaml", *_LEAVES},
     # bench/micro.py times parts of the house.
     "bench": {
         "config",
+        "profile",
+        "settings",
+        "tune",
         "policy",
         "ingress",
         "engine",
         "jobs",
+        "json_lines",
         "machine",
         "emulation",
         "strict_yaml",
         *_LEAVES,
     },
-    "plugin": {"batch", "config", "compat", "engine", "ingress", "settings", *_LEAVES},
+    # What a benchmark measures on servers, a simulation works out: one load, one set of figures.
+    "simulate": {"bench", "config", "policy", "profile", "strict_yaml", *_LEAVES},
+    "plugin": {"batch", "config", "compat", "engine", "ingress", "profile", "settings", *_LEAVES},
     "tune": _LEAVES,
     "doctor": {"config", "compat", "plugin", "emulation", "__init__", *_LEAVES},
     "cli": {
@@ -78,6 +85,7 @@ MAY_IMPORT = {
         "batch",
         "profile",
         "settings",
+        "simulate",
         "tune",
         "__init__",
         *_LEAVES,
@@ -185,6 +193,8 @@ LIGHT = [
     "conserve_sgl.jobs",
     "conserve_sgl.bench",
     "conserve_sgl.profile",
+    "conserve_sgl.simulate.command",
+    "conserve_sgl.simulate.make",
     "conserve_sgl.tune",
 ]
 HEAVY = ("torch", "sglang", "transformers")

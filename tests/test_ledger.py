@@ -102,6 +102,17 @@ def test_prefill_counts_offline_prompts_and_no_row_that_decodes():
     assert ledger.tokens == {"computed": 9, "cached": 4, "output": 0}
 
 
+def test_a_step_without_a_batch_settles_what_is_done():
+    """An engine with nothing to do may sleep until the next request comes."""
+    done, runs = FakeReq("off-1", finish="stop"), FakeReq("off-2")
+    ledger = ledger_of(done, runs)
+    ledger.step(1.0, extend(done, runs))
+    assert ledger.state(1.0, parked=0)["offline_running"] == 2
+    ledger.step(1.1, None)
+    state = ledger.state(1.1, parked=0)
+    assert (state["offline_running"], state["offline_finished"]) == (1, 1)
+
+
 def test_output_is_counted_while_it_comes_and_not_twice_after_a_preemption():
     req = FakeReq("off-1", extend_len=10)
     ledger = ledger_of(req)

@@ -16,6 +16,7 @@ import pytest
 
 from conserve_sgl import compat, plugin
 from conserve_sgl.config import CONFIG_ENV
+from conserve_sgl.profile.steps import STEP_LOG_ENV
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 GOOD = CHECKOUT / "configs" / "serve" / "default.yaml"
@@ -23,7 +24,8 @@ GOOD = CHECKOUT / "configs" / "serve" / "default.yaml"
 
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch):
-    for name in (CONFIG_ENV, compat.ALLOW_UNTESTED_ENV, "SGLANG_RUST_SERVER", "SGLANG_PLUGINS"):
+    ours = (CONFIG_ENV, STEP_LOG_ENV, compat.ALLOW_UNTESTED_ENV)
+    for name in (*ours, "SGLANG_RUST_SERVER", "SGLANG_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -55,6 +57,12 @@ def test_without_a_configuration_nothing_is_registered_and_nothing_checked(
     monkeypatch.setattr(compat, "version", lambda _name: "0.0.1")
     plugin.register()
     assert registered == []
+
+
+def test_with_a_step_log_alone_there_is_a_meter_and_no_configuration(registered, monkeypatch):
+    monkeypatch.setenv(STEP_LOG_ENV, "steps.jsonl")
+    plugin.register()
+    assert registered == [None]
 
 
 def test_with_a_configuration_the_hooks_are_registered(registered, monkeypatch):
@@ -133,7 +141,7 @@ from sglang.srt.managers import scheduler
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.plugins.hook_registry import HookRegistry
 from conserve_sgl.engine.scheduler import ConserveScheduler
-from conserve_sgl.plugin import HOOK_TARGETS, verify
+from conserve_sgl.plugin import HOOK_TARGETS
 assert set(HOOK_TARGETS) <= HookRegistry._patched
 assert scheduler.Scheduler is ConserveScheduler
 for hooked in (TokenizerManager._init_req_state, TokenizerManager.init_ipc_channels):
@@ -142,7 +150,6 @@ try:
     Engine._launch_subprocesses(server_args=None)
 except AttributeError:
     print("flags were looked at")
-verify()
 """
 
 STOCK = """
@@ -156,6 +163,19 @@ assert not HookRegistry._patched & set(HOOK_TARGETS)
 assert scheduler.Scheduler.__module__ == "sglang.srt.managers.scheduler"
 ours = [m for m in sys.modules if m.startswith(("conserve_sgl.engine", "conserve_sgl.ingress"))]
 assert not ours, ours
+"""
+
+METERED = """
+import sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.managers import scheduler
+from conserve_sgl.engine.metered import MeteredScheduler
+from conserve_sgl.plugin import HOOK_TARGETS
+assert HookRegistry._patched & set(HOOK_TARGETS) == {"sglang.srt.managers.scheduler.Scheduler"}
+assert scheduler.Scheduler is MeteredScheduler
+assert "conserve_sgl.engine.scheduler" not in sys.modules
 """
 
 TARGET_GONE = """
@@ -193,13 +213,13 @@ FORKS = """
 import json, os, sys, traceback
 import sglang.srt.entrypoints.http_server, sglang.srt.managers.scheduler
 folder, config, cases = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-for name, (script, configured) in cases.items():
+for name, (script, variable) in cases.items():
     if (child := os.fork()) == 0:
         for number, stream in ((1, "stdout"), (2, "stderr")):
             flags = os.O_CREAT | os.O_WRONLY
             os.dup2(os.open(f"{folder}/{name}.{stream}", flags, 0o600), number)
-        if configured:
-            os.environ["CONSERVE_CONFIG"] = config
+        if variable:
+            os.environ[variable] = config
         code = 0
         try:
             exec(script, {})
@@ -215,10 +235,11 @@ for name, (script, configured) in cases.items():
         file.write(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
 """
 CASES = {
-    "stock": (STOCK, False),
-    "target_gone": (TARGET_GONE, True),
-    "replaced": (REPLACED_BY_ANOTHER, True),
-    "refused_flag": (REFUSED_FLAG, True),
+    "stock": (STOCK, None),
+    "metered": (METERED, STEP_LOG_ENV),
+    "target_gone": (TARGET_GONE, CONFIG_ENV),
+    "replaced": (REPLACED_BY_ANOTHER, CONFIG_ENV),
+    "refused_flag": (REFUSED_FLAG, CONFIG_ENV),
 }
 
 
@@ -248,6 +269,11 @@ def test_with_a_configuration_every_hook_takes():
 @pytest.mark.engine
 def test_a_stock_server_stays_stock(ended):
     assert ended["stock"].code == 0, ended["stock"].stderr
+
+
+@pytest.mark.engine
+def test_a_metered_server_has_another_scheduler_and_is_stock_otherwise(ended):
+    assert ended["metered"].code == 0, ended["metered"].stderr
 
 
 @pytest.mark.engine

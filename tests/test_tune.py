@@ -22,6 +22,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 STATE = {
     "offline_paused": False,
+    "batches_held": False,
     "offline_waiting": 12,
     "offline_running": 3,
     "slo": {"ttft": "1500ms", "tpot": "1.25x", "yield_ms": 5.0},
@@ -94,10 +95,11 @@ def test_without_an_option_it_shows_and_changes_nothing(engine):
 
 
 def test_what_is_asked_for_is_sent_to_every_server_with_the_key(engine):
-    options = ["--offline", "pause", "--tpot", "200ms", "--yield-ms", "7"]
+    options = ["--offline", "pause", "--tpot", "200ms", "--yield-ms", "7", "--batches", "hold"]
     twice = ["--endpoint", engine.url, "--endpoint", engine.url + "/"]
     assert run(*options, *twice, "--api-key", "secret").exit_code == 0
     numbers = {"conserve_offline": 0, "conserve_tpot_ms": 200, "conserve_yield_ms": 7}
+    numbers["conserve_batches"] = 0
     assert engine.posted == [(numbers, "Bearer secret")] * 2
 
 

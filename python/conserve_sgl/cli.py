@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -210,6 +211,10 @@ def tune(
         Literal["run", "pause"] | None,
         typer.Option(help="pause: offline requests give up rows and KV and wait; run: they go on."),
     ] = None,
+    batches: Annotated[
+        Literal["run", "hold"] | None,
+        typer.Option(help="hold: nothing more of any batch is sent; run: it is. See batch.start."),
+    ] = None,
     ttft: Annotated[
         str | None, typer.Option(help="As slo.ttft of the configuration: 1500ms, 1.25x.")
     ] = None,
@@ -227,12 +232,14 @@ def tune(
 
     Exit code 0: all changed. 1: a server could not be changed; those before it are. 2: bad input.
     """
-    from conserve_sgl.settings import OfflineWork, offline_number, slo_numbers
+    from conserve_sgl.settings import OfflineWork, batches_number, offline_number, slo_numbers
     from conserve_sgl.tune import tune as tune_servers
 
     numbers = slo_numbers(ttft=ttft, tpot=tpot, yield_ms=yield_ms)
     if offline is not None:
         numbers |= offline_number(OfflineWork.RUNS if offline == "run" else OfflineWork.PAUSED)
+    if batches is not None:
+        numbers |= batches_number(held=batches == "hold")
     servers = endpoint or [_DEFAULT_ENDPOINT]
     tune_servers(servers, numbers, api_key=api_key, admin_api_key=admin_api_key, console=Console())
 
@@ -260,9 +267,18 @@ def bench(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure again what the folder holds already.")
     ] = False,
+    pictures: Annotated[bool, typer.Option(help="Draw pictures when all is measured.")] = True,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(min=0, help="Begin no run that would not end within so many seconds."),
+    ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(help="Set the results in two folders side by side."),
+    ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(help="Write the results of scripts/gpu/run.sh in this folder to --out, .md."),
     ] = None,
     micro: Annotated[
         bool, typer.Option("--micro", help="Time single operations instead, without a server.")
@@ -270,9 +286,10 @@ def bench(
 ) -> None:
     """Measure systems side by side: conserve bench FILE [-- SGLANG FLAGS for every server].
 
-    Exit code 0: measured. 1: a server failed; finished runs are kept. 2: bad input.
+    Exit code 0: measured. 1: a server failed; finished runs are kept. 2: bad input. 3: the time
+    limit left runs out.
     """
-    from conserve_sgl.bench.command import compare_folders, run_bench
+    from conserve_sgl.bench.command import UNFINISHED, compare_folders, run_bench
     from conserve_sgl.bench.micro import micro_table, run_micros
 
     if micro:
@@ -281,9 +298,16 @@ def bench(
     if compare is not None:
         print(compare_folders(*compare), end="")
         return
+    if page is not None:
+        if out is None:
+            raise typer.BadParameter("give the page's file", param_hint="--out")
+        from conserve_sgl.bench.gpu.page import write_page
+
+        write_page(page, out)
+        return
     if config is None:
         raise typer.BadParameter("give the benchmark's YAML file", param_hint="CONFIG")
-    run_bench(
+    complete = run_bench(
         config,
         console=Console(stderr=True),
         model=model,
@@ -293,8 +317,101 @@ def bench(
         duration_s=duration,
         out=out,
         fresh=fresh,
+        time_limit_s=math.inf if time_limit is None else time_limit,
+        pictures=pictures,
         flags=context.args,
     )
+    raise typer.Exit(0 if complete else UNFINISHED)
+
+
+@app.command()
+def simulate(
+    simulation: Annotated[Path, typer.Argument(help="The simulation, YAML; docs/simulate.md.")],
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="A configuration of conserve, instead of the file's."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="A device that is shipped, or its .json file, instead of the file's."),
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="The online trace, instead of the file's.")
+    ] = None,
+    duration: Annotated[
+        float | None, typer.Option(min=1, help="Seconds of the stream, instead of the file's.")
+    ] = None,
+    systems: Annotated[
+        str, typer.Option(help="Only these systems and the baselines, names with commas between.")
+    ] = "",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE instead of the file's: slo.tpot=25ms. Repeatable."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results. Default: out/simulate/NAME.")
+    ] = None,
+) -> None:
+    """How much offline work fits beside a stream on a GPU: without the GPU, in seconds.
+
+    Runs SGLang's and conserve's schedulers on a fake clock, over measured step times.
+
+    Exit code 0: simulated. 2: bad input.
+    """
+    from conserve_sgl.simulate.command import run_simulation
+
+    changes = {}
+    for text in set_ or []:
+        key, given, value = text.partition("=")
+        if not given or not key:
+            raise typer.BadParameter(f"{text}: give KEY=VALUE", param_hint="--set")
+        changes[key] = value
+    run_simulation(
+        simulation,
+        console=Console(stderr=True),
+        out=out,
+        device=device,
+        conserve=config,
+        trace=trace,
+        duration_s=duration,
+        systems=[name for name in systems.split(",") if name],
+        changes=changes,
+    )
+
+
+@app.command()
+def device(
+    steps: Annotated[
+        list[Path],
+        typer.Argument(help="Logs of steps (CONSERVE_STEP_LOG, CONSERVE_PROFILE_GRID)."),
+    ],
+    out: Annotated[Path, typer.Option(help="Gets the device, .json.")],
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="The engine's latency profile. Default: the newest that is stored."),
+    ] = None,
+    kv_bytes: Annotated[
+        float | None,
+        typer.Option(min=1, help="KV of a token, all layers. Default: the model's configuration."),
+    ] = None,
+    copy_gb_s: Annotated[
+        float, typer.Option(min=0.1, help="Between host and device memory, GB/s.")
+    ] = 25.0,
+) -> None:
+    """Make a device for `conserve simulate` of the steps that a server logged.
+
+    Exit code 0: written. 2: bad input, nothing was written.
+    """
+    from conserve_sgl.profile import ProfileStore
+    from conserve_sgl.simulate.make import make_device, write_device
+
+    path = profile or ProfileStore.of_environment().find([])
+    made = make_device(
+        steps, path, name=out.stem, kv_bytes=kv_bytes, copy_bytes_per_s=copy_gb_s * 1e9
+    )
+    write_device(made, out)
+    kinds = f"{len(made.steps)} shapes of {made.model} on {made.gpu}"
+    Console().print(f"{out}: {kinds}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command(context_settings=_PASS_ON)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from math import inf
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -62,20 +63,29 @@ class SloConfig(_Section):
     Args:
         ttft: from a request's arrival to its first token.
         tpot: for every token after the first, on average over the request.
-        yield_ms: how long an arrival may have to wait for offline work that cannot be
-            interrupted: a step, or a slice of layers.
+        longest_gap: between two tokens, for offline work: a time, or a factor of `tpot`'s own
+            value. Without it twice that, and at least 50 ms.
+        yield_ms: how long an arrival that finds no online request may have to wait for offline
+            work that cannot be interrupted: a step, or a slice of layers.
     """
 
-    ttft: str = "1.25x"
-    tpot: str = "1.25x"
+    ttft: str = "2x"
+    tpot: str = "2x"
+    longest_gap: str | None = None
     yield_ms: Milliseconds = 5.0
 
     def __post_init__(self) -> None:
         self.objectives()  # raises ValueError
+        if not self.yield_ms < inf:
+            raise ValueError(f"yield_ms: {self.yield_ms} is no time")
 
     def objectives(self) -> Slo:
-        """The two objectives as the policy takes them."""
-        return Slo(ttft=_objective("ttft", self.ttft), tpot=_objective("tpot", self.tpot))
+        """The objectives as the policy takes them."""
+        return Slo(
+            ttft=_objective("ttft", self.ttft),
+            tpot=_objective("tpot", self.tpot),
+            longest_gap=self.longest_gap and _objective("longest_gap", self.longest_gap),
+        )
 
 
 _OBJECTIVE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)(?P<unit>ms|x)")
@@ -136,6 +146,8 @@ class BatchConfig(_Section):
         max_requests: requests that a batch may have.
         max_file_bytes: size of an uploaded file.
         max_storage_bytes: size of all files; an upload beyond it is refused.
+        max_deaths: a request that was in flight at so many deaths of the server has failed.
+        start: `held` sends nothing of any batch until `conserve tune --batches run`.
     """
 
     storage_dir: str | None = None
@@ -144,6 +156,8 @@ class BatchConfig(_Section):
     max_requests: Count = 50_000
     max_file_bytes: Count = 200 << 20
     max_storage_bytes: Count = 20 << 30
+    max_deaths: Count = 2
+    start: Literal["run", "held"] = "run"
 
 
 class ConserveConfig(_Section):

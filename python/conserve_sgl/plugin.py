@@ -5,7 +5,8 @@ swallows whatever goes wrong on the way. A server that runs half hooked would lo
 badly, so this plugin checks itself right after the hooks are applied and ends the process with
 the reason when anything is amiss.
 
-Without `CONSERVE_CONFIG` in the environment it does nothing at all.
+Without `CONSERVE_CONFIG` in the environment it does nothing at all, unless `CONSERVE_STEP_LOG` asks
+for a record of every step: then SGLang's scheduler is metered, and nothing else changed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import functools
 import os
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +26,8 @@ from conserve_sgl import compat
 from conserve_sgl.batch.store import make_storage
 from conserve_sgl.config import CONFIG_ENV, BatchConfig, ConserveConfig
 from conserve_sgl.errors import ConserveError, HookError
-from conserve_sgl.settings import OfflineWork, offline_number
+from conserve_sgl.profile.steps import STEP_LOG_ENV
+from conserve_sgl.settings import OfflineWork, batches_held, offline_number
 
 __all__ = ["HOOK_TARGETS", "register", "verify"]
 
@@ -33,10 +35,23 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _LAUNCH = "sglang.srt.entrypoints.engine.Engine._launch_subprocesses"
 _RUN_HTTP = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 _INIT_IPC = "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_ipc_channels"
+_SET_STATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager.set_internal_state"
 _SIGTERM = "sglang.srt.managers.tokenizer_manager.SignalHandler.sigterm_handler"
 _INIT_STATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._init_req_state"
+_SAMPLES = "sglang.srt.managers.io_struct.GenerateReqInput._handle_parallel_sampling"
+_CREATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object"
 
-HOOK_TARGETS = (_SCHEDULER, _LAUNCH, _RUN_HTTP, _INIT_IPC, _INIT_STATE, _SIGTERM)
+HOOK_TARGETS = (
+    _SCHEDULER,
+    _LAUNCH,
+    _RUN_HTTP,
+    _INIT_IPC,
+    _INIT_STATE,
+    _SAMPLES,
+    _CREATE,
+    _SET_STATE,
+    _SIGTERM,
+)
 """Every place in SGLang that this plugin hooks, in the order of registration."""
 
 
@@ -53,36 +68,44 @@ def register() -> None:
     Exits the process, with the reason on stderr, when the configuration cannot be used or this
     SGLang is not one that conserve was tested with.
     """
-    if not os.environ.get(CONFIG_ENV):
+    if not (os.environ.get(CONFIG_ENV) or os.environ.get(STEP_LOG_ENV)):
         return
     try:
         compat.check_version(compat.sglang_version())
         compat.check_environment(os.environ)
-        config = ConserveConfig.from_environment()
-        assert config is not None  # the variable is set
-        _register(config)
+        _register(ConserveConfig.from_environment())
     except ConserveError as e:
         _refuse_to_start(e)
 
 
-def _register(config: ConserveConfig) -> None:
+def _register(config: ConserveConfig | None) -> None:
+    """The hooks of a server with this configuration; None only meters stock SGLang."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for hook in _hooks(config):
+    if config is None:
+        hooks = [_meter()]
+    else:
+        hooks = _hooks(config)
+        _prefer_online_prefixes()
+    for hook in hooks:
         HookRegistry.register(hook.target, hook.function, HookType[hook.kind])
-
-    _prefer_online_prefixes()
     apply_hooks = HookRegistry.apply_hooks
 
     @functools.wraps(apply_hooks)
     def apply_and_verify() -> None:
         apply_hooks()
         try:
-            verify()
+            verify(hooks)
         except HookError as e:
             _refuse_to_start(e)
 
     HookRegistry.apply_hooks = apply_and_verify
+
+
+def _meter() -> _Hook:
+    from conserve_sgl.engine.metered import MeteredScheduler
+
+    return _Hook(_SCHEDULER, MeteredScheduler, "REPLACE")
 
 
 def _hooks(config: ConserveConfig) -> list[_Hook]:
@@ -92,12 +115,17 @@ def _hooks(config: ConserveConfig) -> list[_Hook]:
     from conserve_sgl.ingress.hooks import Ingress
 
     ingress = Ingress(config, is_health_check_generate_req)
+    batches = _Batches(config.batch)
     return [
         _Hook(_SCHEDULER, ConserveScheduler, "REPLACE"),
         _Hook(_LAUNCH, functools.partial(_before_launch, config.batch), "BEFORE"),
-        _Hook(_RUN_HTTP, functools.partial(_around_app, ingress, config.batch), "BEFORE"),
+        _Hook(_RUN_HTTP, functools.partial(_around_app, ingress, batches), "BEFORE"),
         _Hook(_INIT_IPC, ingress.after_init_ipc_channels, "AFTER"),
         _Hook(_INIT_STATE, ingress.before_init_req_state, "BEFORE"),
+        _Hook(_SAMPLES, ingress.after_handle_parallel_sampling, "AFTER"),
+        _Hook(_CREATE, ingress.around_create_tokenized_object, "AROUND"),
+        _Hook(_SET_STATE, batches.around_set_internal_state, "AROUND"),
+        _Hook(_SIGTERM, batches.after_sigterm, "AFTER"),
         _Hook(_SIGTERM, _after_sigterm, "AFTER"),
     ]
 
@@ -133,7 +161,7 @@ def _before_launch(batch: BatchConfig, *args: Any, **kwargs: Any) -> None:
 
 def _around_app(
     ingress: Any,
-    batch: BatchConfig,
+    batches: _Batches,
     server_args: Any,
     tokenizer_manager: Any,
     *_args: Any,
@@ -142,20 +170,47 @@ def _around_app(
     from sglang.srt.entrypoints.http_server import app
 
     ingress.before_run_http_server(app)
-    if batch.storage_dir is None:
-        return
-    from conserve_sgl.batch.server import BatchServer
+    batches.serve(app, server_args, tokenizer_manager)
 
-    try:
-        BatchServer(
-            app,
-            batch,
-            api_key=server_args.api_key,
-            is_draining=lambda: tokenizer_manager.gracefully_exit,
-            serves_embeddings=not tokenizer_manager.is_generation,
-        )
-    except ConserveError as e:
-        _refuse_to_start(e)
+
+class _Batches:
+    """The batches of the HTTP process, and the hooks that reach them: none without a folder."""
+
+    def __init__(self, config: BatchConfig) -> None:
+        self._config = config
+        self._server: Any = None
+
+    def serve(self, app: Any, server_args: Any, tokenizer_manager: Any) -> None:
+        if self._config.storage_dir is None:
+            return
+        from conserve_sgl.batch.server import BatchServer
+
+        try:
+            self._server = BatchServer(
+                app,
+                self._config,
+                api_key=server_args.api_key,
+                is_draining=lambda: tokenizer_manager.gracefully_exit,
+                serves_embeddings=not tokenizer_manager.is_generation,
+            )
+        except ConserveError as e:
+            _refuse_to_start(e)
+
+    async def around_set_internal_state(
+        self, change: Callable[..., Any], manager: Any, asked: Any
+    ) -> list[bool]:
+        """AROUND `TokenizerManager.set_internal_state`: once the scheduler has taken it."""
+        updated = await change(manager, asked)
+        if self._server is not None and all(updated):
+            held = batches_held(asked.server_args)
+            if held is not None:
+                self._server.hold(held)
+        return updated
+
+    def after_sigterm(self, _result: None, *_args: Any, **_kwargs: Any) -> None:
+        """AFTER `SignalHandler.sigterm_handler`, at once: SGLang may end in a moment."""
+        if self._server is not None:
+            self._server.leave()
 
 
 def _after_sigterm(_result: None, handler: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -167,26 +222,32 @@ def _after_sigterm(_result: None, handler: Any, *_args: Any, **_kwargs: Any) -> 
     manager.asyncio_tasks.add(asyncio.ensure_future(manager.set_internal_state(ends)))
 
 
-def verify() -> None:
-    """Check that every hook of this process is in place.
+def verify(hooks: Sequence[_Hook]) -> None:
+    """Check that every one of `hooks` is in place in this process.
 
     Raises:
         HookError: naming each target whose hook did not take.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    from conserve_sgl.engine.scheduler import ConserveScheduler
-
-    missing = [target for target in HOOK_TARGETS if target not in HookRegistry._patched]
-    if _SCHEDULER not in missing and not issubclass(
-        pkgutil.resolve_name(_SCHEDULER.replace(".Scheduler", ":Scheduler")), ConserveScheduler
-    ):
-        missing.append(_SCHEDULER)
+    missing = [
+        hook.target
+        for hook in hooks
+        if hook.target not in HookRegistry._patched or not _is_in_place(hook)
+    ]
     if missing:
         raise HookError(
             f"hooks into SGLang that did not take in process {os.getpid()}: {', '.join(missing)}; "
             "SGLang's log above has the error, or another plugin replaced the same target"
         )
+
+
+def _is_in_place(hook: _Hook) -> bool:
+    """A class that another plugin replaced later is not."""
+    if hook.kind != "REPLACE":
+        return True
+    module, _, name = hook.target.rpartition(".")
+    return issubclass(pkgutil.resolve_name(f"{module}:{name}"), hook.function)
 
 
 def _refuse_to_start(error: ConserveError) -> NoReturn:

@@ -7,6 +7,10 @@ the same step, which takes numbers by name:
     conserve_ttft_ms, conserve_ttft_x    `slo.ttft`, as a time or as a factor
     conserve_tpot_ms, conserve_tpot_x    `slo.tpot`
     conserve_yield_ms                    `slo.yield_ms`
+    conserve_batches                     1 sends the lines of batches, 0 holds them
+
+The last one is for the HTTP process, on whose way the others pass; the scheduler keeps it to show
+it with them.
 
 Nothing is written to disk: a server starts with its configuration.
 """
@@ -21,12 +25,22 @@ import msgspec
 from conserve_sgl.config import SloConfig
 from conserve_sgl.errors import SettingError
 
-__all__ = ["OfflineWork", "Settings", "is_setting", "offline_number", "slo_numbers"]
+__all__ = [
+    "OfflineWork",
+    "Settings",
+    "batches_held",
+    "batches_number",
+    "is_setting",
+    "offline_number",
+    "slo_numbers",
+]
 
 _PREFIX = "conserve_"
 _OFFLINE = f"{_PREFIX}offline"
+_BATCHES = f"{_PREFIX}batches"
 _OBJECTIVES = ("ttft", "tpot")
 _UNITS = ("ms", "x")
+_MOST = 10**12  # milliseconds, 31 years
 
 
 class OfflineWork(IntEnum):
@@ -44,6 +58,7 @@ class Settings(msgspec.Struct, frozen=True):
 
     slo: SloConfig
     offline: OfflineWork = OfflineWork.RUNS
+    batches_held: bool = False
 
     @property
     def holds_offline(self) -> bool:
@@ -54,10 +69,12 @@ class Settings(msgspec.Struct, frozen=True):
         """These settings with `numbers`, by their names of the table above.
 
         Raises:
-            SettingError: an unknown name, or a value that the configuration would not take.
+            SettingError: an unknown name, no number, or one that the configuration would not take.
         """
         slo, offline = msgspec.structs.asdict(self.slo), self.offline
+        held = batches_held(numbers)
         for name, number in numbers.items():
+            _check_number(name, number)
             key, _, unit = name.removeprefix(_PREFIX).rpartition("_")
             if name == _OFFLINE:
                 offline = _offline(number)
@@ -65,11 +82,18 @@ class Settings(msgspec.Struct, frozen=True):
                 slo[key] = f"{number:.10g}{unit}"
             elif name == f"{_PREFIX}yield_ms":
                 slo["yield_ms"] = number
-            else:
+            elif name != _BATCHES:
                 raise SettingError(f"{name} is no setting")
         if self.offline is OfflineWork.ENDS:
             offline = OfflineWork.ENDS
-        return Settings(_checked(slo), offline)
+        return Settings(_checked(slo), offline, self.batches_held if held is None else held)
+
+
+def _check_number(name: str, number: object) -> None:
+    """It comes from a client, as whatever JSON knows."""
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    if not is_number or not abs(number) <= _MOST:
+        raise SettingError(f"{name} is a number from -{_MOST} to {_MOST}")
 
 
 def _offline(number: float) -> OfflineWork:
@@ -94,6 +118,25 @@ def is_setting(name: str) -> bool:
 def offline_number(work: OfflineWork) -> dict[str, float]:
     """What to send for offline work to run, pause or end."""
     return {_OFFLINE: int(work)}
+
+
+def batches_number(*, held: bool) -> dict[str, float]:
+    """What to send for the lines of batches to be held, or sent."""
+    return {_BATCHES: int(not held)}
+
+
+def batches_held(numbers: Mapping[str, float]) -> bool | None:
+    """Whether `numbers` ask for batches to be held; None where they do not say.
+
+    Raises:
+        SettingError: they say something else.
+    """
+    if _BATCHES not in numbers:
+        return None
+    number = numbers[_BATCHES]
+    if number not in (0, 1):
+        raise SettingError(f"{_BATCHES} is 0 or 1")
+    return number == 0
 
 
 def slo_numbers(

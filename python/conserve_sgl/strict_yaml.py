@@ -7,8 +7,9 @@ path (`$.slo.ttft_ms`), and the composed YAML nodes give the line of that path.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import yaml
@@ -25,13 +26,19 @@ _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<key>.+)`$")
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
-def load_yaml(path: Path | str, type_: type[T]) -> T:
+def load_yaml(path: Path | str, type_: type[T], *, changes: Mapping[str, str] | None = None) -> T:
     """Read one YAML document at `path` as a `type_`.
+
+    Args:
+        path: the file.
+        type_: what it holds.
+        changes: values, as YAML, that stand for those of the file, by dotted key.
 
     Raises:
         InputError: unreadable file, bad YAML, a repeated, unknown, missing or ill-typed key; the
-            error names file, line and key.
+            error names file, line and key, or the change.
     """
+    changes = changes or {}
     path = Path(path)
     try:
         node = yaml.compose(_read(path), Loader=yaml.SafeLoader)
@@ -46,17 +53,47 @@ def load_yaml(path: Path | str, type_: type[T]) -> T:
         raise InputError(path, f"is not YAML: {e}") from e
     except RecursionError as e:
         raise InputError(path, "is nested too deeply, or an alias stands for itself") from e
+    value = {} if value is None else value
+    for key, text in changes.items():
+        _change(value, key, text)
     try:
-        return msgspec.convert({} if value is None else value, type_)
+        return msgspec.convert(value, type_)
     except msgspec.ValidationError as e:
-        raise _located(path, node, str(e)) from e
+        fault = _located(path, node, str(e))
+        if (changed := _changed(changes, fault.key)) is None:
+            raise fault from e
+        reason = fault.reason if fault.key == changed else f"{fault.key}: {fault.reason}"
+        raise _bad_change(changed, changes[changed], reason) from e
+
+
+def _change(value: Any, key: str, text: str) -> None:
+    *path, last = key.split(".")
+    for step in path:
+        value = value.setdefault(step, {}) if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        raise _bad_change(key, text, "there is no such key")
+    try:
+        value[last] = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise _bad_change(key, text, "the value is not YAML") from e
+
+
+def _changed(changes: Mapping[str, str], key: str | None) -> str | None:
+    """The change that the key of a fault lies in, or that lies in what the key names."""
+    at = f"{key}."
+    inside = (c for c in changes if at.startswith(f"{c}.") or f"{c}.".startswith(at))
+    return next(inside, None) if key else None
+
+
+def _bad_change(key: str, text: str, reason: str) -> InputError:
+    return InputError(f"{key}={text}", reason)
 
 
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as e:
-        raise InputError(path, f"cannot be read: {e.strerror}") from e
+        raise InputError(path, f"cannot be read: {e.strerror or e}") from e
     except UnicodeDecodeError as e:
         raise InputError(path, f"is not UTF-8 text: {e.reason}") from e
 

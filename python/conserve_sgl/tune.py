@@ -38,7 +38,7 @@ def tune(
         ServerError: a server does not answer, refuses, or runs without conserve. Those before it
             are changed.
     """
-    table = Table("server", "offline", "waiting", "running", "ttft", "tpot", "yield_ms")
+    table = Table("server", "offline", "batches", "waiting", "running", "ttft", "tpot", "yield_ms")
     try:
         for url in endpoints:
             state = asyncio.run(_tune_one(url, numbers, api_key, admin_api_key))
@@ -98,6 +98,7 @@ def _cells(state: Mapping[str, Any]) -> list[str]:
     slo = state["slo"]
     return [
         "paused" if state["offline_paused"] else "runs",
+        "held" if state["batches_held"] else "run",
         str(state["offline_waiting"]),
         str(state["offline_running"]),
         slo["ttft"],

@@ -6,6 +6,7 @@ As a server of its own: `python fake_engine.py PORT CONFIG LOG`.
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import threading
 import time
@@ -49,8 +50,8 @@ class _KeyCheck:
 class FakeEngine:
     """Answers every text in capitals, unless `script` has a fault for it.
 
-    `always` is a fault for every request. While `gate` is not set no request is answered; one whose
-    client has gone ends with 400, as SGLang's do.
+    `always` is a fault for every request; the text `deadly` ends the process. While `gate` is not
+    set no request is answered; one whose client has gone ends with 400, as SGLang's do.
     """
 
     def __init__(self, api_key: str | None = None) -> None:
@@ -60,6 +61,9 @@ class FakeEngine:
         self.gate.set()
         self.answered: Counter[str] = Counter()
         self.order: list[str] = []
+        self.events: list[tuple[str, str]] = []
+        self.deadly = ""
+        self.loop: asyncio.AbstractEventLoop | None = None
         self.requests: list[tuple[str, dict[str, str], Any]] = []
         self.active = 0
         self.peak = 0
@@ -73,6 +77,7 @@ class FakeEngine:
         @asynccontextmanager
         async def lifespan(_: FastAPI):
             self.started += 1
+            self.loop = asyncio.get_running_loop()
             yield
             self.stopped += 1
 
@@ -92,6 +97,9 @@ class FakeEngine:
             return self._fault(self.always)
         if self.script.get(text):
             return self._fault(self.script[text].pop(0))
+        if text == self.deadly:
+            os._exit(1)
+        self.events.append(("begins", text))
         self.active += 1
         self.peak = max(self.peak, self.active)
         try:
@@ -102,6 +110,7 @@ class FakeEngine:
                     return JSONResponse({"message": "disconnected"}, 400)
         finally:
             self.active -= 1
+            self.events.append(("ends", text))
         self.answered[text] += 1
         self.on_answer(text)
         return JSONResponse(_completion(request.url.path, text))
@@ -197,6 +206,9 @@ class FakeServer:
             time.sleep(0.003)
         raise AssertionError("it did not come true")
 
+    def hold(self, held: bool) -> None:
+        self.engine.loop.call_soon_threadsafe(self.batches.hold, held)
+
     def stop(self) -> None:
         self._server.should_exit = True
         self._thread.join()
@@ -205,6 +217,7 @@ class FakeServer:
 def main(port: int, config: str, log: str) -> None:
     """A server of its own; the texts of requests go to the file `log` as they are answered."""
     engine = FakeEngine()
+    engine.deadly = "end the server"
     BatchServer(engine.app, ConserveConfig.load(config).batch)
     with Path(log).open("a", buffering=1) as answered:
         engine.on_answer = lambda text: answered.write(f"{text}\n")

@@ -157,6 +157,12 @@ def test_a_faulty_file_is_refused_whole(server, folder):
     assert not folder.output.exists()
 
 
+def test_a_stream_is_no_input(folder):
+    os.mkfifo(folder.input)
+    with pytest.raises(InputError, match="must be a regular file"):
+        folder.run("http://127.0.0.1:9")
+
+
 def test_a_file_that_is_not_there(server, folder):
     with pytest.raises(InputError, match="cannot be read"):
         folder.run(server.url)

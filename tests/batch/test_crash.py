@@ -17,7 +17,7 @@ import httpx
 import pytest
 import yaml
 
-from batch.lines import CHAT, requests
+from batch.lines import CHAT, jsonl, request, requests
 from conserve_sgl.bench.server import ManagedProcess, free_port
 
 LINES = 400
@@ -31,12 +31,16 @@ class Killable:
         self.folder = folder
         self.answered = folder / "answered.txt"
         self.answered.touch()
-        config = {"batch": {"storage_dir": str(folder / "storage"), "max_in_flight": 8}}
-        (folder / "conserve.yaml").write_text(yaml.safe_dump(config))
+        # These kills are no line's fault, and may find the same one in flight several times.
+        self.configure(max_deaths=100)
         self._env = {
             "PYTHONPATH": os.pathsep.join([str(checkout / d) for d in ("python", "tests")])
         }
         self._process: ManagedProcess | None = None
+
+    def configure(self, **batch: int) -> None:
+        batch |= {"storage_dir": str(self.folder / "storage"), "max_in_flight": 8}
+        (self.folder / "conserve.yaml").write_text(yaml.safe_dump({"batch": batch}))
 
     def start(self) -> None:
         port = free_port()
@@ -66,6 +70,15 @@ class Killable:
             assert time.monotonic() < deadline_s, self._process.log_tail()
             time.sleep(0.01)
         return value
+
+    def has_died_or_batch_is_over(self, batch_id: str) -> bool:
+        """Whether it has died; False once the batch is over."""
+        while self._process.returncode is None:
+            with suppress(httpx.TransportError):
+                if self.batch(batch_id)["status"] == "completed":
+                    return False
+            time.sleep(0.01)
+        return True
 
     def _answers(self) -> bool:
         try:
@@ -130,6 +143,26 @@ def test_killed_at_any_moment_it_loses_and_repeats_no_line(killable):
     # What was in flight when it was killed was sent again, and nothing else was.
     again = sum(killable.answers().values()) - LINES
     assert 0 <= again <= 8 * kills
+
+
+def test_a_line_that_ends_the_server_ends_two_of_them_and_no_more(killable):
+    content = requests(20) + jsonl(request("deadly", "end the server"))
+    killable.configure()  # two deaths are the default
+    killable.start()
+    batch_id = killable.create(killable.upload(content))
+    deaths = 0
+    while killable.has_died_or_batch_is_over(batch_id):
+        deaths += 1
+        killable.kill()
+        killable.start()
+    assert deaths == 2
+    batch = killable.batch(batch_id)
+    assert batch["status"] == "completed"
+    assert batch["request_counts"] == {"total": 21, "completed": 20, "failed": 1}
+    (line,) = killable.http.get(f"/files/{batch['error_file_id']}/content").text.splitlines()
+    assert json.loads(line)["custom_id"] == "deadly"
+    error = {"code": "server_died", "message": "the server died 2 times while it ran"}
+    assert json.loads(line)["error"] == error
 
 
 def test_killed_while_it_takes_files_and_batches_in(killable):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from typing import Any
 
@@ -89,6 +90,17 @@ def test_the_other_endpoints(server, client, endpoint, body):
     assert batch.usage.input_tokens == 2
     ((path, _, sent),) = server.engine.requests
     assert (path, sent) == (endpoint, body)
+
+
+def test_characters_that_end_a_line_for_some_readers_do_not_end_one_of_a_result(server, client):
+    text = "a\u2028b\u2029c\x85d"
+    batch = create(client, jsonl(request(text, text), request("wrong", "word 1")))
+    server.engine.script = {"word 1": [(400, {})]}
+    batch = ended(server, client, batch, "completed")
+    (line,) = client.files.content(batch.output_file_id).iter_lines()
+    assert json.loads(line)["custom_id"] == text
+    answer = json.loads(line)["response"]["body"]["choices"][0]["message"]["content"]
+    assert answer == text.upper()
 
 
 def test_every_request_is_offline_and_names_its_job(server, client):
@@ -336,7 +348,38 @@ def test_a_fault_of_ours_fails_the_batch_and_keeps_what_was_done(server, client,
     assert len(lines(client, batch.output_file_id)) == batch.request_counts.completed > 0
 
 
+def test_fields_that_are_null_are_not_sent(server, client):
+    """To OpenAI they say nothing; SGLang refuses most of them."""
+    body = {"stream": None, "n": None, "stop": ["null"], "metadata": {"a": None}, "seed": 3}
+    ended(server, client, create(client, requests(1, body=body)), "completed")
+    ((_, _, sent),) = server.engine.requests
+    messages = [{"role": "user", "content": "word 0"}]
+    kept = {"stop": ["null"], "metadata": {"a": None}, "seed": 3}
+    assert sent == {"model": "m", "messages": messages} | kept
+
+
 # ------------------------------------------------------------------ restarts
+
+
+def test_the_counts_do_not_fall_over_a_restart(start_server, connect, tmp_path):
+    server = start_server(max_in_flight=4)
+    client = connect(server)
+    server.engine.script = {"word 3": [(429, {"retry-after": "999999"})], "word 5": [(400, {})]}
+    batch = create(client, requests(10))
+    server.wait_until(lambda: len(server.engine.answered) == 8, step_s=0.0)
+    server.wait_until(
+        lambda: client.batches.retrieve(batch.id).request_counts.failed == 1, step_s=0.0
+    )
+    before = client.batches.retrieve(batch.id).request_counts
+    # As a death leaves it: the counts in the store are those of some time before.
+    folder = shutil.copytree(tmp_path / "storage", tmp_path / "copy")
+
+    again = start_server(folder=folder, start="held")
+    client = connect(again)
+    assert client.batches.retrieve(batch.id).request_counts == before
+    again.hold(False)
+    batch = ended(again, client, batch, "completed")
+    assert batch.request_counts.to_dict() == {"total": 10, "completed": 9, "failed": 1}
 
 
 def test_a_restart_goes_on_and_repeats_nothing(start_server, connect):

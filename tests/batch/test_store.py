@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from conserve_sgl.batch.schema import Batch, BatchRecord, FileObject, new_batch_id, new_file_id
-from conserve_sgl.batch.store import FileInUse, Storage, Store
+from conserve_sgl.batch.store import FileInUse, Line, Storage, Store
 from conserve_sgl.errors import StorageError
 
 NOW = 1000
@@ -223,3 +223,15 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 def test_the_folder_is_private(storage):
     assert storage.folder.stat().st_mode & 0o077 == 0
+
+
+async def test_a_database_of_before_lines_were_marked_goes_on(storage):
+    store = await Store.open(storage)
+    await store.close()
+    with sqlite3.connect(storage.database) as db:
+        db.execute("DROP TABLE lines")
+    store = await Store.open(storage)
+    assert await store.count_deaths() == []
+    await store.mark_lines({Line("b", "r0"): True})
+    assert await store.count_deaths() == [Line("b", "r0")]
+    await store.close()

@@ -31,6 +31,7 @@ class FakeEngine:
         self.headers: list[dict[str, str]] = []
         self.in_hand = self.most_in_hand = 0
         self.started_s = time.monotonic()
+        self.told: dict[str, float] = {}
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -40,6 +41,8 @@ class FakeEngine:
         app.router.add_get("/metrics", self.metrics)
         app.router.add_get("/server_info", self.server_info)
         app.router.add_post("/generate", self.generate)
+        app.router.add_post("/flush_cache", self.flush_cache)
+        app.router.add_post("/set_internal_state", self.set_internal_state)
         return app
 
     async def health(self, _: web.Request) -> web.Response:
@@ -57,8 +60,21 @@ class FakeEngine:
             "arrivals_received": 4,
             "arrival_ms": {"p50": 1.5, "p99": 2.5},
             "on": True,
+            "offline_paused": False,
+            "offline_waiting": 0,
+            "offline_running": self.in_hand,
+            "slo": {"ttft": "1x", "tpot": "1x", "yield_ms": 5},
+            "told": self.told,
         }
         return web.json_response({"internal_states": [{"conserve": state}]})
+
+    async def flush_cache(self, _: web.Request) -> web.Response:
+        print("caches emptied", flush=True)
+        return web.Response()
+
+    async def set_internal_state(self, request: web.Request) -> web.Response:
+        self.told = (await request.json())["server_args"]
+        return web.json_response([True])
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         self.in_hand += 1
@@ -128,6 +144,9 @@ class Mortal(FakeEngine):
 
 
 async def app() -> web.Application:
+    if log := os.environ.get("CONSERVE_STEP_LOG"):
+        with open(log, "a") as file:
+            file.write("a step\n")
     mortal = [int(word) for word in sys.argv[2:3] if word.isdigit()]
     return (Mortal(*mortal) if mortal else FakeEngine()).app()
 

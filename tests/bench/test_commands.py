@@ -26,8 +26,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict:
     """What `run_bench` was called with."""
     calls: dict = {}
 
-    def run_bench(path: Path, **options: object) -> None:
+    def run_bench(path: Path, **options: object) -> bool:
         calls.update(options, path=path)
+        return options["time_limit_s"] > 1
 
     monkeypatch.setattr("conserve_sgl.bench.command.run_bench", run_bench)
     return calls
@@ -47,7 +48,8 @@ def test_the_commands_of_the_page_are_understood(checkout: Path, asked: dict) ->
 def test_options_and_flags_reach_the_benchmark(asked: dict) -> None:
     done = run(
         *("a.yaml", "--systems", "x,y", "--repeats", "3", "--duration", "5", "--model", "m"),
-        *("--trace", "t", "--out", "o", "--fresh", "--", "--dtype=float32"),
+        *("--trace", "t", "--out", "o", "--fresh", "--time-limit", "9", "--no-pictures"),
+        *("--", "--dtype=float32"),
     )
 
     assert done.exit_code == 0, done.output
@@ -61,8 +63,15 @@ def test_options_and_flags_reach_the_benchmark(asked: dict) -> None:
         "trace": Path("t"),
         "out": Path("o"),
         "fresh": True,
+        "time_limit_s": 9.0,
+        "pictures": False,
         "flags": ["--dtype=float32"],
     }
+
+
+def test_runs_that_were_left_out_show_in_the_exit_code(asked: dict) -> None:
+    assert run("a.yaml", "--time-limit", "1").exit_code == 3
+    assert asked["path"] == Path("a.yaml")
 
 
 @pytest.mark.parametrize(

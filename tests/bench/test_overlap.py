@@ -58,7 +58,11 @@ def test_a_trace_without_a_gpu_says_so(tmp_path):
     )
 
 
-@pytest.mark.parametrize("content", [b"", b"{", gzip.compress(b"[1]"), gzip.compress(b"{}")])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", gzip.compress(b"[1]", mtime=0), gzip.compress(b"{}", mtime=0)],
+    ids=["empty", "cut off", "a list", "an object"],
+)
 def test_what_is_no_trace_is_named(tmp_path, content):
     path = tmp_path / "t.json.gz"
     path.write_bytes(content)

@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from conserve_sgl.bench.command import compare_folders, run_bench
-from conserve_sgl.bench.results import by_system, read_folder
+from conserve_sgl.bench.results import by_system, read_folder, run_folder
 from conserve_sgl.bench.systems import BenchConfig, SystemConfig
 from conserve_sgl.bench.tables import Harvest
 from conserve_sgl.config import CONFIG_ENV
@@ -62,8 +62,8 @@ class Bench:
         path.write_text(yaml.safe_dump(self.content))
         return path
 
-    def run(self, **options: object) -> None:
-        run_bench(self.write(), console=self.console, out=self.out, **options)
+    def run(self, **options: object) -> bool:
+        return run_bench(self.write(), console=self.console, out=self.out, **options)
 
 
 @pytest.fixture
@@ -210,6 +210,48 @@ def test_a_server_that_dies_under_load_ends_the_benchmark_at_once(bench: Bench) 
 
     with pytest.raises(InputError, match="no finished run"):
         read_folder(bench.out)
+
+
+def test_systems_that_start_alike_share_a_server(bench: Bench, started: list[str]) -> None:
+    bench.content["server"] = {"shared": True, "step_log": True}
+    ours = bench.content["systems"].pop()
+    at = [{"slo": {"tpot": tpot, "yield_ms": 3}, "offline": {}} for tpot in ("25ms", "1.5x")]
+    slow = {"slo": {"ttft_ms": 7, "tpot_ms": 8}, "window_s": 0.25}
+    bench.content["systems"] += [
+        {**ours, "conserve": at[0]},
+        {**ours, "name": "slow", "conserve": at[1], **slow},
+        {**ours, "name": "other", "conserve": {"memory": {"online_reserve": 0.5}}},
+    ]
+
+    bench.run()
+
+    assert started == ["online-only", "ours", "other"]
+    runs = {r.run.system.name: r for r in read_folder(bench.out)}
+    assert "told.conserve_tpot_x" not in runs["ours"].run.counters_before
+    assert runs["slow"].run.counters_before["told.conserve_tpot_x"] == 1.5
+    assert runs["slow"].run.counters_before["told.conserve_yield_ms"] == 3
+    assert (runs["slow"].run.slo.ttft_ms, runs["ours"].run.slo.ttft_ms) == (7, 60_000)
+    assert runs["slow"].run.window_s == 0.25
+    assert {r.due_s for r in runs["slow"].online} < {r.due_s for r in runs["ours"].online}
+    logs = {name: run_folder(bench.out, name, 1) / "server.log" for name in runs}
+    assert "caches emptied" not in logs["online-only"].read_text()
+    assert logs["offline-only"].read_text().startswith("caches emptied")
+    steps = {name: (log.parent / "steps.jsonl").read_text() for name, log in logs.items()}
+    assert [name for name, text in steps.items() if text] == ["online-only", "ours", "other"]
+
+
+def test_what_would_not_end_in_time_is_not_begun(bench: Bench, started: list[str]) -> None:
+    bench.content["online"]["duration_s"] = 600.0  # the test's own time limit is shorter
+    for system in (0, 2):
+        bench.content["systems"][system]["window_s"] = 0.5
+
+    assert not bench.run(time_limit_s=300.0)
+
+    assert started == ["online-only", "ours"]
+    assert "No time was left for offline-only" in bench.console.file.getvalue()
+    assert not bench.run(time_limit_s=0.0, fresh=True)
+    assert started == ["online-only", "ours"]
+    assert bench.run(systems=["ours"])
 
 
 BENCH_IN_A_PROCESS = """

@@ -14,42 +14,9 @@ from conserve_sgl.bench.stretch import (
     device_counters,
     device_record,
     host_arrivals,
-    host_config,
     host_conserve,
 )
-from conserve_sgl.bench.systems import BenchConfig
 from conserve_sgl.config import ConserveConfig, SloConfig
-
-LENGTHS = {"median_tokens": 5, "max_tokens": 5}
-CONFIG = msgspec.convert(
-    {
-        "seed": 1,
-        "slo": {"ttft_ms": 500, "tpot_ms": 25},
-        "emulated": {"device": "some-gpu", "time_scale": 4},
-        "online": {
-            "arrivals": {"kind": "gamma", "rate_per_s": 5, "prompt": LENGTHS, "output": LENGTHS},
-            "duration_s": 45,
-            "drain_s": 12,
-        },
-        "offline": {
-            "in_flight": 2,
-            "lead_s": 6,
-            "backlog": {"kind": "random", "prompt": LENGTHS, "output": LENGTHS},
-        },
-        "systems": [{"name": "plain", "kind": "stock"}],
-    },
-    BenchConfig,
-)
-
-
-def test_phases_are_longer_and_what_is_sent_is_the_same() -> None:
-    stretched = host_config(CONFIG, CONFIG.time_scale)
-
-    assert (stretched.online.duration_s, stretched.online.drain_s) == (180, 48)
-    assert stretched.offline.lead_s == 24
-    assert stretched.slo == CONFIG.slo  # requests are judged in device time
-    assert stretched.online.arrivals == CONFIG.online.arrivals
-    assert stretched.offline.backlog == CONFIG.offline.backlog
 
 
 def test_arrivals_come_later() -> None:

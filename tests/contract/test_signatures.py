@@ -29,6 +29,8 @@ SIGNATURES_BY_MODULE = {
         "Scheduler.init_chunked_prefill": "(self)",
         "Scheduler.init_schedule_policy": "(self)",
         "Scheduler.init_invariant_checker": "(self)",
+        "Scheduler.init_batch_result_processor": "(self)",
+        "Scheduler.collect_inflight_reqs": "(self)",
         "Scheduler.init_metrics_reporter": "(self)",
         "Scheduler.ingest_requests": "(self, stop_at_pause=False)",
         "Scheduler._add_request_to_queue": "(self, req, is_retracted=False)",
@@ -51,6 +53,12 @@ SIGNATURES_BY_MODULE = {
         "Scheduler.set_internal_state": "(self, recv_req)",
         "Scheduler": "(server_args, port_args)",
         "_make_abort_req": "(req, finished_reason=None)",
+    },
+    "sglang.srt.managers.scheduler_components.batch_result_processor": {
+        "SchedulerBatchResultProcessor._append_prefill_hidden_states": (
+            "(self, *, req, logits_output, hidden_state_offset, capture_hidden_mode, "
+            "extend_input_len, store=True)"
+        ),
     },
     "sglang.srt.managers.schedule_batch": {
         "release_req": (
@@ -146,6 +154,10 @@ SIGNATURES_BY_MODULE = {
         "TokenizerManager.set_internal_state": "(self, obj)",
         "TokenizerManager.init_ipc_channels": "(self, port_args)",
         "TokenizerManager._init_req_state": "(self, obj, request=None)",
+        "TokenizerManager._create_tokenized_object": (
+            "(self, obj, input_text, input_ids, input_embeds=None, mm_inputs=None, "
+            "token_type_ids=None)"
+        ),
     },
     "sglang.srt.model_executor.model_runner": {
         "ModelRunner.forward": (
@@ -155,6 +167,9 @@ SIGNATURES_BY_MODULE = {
     },
     "sglang.srt.managers.cache_controller": {
         "LayerDoneCounter.wait_until": "(self, threshold)",
+    },
+    "sglang.srt.managers.io_struct": {
+        "GenerateReqInput._handle_parallel_sampling": "(self)",
     },
     "sglang.srt.managers.utils": {
         "is_health_check_generate_req": "(recv_req)",
@@ -287,6 +302,10 @@ OVERRIDERS = {
     ("engine/scheduler.py", "ConserveScheduler"): "sglang.srt.managers.scheduler:Scheduler",
     ("engine/scheduler.py", "_OnlineFirst"): "sglang.srt.managers.schedule_policy:SchedulePolicy",
     ("engine/adder.py", "ConserveAdder"): "sglang.srt.managers.schedule_policy:PrefillAdder",
+    ("engine/hidden_states.py", "_Processor"): (
+        "sglang.srt.managers.scheduler_components.batch_result_processor"
+        ":SchedulerBatchResultProcessor"
+    ),
     ("engine/invariants.py", "_Checker"): (
         "sglang.srt.managers.scheduler_components.invariant_checker:SchedulerInvariantChecker"
     ),
@@ -346,7 +365,7 @@ def test_every_attribute_of_the_host_that_is_read_is_there(ours, theirs):
 @pytest.mark.parametrize(("ours", "theirs"), OVERRIDERS.items(), ids=OVERRIDER_IDS)
 def test_no_attribute_of_ours_has_a_name_of_the_host_s_by_chance(ours, theirs):
     taken_on_purpose = {"policy", "invariant_checker", "waiting_queue", "chunked_req"}
-    taken_on_purpose |= {"is_mixed_chunk"}
+    taken_on_purpose |= {"is_mixed_chunk", "batch_result_processor"}
     taken_on_purpose |= {"rem_chunk_tokens", "req_states"}
     taken_on_purpose |= {"processed_tokens_counter", "_pending_chunked_abort_req"}
     assigned = uses_of_self(class_in(*ours), ast.Store)

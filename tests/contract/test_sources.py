@@ -74,7 +74,8 @@ RELIED = [
     Relied(
         _SCHEDULER + "abort_request",
         "b16ca1103b1df7f5",
-        "ConserveScheduler.abort_request: how requests in waiting_queue are matched and answered",
+        "ConserveScheduler.abort_request: how requests in waiting_queue are matched and answered; "
+        "engine/namesakes.py: where else it looks for requests",
     ),
     Relied(
         _SCHEDULER + "process_pending_chunked_abort",

@@ -16,6 +16,8 @@ from typing import Any
 import openai
 import pytest
 
+from support.server import OFFLINE
+
 # Less than the suite's limit: a server that stands still is found while its fixture can stop it.
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 
@@ -30,18 +32,26 @@ class Restartable:
     def __init__(self, start_server: Callable[..., Any], model: Path, storage: Path) -> None:
         self._start_server = start_server
         self._model = model
-        self._config = f"batch: {{storage_dir: {storage}, max_in_flight: 8}}"
+        self._storage = storage
         self.start()
 
-    def start(self) -> None:
-        starting = self._start_server(self._model, f"--api-key={KEY}", config=self._config)
+    def start(self, start: str = "run") -> None:
+        config = f"batch: {{storage_dir: {self._storage}, max_in_flight: 8, start: {start}}}"
+        starting = self._start_server(self._model, f"--api-key={KEY}", config=config)
         with starting as self.server:
             pass  # it stays until another one is asked for
         self.server.http.headers["Authorization"] = f"Bearer {KEY}"
 
+    def log(self) -> str:
+        return self.server.process.log_path.read_text()
+
     def kill(self) -> None:
         os.killpg(self.server.process.pid, signal.SIGKILL)
         self.server.process.wait(10)
+
+    def terminate(self) -> None:
+        os.kill(self.server.process.pid, signal.SIGTERM)
+        self.server.process.wait(60)
 
     def client(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(**self.options(**options))
@@ -175,6 +185,7 @@ def test_a_killed_server_goes_on_where_it_stopped(running):
     running.kill()
     running.start()
     assert running.server.state()["profiles_measured"] == 0  # the first start left one
+    assert "died with 8 lines of batches in flight" in running.log()
     with running.client() as client:
         batch = until(client, batch_id, over)
         assert batch.status == "completed"
@@ -183,3 +194,31 @@ def test_a_killed_server_goes_on_where_it_stopped(running):
         assert sorted(lines(client, batch.output_file_id)) == sorted(f"r{i}" for i in range(60))
     assert running.server.offline_accepted() < 60
     running.server.assert_idle_and_balanced()
+
+
+def test_a_server_that_was_told_to_stop_has_not_died_and_one_that_is_held_sends_nothing(running):
+    bodies = [chat_body(f"tale {i}", tokens=400) for i in range(20)]
+    with running.client() as client:
+        batch_id = create(client, jsonl(CHAT, bodies)).id
+        until(client, batch_id, lambda batch: batch.request_counts.completed >= 1)
+    running.terminate()
+    running.start("held")
+    assert "lines of batches in flight" not in running.log()
+    server = running.server
+    assert server.state()["batches_held"]
+    with running.client() as client:
+        done = client.batches.retrieve(batch_id).request_counts.completed
+        assert done < 20
+        server.generate("offline work that is no batch's", headers=OFFLINE)
+        assert server.offline_accepted() == 1
+        assert server.set_internal_state({"conserve_batches": 1})
+        assert not server.state()["batches_held"]
+        batch = until(client, batch_id, over)
+        assert batch.request_counts.to_dict() == {"total": 20, "completed": 20, "failed": 0}
+        assert server.offline_accepted() == 1 + 20 - done
+        assert server.set_internal_state({"conserve_batches": 0})
+        held = create(client, jsonl(CHAT, bodies[:2])).id
+        until(client, held, lambda batch: batch.status == "in_progress")
+        assert client.batches.cancel(held).status == "cancelling"
+        assert server.set_internal_state({"conserve_batches": 1})
+    server.assert_idle_and_balanced()

@@ -15,7 +15,12 @@ from support.server import OFFLINE, until
 pytestmark = pytest.mark.engine
 
 CONFIG = "offline: {queue_requests: 24, no_deadline_share: 0}"
-FLAGS = ("--max-running-requests=2", "--enable-metrics", "--enable-custom-logit-processor")
+FLAGS = (
+    "--max-running-requests=2",
+    "--enable-metrics",
+    "--enable-custom-logit-processor",
+    "--sleep-on-idle",  # the harder case for what is written while nothing runs
+)
 PROMPT = "the quick brown fox jumps over the lazy dog"
 
 
@@ -56,6 +61,16 @@ def in_queue(server, pool, *tags: dict[str, str], first_tokens: int = 400) -> li
     return futures
 
 
+def test_what_is_done_is_no_longer_shown_as_running_though_the_engine_sleeps(server):
+    for n in range(1, 4):
+        server.generate(PROMPT, headers=OFFLINE)
+        # Only this is read: /server_info would wake the engine.
+        until(lambda n=n: samples(server)["conserve:offline_finished_total"][""] == n)
+        assert samples(server)["conserve:offline_running_reqs"][""] == 0
+    state = server.state()
+    assert (state["offline_running"], state["offline_finished"]) == (0, 3)
+
+
 def test_every_metric_is_scraped_and_says_what_the_state_says(server):
     before = server.state()
     server.generate(PROMPT)
@@ -69,7 +84,8 @@ def test_every_metric_is_scraped_and_says_what_the_state_says(server):
     )
     assert prompt_tokens == answer["prompt_tokens"]
 
-    until(lambda: samples(server)["conserve:offline_finished_total"][""] == 1)
+    finished = state["offline_finished"]
+    until(lambda: samples(server)["conserve:offline_finished_total"][""] == finished)
     found = samples(server)
     for metric in METRICS:
         if metric.key.startswith("latency"):
@@ -158,6 +174,22 @@ def test_a_full_queue_says_when_to_come_back_and_counts_it(server):
     assert len(refused) == 40 - sum(answer.status_code == 200 for answer in answers) > 0
     assert all(5 <= int(answer.headers["retry-after"]) <= 60 for answer in refused)
     assert samples(server)["conserve:offline_http_refused_total"][""] == len(refused)
+    server.assert_idle_and_balanced()
+
+
+@pytest.mark.parametrize("headers", [OFFLINE, {}], ids=["offline", "online"])
+def test_an_abort_ends_the_request_of_that_id_and_none_that_begins_so(server, pool, headers):
+    def ask(rid: str) -> Future:
+        params = {"max_new_tokens": 600, "ignore_eos": True}
+        text = f"{PROMPT} {rid}"
+        return pool.submit(server.generate, text, rid=rid, sampling_params=params, headers=headers)
+
+    with server.slow_steps(0.02):
+        asked = {rid: ask(rid) for rid in ("job-1", "job-10", "job-11", "job-12")}
+        while not asked["job-1"].done():  # it may be on its way to the scheduler still
+            server.http.post("/abort_request", json={"rid": "job-1"}).raise_for_status()
+    endings = {rid: f.result()["meta_info"]["finish_reason"]["type"] for rid, f in asked.items()}
+    assert endings == {"job-1": "abort", "job-10": "length", "job-11": "length", "job-12": "length"}
     server.assert_idle_and_balanced()
 
 

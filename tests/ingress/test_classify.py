@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from conserve_sgl.ingress.classify import (
     split_prefix,
 )
 from conserve_sgl.policy import ServiceClass
+from conserve_sgl.policy.job_tag import LONGEST_LEFT_S
 
 ONLINE, OFFLINE = ServiceClass.ONLINE, ServiceClass.OFFLINE
 OURS, GATEWAY = b"x-sgl-conserve-class", b"x-smg-priority"
@@ -114,6 +116,15 @@ def test_a_body_that_cannot_be_read_asks_for_nothing(body):
     assert class_from_body(body) is None
 
 
+@pytest.mark.parametrize(
+    "rest",
+    [b'"temperature": NaN', b'"metadata": {"a": "\\ud800"}', b'"temperature": -Infinity'],
+    ids=["no number", "half a surrogate pair", "infinity"],
+)
+def test_a_body_that_only_sglang_takes_for_json_keeps_its_class(rest):
+    assert class_from_body(b'{"service_tier": "flex", ' + rest + b"}") is OFFLINE
+
+
 def test_the_rest_of_a_body_is_skipped():
     body = {"input_ids": list(range(1000)), "service_tier": "flex", "text": "é" * 100}
     assert class_from_body(json.dumps(body, ensure_ascii=False).encode()) is OFFLINE
@@ -149,6 +160,9 @@ FAIRNESS, SLO = b"x-gateway-inference-fairness-id", b"x-slo-ttft-ms"
         pytest.param([(SLO, b"nan")], AskedJob(), id="or is no number"),
         pytest.param([(FAIRNESS, b"  ")], AskedJob(), id="or is empty"),
         pytest.param([(FAIRNESS, b"y" * 300)], AskedJob(job="y" * 128), id="or is too long"),
+        pytest.param([(FAIRNESS, b"a\x07b")], AskedJob(job="ab"), id="or cannot be printed"),
+        pytest.param([(SLO, b"-1e308")], AskedJob(), id="or is further off than anybody means"),
+        pytest.param([(DEADLINE, b"1e10")], AskedJob(left_s=1e10), id="the longest deadline"),
     ],
 )
 def test_the_job_of_the_headers(headers, expected):
@@ -166,6 +180,8 @@ def test_the_job_of_the_headers(headers, expected):
         (DEADLINE, b"nan", "number"),
         (DEADLINE, b"inf", "number"),
         (DEADLINE, b"1e999", "number"),
+        (DEADLINE, b"-1e308", "from -10000000000 to 10000000000, not '-1e308'"),
+        (DEADLINE, b"9" * 5000, "number"),
     ],
 )
 def test_a_job_that_cannot_be_used_is_an_error(header, value, reason):
@@ -197,6 +213,9 @@ def test_the_job_of_the_body(metadata, expected):
         ({"conserve_deadline_s": "soon"}, "metadata.conserve_deadline_s: must be a number"),
         ({"conserve_deadline_s": [1]}, "metadata.conserve_deadline_s"),
         ({"conserve_deadline_s": 10**400}, "metadata.conserve_deadline_s"),
+        ({"conserve_deadline_s": -1e308}, "metadata.conserve_deadline_s: must be a number"),
+        ({"conserve_deadline_s": 10**10 + 1}, "metadata.conserve_deadline_s: must be a number"),
+        ({"conserve_job": "\ud800"}, "metadata.conserve_job"),
     ],
 )
 def test_a_job_in_the_body_that_cannot_be_used_is_an_error(metadata, reason):
@@ -207,3 +226,46 @@ def test_a_job_in_the_body_that_cannot_be_used_is_an_error(metadata, reason):
 @given(st.binary())
 def test_a_body_that_is_no_json_names_no_job(body):
     assert job_from_body(b'"conserve_' + body) == AskedJob()
+
+
+# What a client may write where a number is meant: every float and integer, and other texts.
+NUMBERS = st.floats() | st.integers() | st.integers(10**300, 10**310) | st.booleans()
+VALUES = NUMBERS | st.text() | st.none() | st.lists(NUMBERS, max_size=2)
+
+
+def assert_usable(asked: AskedJob) -> None:
+    assert asked.left_s is None or -LONGEST_LEFT_S <= asked.left_s <= LONGEST_LEFT_S
+    assert asked.job is None or (0 < len(asked.job) <= 128 and asked.job.isprintable())
+
+
+def assert_usable_or_refused(read: Callable[[], AskedJob], name: str) -> None:
+    """Nothing else may come of it; the refusal names the field, and is no longer than a line."""
+    try:
+        asked = read()
+    except ValueError as e:
+        refusal = str(e)
+    else:
+        assert_usable(asked)
+        return
+    assert refusal.startswith(f"{name}: must be ")
+    assert len(refusal) < 400
+
+
+def header_bytes(value: object) -> bytes:
+    return str(value).encode("utf-8", "replace")
+
+
+@given(st.sampled_from([JOB, DEADLINE]), VALUES.map(header_bytes))
+def test_a_header_of_ours_is_refused_by_its_name_or_within_bounds(header, value):
+    assert_usable_or_refused(lambda: job_from_headers([(header, value)]), header.decode())
+
+
+@given(st.sampled_from([FAIRNESS, SLO]), VALUES.map(header_bytes))
+def test_a_header_of_a_gateway_s_is_within_bounds_or_ignored(header, value):
+    assert_usable(job_from_headers([(header, value)]))
+
+
+@given(st.sampled_from(["conserve_job", "conserve_deadline_s"]), VALUES)
+def test_metadata_is_refused_by_its_name_or_within_bounds(key, value):
+    body = json.dumps({"metadata": {key: value}}).encode()
+    assert_usable_or_refused(lambda: job_from_body(body), f"metadata.{key}")

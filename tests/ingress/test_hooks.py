@@ -96,6 +96,25 @@ def started(*, default: int | None = None, low_values_first: bool = False) -> In
     return ingress
 
 
+@pytest.mark.usefixtures("senders")
+def test_refusals_are_counted_under_the_name_that_the_model_is_served_by(monkeypatch):
+    """The flag of that name is None where the model's path is its name."""
+    named: list[str] = []
+    monkeypatch.setattr(
+        "conserve_sgl.ingress.hooks.refusal_counter", lambda name: named.append(name)
+    )
+    args = SimpleNamespace(
+        default_priority_value=None,
+        schedule_low_priority_values_first=False,
+        enable_metrics=True,
+        served_model_name=None,
+    )
+    manager = SimpleNamespace(server_args=args, served_model_name="models/m")
+    ports = SimpleNamespace(instance_id="engine-1")
+    Ingress(ConserveConfig(), is_health_check).after_init_ipc_channels(None, manager, ports)
+    assert named == ["models/m"]
+
+
 def through(ingress: Ingress, request: Any) -> Any:
     """`request` after the hook; SGLang calls it with the HTTP request, or without."""
     manager = SimpleNamespace(preferred_sampling_params=None)

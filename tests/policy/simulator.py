@@ -136,7 +136,7 @@ class Engine:
     def _form(self, plan: StepPlan) -> tuple[StepWork, int, int, list[Job]]:
         prompts: list[tuple[int, int]] = []
         self._completed: list[Job] = []
-        online_tokens = self._prefill_online(plan, prompts)
+        online_tokens = self._prefill_online(prompts)
         offline_tokens = 0
         if not (self.chunk or self.waiting) and not online_tokens:
             offline_tokens = self._prefill_offline(plan, prompts)
@@ -145,8 +145,8 @@ class Engine:
         self.rows_decoded = bool(decoding) or not prompts
         return work, online_tokens, offline_tokens, decoding
 
-    def _prefill_online(self, plan: StepPlan, prompts: list[tuple[int, int]]) -> int:
-        left = min(plan.online_prefill_tokens, self.chunk_tokens)
+    def _prefill_online(self, prompts: list[tuple[int, int]]) -> int:
+        left = self.chunk_tokens
         spent = 0
         while left > 0 and (self.chunk or self.waiting):
             job = self.chunk or self.waiting[0]
@@ -233,7 +233,8 @@ class Engine:
     def view(self) -> StepView:
         online = [job for job in self.running if not job.offline]
         offline = [job for job in self.running if job.offline]
-        dues = [self.slo.next_due_s(j.token_times_s[0], len(j.token_times_s)) for j in online]
+        pace = self.policy.pace
+        dues = [pace.next_due_s(j.token_times_s[0], len(j.token_times_s)) for j in online]
         return StepView(
             now_s=self.now_s,
             online_prompts=tuple(
@@ -245,8 +246,8 @@ class Engine:
                 for job in [*([self.chunk] if self.chunk else []), *self.waiting]
             ),
             online_decoding=_rows(online),
-            offline_due_s=min((due[0] for due in dues), default=inf),
-            online_due_s=min((due[1] for due in dues), default=inf),
+            online_due_s=min((due[0] for due in dues), default=inf),
+            online_late_s=min((due[1] for due in dues), default=inf),
             offline_waiting=len(self.backlog),
             offline_chunk=self.offline_chunk
             and Prompt(

@@ -11,7 +11,16 @@ from typing import Any, ClassVar
 import msgspec
 import pytest
 
-from conserve_sgl.policy import OnlineReserve, Prompt, Rows, SlackBudget, StepPlan, StepView
+from conserve_sgl.policy import (
+    OnlineReserve,
+    Prompt,
+    Rows,
+    SlackBudget,
+    StepPlan,
+    StepView,
+    StepWork,
+)
+from conserve_sgl.policy.budget import StepTimes
 from conserve_sgl.policy.slo import Factor, Seconds, Slo
 from policy.simulator import LinearTimes
 
@@ -31,9 +40,21 @@ VIEW = StepView(
 )
 
 
-def due(in_s: float) -> dict[str, float]:
-    """When the next online token is due in a step with offline work; 10 ms later in one without."""
-    return {"offline_due_s": NOW + in_s, "online_due_s": NOW + in_s + 0.01}
+def due(in_s: float, late_s: float | None = None) -> dict[str, float]:
+    """When the next online token is due, and when it is with the reserve spent."""
+    return {"online_due_s": NOW + in_s, "online_late_s": NOW + (in_s if late_s is None else late_s)}
+
+
+class DearRows(LinearTimes):
+    """Rows cost ten times as much in a step with a prompt."""
+
+    def predict_s(self, work: StepWork) -> float:
+        dear = 9 * self.row * work.decode_rows if work.prefill_tokens else 0.0
+        return super().predict_s(work) + dear
+
+    def prefill_tokens_within_s(self, budget_s: float, resident: int, base: StepWork) -> int:
+        dear_s = 9 * self.row * base.decode_rows
+        return super().prefill_tokens_within_s(budget_s - dear_s, resident, base)
 
 
 def make_budget(
@@ -42,9 +63,10 @@ def make_budget(
     yield_s: float = 0.1,
     margin: float = 1.0,
     reserve: float = 0.25,
+    times: StepTimes | None = None,
 ) -> SlackBudget:
     return SlackBudget(
-        LinearTimes(margin=margin),
+        times or LinearTimes(margin=margin),
         slo=slo,
         yield_s=yield_s,
         reserve=OnlineReserve(at_most=reserve),
@@ -64,8 +86,8 @@ def test_other_objectives_hold_from_the_next_plan():
     assert budget.plan(VIEW).offline_prefill_tokens == 70
     budget.aim_at(RELATIVE, yield_s=0.15)
     assert budget.plan(VIEW).offline_prefill_tokens == 120
-    decoding = msgspec.structs.replace(VIEW, online_decoding=Rows(10, 100))
-    assert budget.plan(decoding).bound_s == pytest.approx(0.06 * 1.5)
+    decoding = msgspec.structs.replace(VIEW, online_decoding=Rows(10, 100), **due(10))
+    assert budget.plan(decoding).bound_s == pytest.approx(0.06 + 0.5 * 1.5 * 0.06)
 
 
 class TestWithoutOnline:
@@ -76,7 +98,12 @@ class TestWithoutOnline:
         assert plan(margin=1.25).offline_prefill_tokens == 50
 
     def test_a_prefill_that_can_be_interrupted_is_a_whole_chunk(self):
-        assert plan(interruptible=True).offline_prefill_tokens == 1024
+        granted = plan(interruptible=True)
+        assert (granted.offline_prefill_tokens, granted.in_slices) == (1024, True)
+
+    def test_a_tenth_of_an_absolute_ttft_is_allowed_whatever_the_yield_bound(self):
+        slo = Slo(Seconds(2.0), Seconds(0.2))
+        assert plan(slo=slo, yield_s=0.001).offline_prefill_tokens == 150  # 30 + 150 ms
 
     def test_rows_stay_within_the_yield_bound(self):
         granted = plan(offline_decoding=Rows(60, 6000)).offline_decode_rows
@@ -86,8 +113,9 @@ class TestWithoutOnline:
         assert plan(offline_decoding=Rows(20, 2000)).offline_decode_rows == VIEW.max_rows
 
     def test_a_step_may_take_twice_one_rows_step_whatever_the_bound(self):
-        granted = plan(offline_decoding=Rows(60, 6000), yield_s=0.001).offline_decode_rows
-        assert granted == 12  # 2 * 33 ms
+        slo = Slo(Seconds(0.5), Seconds(0.2))
+        rows = plan(slo=slo, offline_decoding=Rows(60, 6000), yield_s=0.001).offline_decode_rows
+        assert rows == 12  # 2 * 33 ms
 
     @pytest.mark.parametrize("margin", [1.0, 2.5, 50.0])
     def test_a_row_always_moves_however_unsure_the_model_is(self, margin):
@@ -126,95 +154,127 @@ class TestBesideOnlineRows:
 
     ROWS: ClassVar = {"online_decoding": Rows(3, 300), **due(0.2)}
 
-    def test_offline_rows_first(self):
-        granted = plan(**self.ROWS, offline_decoding=Rows(64, 6400), yield_s=0.1)
-        assert granted.offline_decode_rows == 33  # within 39 + 100 ms
-        assert granted.offline_prefill_tokens == 0
+    def test_the_yield_bound_says_nothing(self):
+        few, many = (
+            plan(**self.ROWS, offline_decoding=Rows(64, 6400), yield_s=yield_s)
+            for yield_s in (0.001, 1.0)
+        )
+        assert few.offline_decode_rows == many.offline_decode_rows == 53  # 30 + 3 * 56 <= 200 ms
 
-    def test_then_prompt_tokens_in_the_same_step(self):
-        granted = plan(**self.ROWS, offline_decoding=Rows(10, 1000), yield_s=0.1)
+    def test_offline_rows_first_then_prompts_by_the_cheaper_shape(self):
+        granted = plan(**self.ROWS, offline_decoding=Rows(10, 1000), offline_waiting=9)
         assert granted.offline_decode_rows == VIEW.max_rows
-        assert (granted.offline_prefill_tokens, granted.mix) == (70, True)
+        # 69 ms of rows: riding, 131 tokens cost 131 ms; alone they would cost 30 ms more.
+        assert (granted.offline_prefill_tokens, granted.mix) == (131, True)
+
+    def test_rows_that_are_dear_beside_a_prompt_get_a_step_of_their_own(self):
+        """Triton's extend kernel spends a tile of queries on each of them."""
+        times = DearRows()
+        budget = make_budget(times=times)
+        rows = {**self.ROWS, **due(0.4), "offline_decoding": Rows(10, 1000)}
+        granted = budget.plan(msgspec.structs.replace(VIEW, **rows))
+        assert not granted.mix
+        assert granted.offline_prefill_tokens == 301  # 30 + 301 ms, and 69 for the rows after it
+        assert not granted.in_slices
+
+    def test_prompts_wait_for_slack_that_makes_them_cheap(self):
+        """A step of its own costs 30 ms: 11 tokens in it are dear, 161 would not be."""
+        rows = {**self.ROWS, "can_mix": False, "offline_decoding": Rows(10, 1000)}
+        assert plan(**{**rows, **due(0.11)}).offline_prefill_tokens == 0
+        assert plan(**{**rows, **due(0.4)}).offline_prefill_tokens == 301
 
     def test_the_earliest_deadline_bounds_the_step(self):
         rows = {**self.ROWS, **due(0.09)}
-        assert plan(**rows).offline_prefill_tokens == 51
         assert plan(**rows, offline_decoding=Rows(64, 6400)).offline_decode_rows == 17
 
     def test_what_the_device_runs_now_is_waited_for(self):
-        rows = {**self.ROWS, **due(0.09), "free_at_s": NOW + 0.02}
-        assert plan(**rows).offline_prefill_tokens == 31
+        rows = {**self.ROWS, **due(0.09), "free_at_s": NOW + 0.03}
+        assert plan(**rows, offline_decoding=Rows(64, 6400)).offline_decode_rows == 7
 
     def test_nothing_joins_a_late_row(self):
         rows = {**self.ROWS, **due(-1)}
         granted = plan(**rows, offline_decoding=Rows(5, 500), offline_parked=Rows(5, 500))
         assert (granted.offline_decode_rows, granted.offline_prefill_tokens) == (0, 0)
 
-    def test_no_gap_is_planned_longer_than_twice_the_objective(self):
-        rows = {**self.ROWS, **due(60)}
-        assert plan(**rows, yield_s=10).bound_s == pytest.approx(0.4)
+    def test_a_reserve_that_was_spent_is_filled_again_by_and_by(self):
+        """Rows whose reserve online prompts took do not shut offline rows out; they slow down."""
+        spent = {"online_decoding": Rows(3, 300), **due(-1, late_s=1)}
+        budget = make_budget()
+        rows = msgspec.structs.replace(VIEW, **spent, offline_decoding=Rows(64, 6400))
+        budget.plan(rows)
+        assert budget.plan(rows).bound_s == pytest.approx(0.039 + 0.2 * (0.2 - 0.039))
 
-    def test_without_mixing_a_prefill_has_a_step_of_its_own_and_time_for_the_rows_after_it(self):
-        granted = plan(**self.ROWS, can_mix=False, yield_s=1)
-        assert granted.offline_prefill_tokens == 131  # 30 + 131 + 39 ms
+    def test_no_gap_is_planned_longer_than_twice_the_objective(self):
+        assert plan(**{**self.ROWS, **due(60)}).bound_s == pytest.approx(0.4)
+
+    def test_or_than_an_objective_of_its_own(self):
+        slo = Slo(Seconds(1.0), Seconds(0.2), longest_gap=Seconds(0.1))
+        assert plan(slo=slo, **{**self.ROWS, **due(60)}).bound_s == pytest.approx(0.1)
+
+    def test_an_arrival_is_in_time_behind_two_such_steps(self):
+        slo = Slo(Seconds(0.4), Seconds(5.0))
+        assert plan(slo=slo, **{**self.ROWS, **due(60)}).bound_s == pytest.approx(0.18)
+
+    def test_a_prefill_of_its_own_leaves_time_for_the_rows_after_it(self):
+        granted = plan(**{**self.ROWS, **due(0.4)}, can_mix=False)
+        assert granted.offline_prefill_tokens == 331  # 30 + 331 + 39 ms
         assert not granted.mix
 
-    def test_without_mixing_a_prefill_never_follows_another(self):
-        granted = plan(**self.ROWS, can_mix=False, rows_decoded=False)
-        assert granted.offline_prefill_tokens == 0
+    def test_a_prefill_of_its_own_never_follows_another(self):
+        """However much slack there is: the longest gap has room for one."""
+        rows = {**self.ROWS, **due(10), "can_mix": False}
+        assert plan(**rows).offline_prefill_tokens > 0
+        assert plan(**rows, rows_decoded=False).offline_prefill_tokens == 0
 
-    def test_relative_to_the_rows_alone(self):
-        granted = plan(**self.ROWS, slo=RELATIVE, offline_decoding=Rows(64, 6400))
-        assert granted.offline_decode_rows == 6  # within 1.5 * 39 ms
+    def test_a_relative_objective_is_kept_over_a_request(self):
+        """Not in every step: rows that were early leave more to offline work."""
+        budget = make_budget(slo=Slo(Factor(20.0), Factor(1.5)))
+        view = msgspec.structs.replace(VIEW, online_decoding=Rows(3, 300), offline_waiting=0)
+        for _ in range(3):
+            budget.plan(view)
+        assert budget.pace.tpot_s == pytest.approx(1.5 * 0.039)
+        early = msgspec.structs.replace(view, **due(0.1), offline_decoding=Rows(64, 6400))
+        assert budget.plan(early).bound_s == pytest.approx(0.1)
 
     def test_rows_that_decode_are_not_moved_for_a_small_gain(self):
-        fits, decodes = 33, 31
+        fits, decodes = 53, 50
         granted = plan(
-            **self.ROWS, offline_decoding=Rows(decodes, 3100), offline_parked=Rows(33, 3300)
+            **self.ROWS, offline_decoding=Rows(decodes, 5000), offline_parked=Rows(33, 3300)
         )
         assert granted.offline_decode_rows == decodes < fits
 
     def test_nothing_is_admitted_while_others_sit_out(self):
-        rows = {"offline_decoding": Rows(30, 3000), "offline_parked": Rows(20, 2000)}
+        rows = {"offline_decoding": Rows(40, 4000), "offline_parked": Rows(30, 3000)}
         assert plan(**self.ROWS, **rows).offline_admissions == 0
 
 
 class TestOnlinePrompts:
     PROMPT: ClassVar = {"online_prompts": (Prompt(800),)}
-    ROWS: ClassVar = {"online_decoding": Rows(3, 300), **due(0.2)}
 
     def test_nothing_offline_starts(self):
         granted = plan(**self.PROMPT)
-        assert granted.online_prefill_tokens == VIEW.chunk_tokens
         assert (granted.offline_prefill_tokens, granted.offline_admissions) == (0, 0)
-
-    def test_a_short_prompt_is_not_cut(self):
-        granted = plan(**self.ROWS, online_prompts=(Prompt(100),))
-        assert (granted.online_prefill_tokens, granted.mix) == (VIEW.chunk_tokens, False)
-
-    def test_a_long_prompt_shares_steps_with_the_rows_that_decode(self):
-        granted = plan(**self.ROWS, **self.PROMPT)
-        assert (granted.online_prefill_tokens, granted.mix) == (171, True)
-
-    def test_offline_rows_sit_out_meanwhile(self):
-        granted = plan(**self.ROWS, **self.PROMPT, offline_decoding=Rows(5, 500))
-        assert granted.offline_decode_rows == 0
-
-    def test_without_mixing_the_chunk_leaves_time_for_the_rows(self):
-        granted = plan(**self.ROWS, **self.PROMPT, can_mix=False)
-        assert (granted.online_prefill_tokens, granted.mix) == (141, False)
-
-    def test_without_mixing_and_without_slack_chunks_and_rows_take_turns(self):
-        late = {**self.ROWS, **due(0), "can_mix": False}
-        assert plan(**late, **self.PROMPT).online_prefill_tokens == 16
-        assert plan(**late, **self.PROMPT, rows_decoded=False).online_prefill_tokens == 0
-
-    def test_a_relative_objective_leaves_online_to_itself(self):
-        granted = plan(**self.ROWS, **self.PROMPT, slo=RELATIVE)
-        assert (granted.online_prefill_tokens, granted.mix) == (VIEW.chunk_tokens, False)
+        assert not granted.mix
 
     def test_offline_rows_may_decode_if_the_prompt_finds_no_kv(self):
         assert plan(**self.PROMPT, offline_decoding=Rows(5, 500)).offline_decode_rows > 0
+
+    def test_what_they_take_from_rows_is_part_of_what_online_work_needs(self):
+        """A relative objective is relative to online work alone, its own prompts included."""
+        budget = make_budget(slo=RELATIVE)
+        rows = msgspec.structs.replace(VIEW, online_decoding=Rows(3, 300), **due(1))
+        budget.plan(msgspec.structs.replace(rows, **self.PROMPT))
+        budget.plan(msgspec.structs.replace(rows, rows_decoded=False, offline_waiting=0))
+        assert budget.pace.unloaded_s == pytest.approx(0.039 + 0.05 * 0.83)
+        assert budget.pace.reserve_s == pytest.approx(budget.pace.tpot_s + 0.83)
+
+    def test_a_prompt_that_waits_for_kv_takes_nothing(self):
+        budget = make_budget(slo=RELATIVE)
+        rows = msgspec.structs.replace(VIEW, online_decoding=Rows(3, 300), **due(1))
+        for _ in range(5):
+            budget.plan(msgspec.structs.replace(rows, **self.PROMPT))
+        budget.plan(msgspec.structs.replace(rows, offline_waiting=0))
+        assert budget.pace.unloaded_s == pytest.approx(0.039)
 
 
 class TestArrivals:
@@ -262,6 +322,8 @@ class TestSlices:
     def test_between_two_decode_steps_it_gets_what_the_online_rows_can_spare(self):
         rows = {"online_decoding": Rows(1, 100), "offline_suspended": 2, **due(0.1)}
         assert plan(**rows).offline_slice_s == pytest.approx(0.1 - 0.033)
+        more = plan(**rows, offline_decoding=Rows(4, 400))
+        assert more.offline_slice_s == pytest.approx(0.1 - 0.045)
         assert plan(rows_decoded=False, **rows).offline_slice_s == 0
 
     def test_late_online_rows_spare_nothing(self):

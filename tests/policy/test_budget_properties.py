@@ -14,8 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conserve_sgl.policy import OnlineReserve, SlackBudget, StepWork
-from conserve_sgl.policy.slo import Factor, Seconds, Slo
+from conserve_sgl.policy import (
+    Coefficients,
+    LatencyModel,
+    OnlineReserve,
+    SlackBudget,
+    StepPlan,
+    StepView,
+    StepWork,
+)
+from conserve_sgl.policy.slo import Factor, Pace, Seconds, Slo
 from policy.simulator import Engine, Job, LinearTimes
 
 SLO = Slo(Seconds(1.5), Seconds(0.2))
@@ -62,26 +70,74 @@ TRAFFIC = {
 }
 
 
+def in_time(job: Job) -> bool:
+    return job.ttft_s <= 1.5 and job.tpot_s <= 0.2
+
+
+@pytest.mark.parametrize("can_mix", [True, False])
+@pytest.mark.parametrize(("rate_per_s", "points"), [(0.3, 1), (0.6, 1), (1.0, 2)])
+def test_online_requests_are_in_time_beside_offline_work_as_they_are_alone(
+    rate_per_s, points, can_mix
+):
+    """At most one in a hundred more is late, two where prompts take a third of all time: an answer
+    that lives longer beside offline work meets more prompts of others, which nothing holds up."""
+    late_alone = late_beside = sent = 0
+    for seed in range(12):
+        alone, beside = (online_jobs(seed, n=40, rate_per_s=rate_per_s) for _ in range(2))
+        engine(seed, can_mix=can_mix).run(alone, [])
+        crowded = engine(seed, can_mix=can_mix)
+        crowded.run(beside, offline_jobs(seed, 1500), until_s=beside[-1].arrived_s + 60)
+        assert all(job.done for job in beside)
+        assert sum(step.offline_tokens + step.offline_rows for step in crowded.steps) > 0
+        late_alone += sum(not in_time(job) for job in alone)
+        late_beside += sum(not in_time(job) for job in beside)
+        sent += len(alone)
+    assert late_beside <= late_alone + points / 100 * sent
+
+
 @settings(max_examples=25, deadline=None)
 @given(**TRAFFIC)
-def test_no_deadline_is_missed_that_dropping_offline_work_would_have_kept(
-    seed, rate_per_s, can_mix
-):
-    """But for what is stated. An arrival may find the step that runs, and the slack of the rows
-    beside it spent: its first token comes up to seven yield bounds later (in 4,800 requests of 120
-    such runs the median was half a bound, the largest 3.8; in 130 runs of the densest traffic
-    without mixed steps, 5.0). And 5% of TPOT covers the model."""
+def test_an_arrival_waits_for_steps_that_its_objective_allows(seed, rate_per_s, can_mix):
+    """Half of what TTFT leaves, for the step that runs and the one that is planned."""
     alone, beside = (online_jobs(seed, n=40, rate_per_s=rate_per_s) for _ in range(2))
     engine(seed, can_mix=can_mix).run(alone, [])
-    crowded = engine(seed, can_mix=can_mix)
-    crowded.run(beside, offline_jobs(seed, 3000), until_s=beside[-1].arrived_s + 60)
-    assert all(job.done for job in beside)
-    assert sum(step.offline_tokens + step.offline_rows for step in crowded.steps) > 0
+    engine(seed, can_mix=can_mix).run(
+        beside, offline_jobs(seed, 3000), until_s=beside[-1].arrived_s + 60
+    )
     for free, crowd in zip(alone, beside, strict=True):
         if free.ttft_s <= 1.0:  # later ones queue behind others, and waits add up
             assert crowd.ttft_s <= free.ttft_s + 7 * YIELD_S
-        if free.tpot_s <= 0.15:
-            assert crowd.tpot_s <= 0.2 * 1.05
+
+
+class Stock:
+    """What SGLang does without a policy: prompts first and whole, then all rows."""
+
+    pace = Pace()
+
+    def plan(self, view: StepView) -> StepPlan:  # noqa: ARG002
+        return StepPlan(
+            offline_prefill_tokens=0,
+            offline_admissions=0,
+            offline_decode_rows=0,
+            kv_reserve_tokens=0,
+        )
+
+
+objectives = st.one_of(
+    st.floats(0.001, 5).map(Seconds), st.floats(1, 10, exclude_max=True).map(Factor)
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(**TRAFFIC, ttft=objectives, tpot=objectives)
+def test_without_offline_work_every_token_comes_when_it_does_without_us(
+    seed, rate_per_s, can_mix, ttft, tpot
+):
+    """Whatever the objectives: those that cannot be met ruin nothing."""
+    ours, theirs = (online_jobs(seed, n=20, rate_per_s=rate_per_s) for _ in range(2))
+    engine(seed, slo=Slo(ttft, tpot), can_mix=can_mix).run(ours, [])
+    Engine(Stock(), SLO, true_times(seed), can_mix=can_mix).run(theirs, [])
+    assert [job.token_times_s for job in ours] == [job.token_times_s for job in theirs]
 
 
 @settings(max_examples=25, deadline=None)
@@ -127,16 +183,18 @@ def _offline_rate(run: Engine) -> float:
     return sum(step.offline_tokens + step.offline_rows for step in run.steps) / run.now_s
 
 
-@pytest.mark.parametrize("can_mix", [True, False])
-def test_a_burst_of_long_prompts_does_not_stall_the_rows_that_decode(can_mix):
-    """Online first, even against itself: TPOT is kept where whole prompts would break it."""
-    chats = [Job(0.1 * i, 40, 40) for i in range(4)]
-    burst = [Job(2.0, 2000, 4) for _ in range(3)]
-    capped = engine(7, can_mix=can_mix)
-    capped.run([*chats, *burst], [])
-    assert max(job.tpot_s for job in chats) <= 0.2
+# Every objective that the configuration takes, or `conserve tune`.
+COSTS = Coefficients(step=0.03, token=0.0011, attention=6e-8, row=0.003, context=1.2e-6)
+SECONDS = st.floats(5e-324, 1e308)
+OBJECTIVES = SECONDS.map(Seconds) | st.floats(1.0, 1e308).map(Factor)
 
-    chats = [Job(0.1 * i, 40, 40) for i in range(4)]
-    uncapped = engine(7, slo=Slo(Factor(1.25), Factor(1.25)), can_mix=can_mix)
-    uncapped.run([*chats, *(Job(2.0, 2000, 4) for _ in range(3))], [])
-    assert max(job.tpot_s for job in chats) > 0.2
+
+@settings(max_examples=50, deadline=None)
+@given(ttft=OBJECTIVES, tpot=OBJECTIVES, yield_s=SECONDS, can_mix=st.booleans())
+def test_no_objective_stops_the_engine(ttft, tpot, yield_s, can_mix):
+    slo, model = Slo(ttft, tpot), LatencyModel.of_coefficients(COSTS)
+    reserve = OnlineReserve(at_most=0.25)
+    budget = SlackBudget(model, slo=slo, yield_s=yield_s, reserve=reserve, smallest_chunk=16)
+    online, offline = online_jobs(3, n=3, rate_per_s=1.0), offline_jobs(3, 3)
+    Engine(budget, slo, true_times(3), can_mix=can_mix).run(online, offline)
+    assert all(job.done for job in [*online, *offline])

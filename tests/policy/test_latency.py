@@ -311,3 +311,10 @@ def test_a_model_is_the_same_after_a_round_trip_through_json():
 def test_what_is_not_a_model_is_refused(text):
     with pytest.raises(ValueError, match=r"."):
         LatencyModel.from_json(text)
+
+
+@MACHINES
+@given(budget_s=st.floats(allow_nan=False), resident=st.integers(0, 10**6))
+def test_no_budget_raises(truth, budget_s, resident):
+    tokens = LatencyModel.of_coefficients(truth).prefill_tokens_within_s(budget_s, resident)
+    assert 0 <= tokens <= MAX_CHUNK_TOKENS

@@ -165,12 +165,12 @@ def test_remove_returns_the_matches_and_keeps_the_rest():
     assert take_all(queue) == ["b1", "b2"]
 
 
-def test_remove_by_id_takes_every_id_that_starts_so_and_waits():
+def test_remove_by_id_takes_that_id_alone_and_only_if_it_waits():
     queue = queue_of("job-1", "job-10", "job-2", "jo")
     (taken,) = queue.take(1)
     assert taken.name == "job-1"
-    assert names(queue.remove_rid("job-1")) == ["job-10"]
-    assert queue.remove_rid("job-1") == []
+    assert queue.remove_rid("job-1") == queue.remove_rid("job") == queue.remove_rid("") == []
+    assert names(queue.remove_rid("job-10")) == ["job-10"]
     queue.give_back([taken])
     assert names(queue.remove_rid("job-1")) == ["job-1"]
     assert take_all(queue) == ["job-2", "jo"]
@@ -454,6 +454,55 @@ def test_requests_whose_deadline_is_at_risk(now_s, tokens_per_s, at_risk):
     assert queue.backlog(now_s, tokens_per_s).at_risk == at_risk
 
 
+# ------------------------------------------------- numbers that nobody would have meant
+
+ANY_FLOAT = st.floats() | st.integers() | st.integers(10**300, 10**310).map(lambda n: -n)
+
+
+@settings(max_examples=300)
+@given(
+    items=st.lists(
+        st.builds(
+            dict,
+            tokens=st.integers(1) | st.integers(10**300, 10**310),
+            arrived_s=ANY_FLOAT,
+            deadline_s=st.none() | ANY_FLOAT,
+            job=st.sampled_from(["a", "b"]),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    now_s=st.floats(),
+    tokens_per_s=st.none() | st.floats(0) | st.just(5e-324),
+    settled=st.integers() | st.integers(10**300, 10**310),
+)
+def test_no_number_raises_and_nothing_is_lost(items, now_s, tokens_per_s, settled):
+    queue: OfflineQueue[Request] = OfflineQueue(100, no_deadline_share=0.1)
+    pushed = {push(queue, f"r{i}", **item) for i, item in enumerate(items)}
+    backlog = queue.backlog(now_s, tokens_per_s)
+    assert 0 <= backlog.at_risk <= backlog.requests == len(items)
+    queue.give_back(queue.take(2))
+    taken = queue.take(len(items))
+    assert set(taken) == pushed
+    for request in taken:
+        assert queue.settle(request, settled) is not None
+    assert not queue._lanes
+
+
+def test_deadlines_beyond_all_bounds_keep_their_order():
+    queue: OfflineQueue[Request] = OfflineQueue(100)
+    for name, deadline_s in (("late", 1e308), ("soon", 50.0), ("past", -1e308), ("never", None)):
+        assert push(queue, name, arrived_s=10.0, deadline_s=deadline_s)
+    assert take_all(queue) == ["past", "soon", "late", "never"]
+
+
+@pytest.mark.parametrize("left_s", [5e-324, 1e-9, 0.5])
+def test_a_deadline_of_a_moment_is_a_deadline(left_s):
+    queue = queue_of("whenever")
+    push(queue, "now", arrived_s=1000.0, deadline_s=1000.0 + left_s)
+    assert take_all(queue) == ["now", "whenever"]
+
+
 # ------------------------------------------------------------------- random traffic
 
 ITEMS = st.builds(
@@ -534,7 +583,7 @@ class QueueBesideSets(RuleBasedStateMachine):
             if by_id
             else self.queue.remove(lambda request: request.name.startswith(prefix))
         )
-        matching = [name for name in self.waiting if name.startswith(prefix)]
+        matching = [n for n in self.waiting if n == prefix or (n.startswith(prefix) and not by_id)]
         assert names(removed) == sorted(matching, key=lambda name: int(name[1:]))
         for name in matching:
             del self.waiting[name]

@@ -89,3 +89,18 @@ def test_a_slice_is_within_bounds_and_a_quiet_batch_moves(
         assert layers * layer_s <= 0.005 * (1 + 1e-9)
     if arrival_s is None and slack_s == math.inf:
         assert layers >= 1
+
+
+@given(
+    yield_s=st.floats(5e-324, math.inf),
+    mode=st.sampled_from(YieldMode),
+    layers_left=st.integers(1, 200),
+    layer_s=st.floats(5e-324, 1e308),
+    until_s=st.floats(allow_nan=False),
+    objective=st.floats(5e-324, 1e308).map(Seconds) | st.floats(1, 1e308).map(Factor),
+)
+def test_no_time_raises(yield_s, mode, layers_left, layer_s, until_s, objective):
+    policy = Slicing(yield_s=yield_s, mode=mode, slo=Slo(objective, objective))
+    for arrival_s in (None, 99.0):
+        known = {"layers_left": layers_left, "layer_s": layer_s, "until_s": until_s}
+        assert 0 <= policy.next_layers(view(arrival_s=arrival_s, **known)) <= layers_left

@@ -1,63 +1,67 @@
-"""Deadlines of tokens, absolute and relative."""
+"""Objectives, absolute and relative, and the pace at which tokens are due."""
 
 from __future__ import annotations
 
 from math import inf
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from conserve_sgl.policy import Rows, StepView
-from conserve_sgl.policy.slo import Factor, Seconds, Slo
+from conserve_sgl.policy.slo import Factor, Pace, Seconds, Slo
 
 ABSOLUTE = Slo(Seconds(1.0), Seconds(0.1))
 RELATIVE = Slo(Factor(1.25), Factor(1.25))
-VIEW = StepView(now_s=10.0, online_decoding=Rows(2, 20), offline_due_s=10.08, online_due_s=10.1)
 
 
-def test_offline_work_leaves_a_tenth_of_the_objective_to_spare():
+def test_an_absolute_first_token_is_due_before_its_objective():
     assert ABSOLUTE.first_due_s(5.0) == pytest.approx(5.9)
-    assert ABSOLUTE.next_due_s(6.0, 20) == pytest.approx((7.8, 7.94))
-
-
-def test_a_short_answer_survives_one_step_that_is_late_by_the_whole_objective():
-    for tokens in range(1, 50):
-        due_s, _ = ABSOLUTE.next_due_s(6.0, tokens)
-        assert due_s + 0.1 <= 6.0 + 0.1 * tokens + 1e-9
-    assert ABSOLUTE.next_due_s(6.0, 1) == pytest.approx((6.0, 6.097))
-
-
-def test_a_request_whose_every_token_is_in_time_has_the_tpot_wherever_it_ends():
-    first_s = 3.0
-    for n in range(2, 50):
-        last_s = max(ABSOLUTE.next_due_s(first_s, n - 1))
-        assert (last_s - first_s) / (n - 1) <= 0.1
-
-
-def test_relative_objectives_set_no_date():
     assert RELATIVE.first_due_s(5.0) == inf
-    assert RELATIVE.next_due_s(5.0, 3) == (inf, inf)
 
 
-def test_slack_runs_to_the_first_deadline_from_when_the_device_is_free():
-    assert ABSOLUTE.slack_s(VIEW, 0.02) == pytest.approx(0.08)
-    assert ABSOLUTE.slack_of_online_s(VIEW) == pytest.approx(0.1)
-    late = StepView(
-        now_s=10.0,
-        free_at_s=10.05,
-        online_decoding=Rows(2, 20),
-        offline_due_s=10.08,
-        online_due_s=10.1,
+def test_a_relative_objective_follows_what_online_work_takes_alone():
+    assert ABSOLUTE.tpot_s(0.02) == 0.1
+    assert RELATIVE.tpot_s(0.02) == pytest.approx(0.025)
+
+
+def test_the_longest_gap_is_twice_the_objective_and_a_blink_at_least():
+    assert ABSOLUTE.longest_gap_s(0.1) == pytest.approx(0.2)
+    assert RELATIVE.longest_gap_s(0.01) == pytest.approx(0.05)
+
+
+def test_the_longest_gap_is_an_objective_of_its_own():
+    assert Slo(Seconds(1), Seconds(0.1), Seconds(0.12)).longest_gap_s(0.1) == 0.12
+    assert Slo(Seconds(1), Seconds(0.1), Factor(3)).longest_gap_s(0.1) == pytest.approx(0.3)
+
+
+class TestPace:
+    def test_a_tenth_of_the_time_beyond_online_work_is_left(self):
+        pace = Pace(tpot_s=0.1, unloaded_s=0.04)
+        due_s, late_s = pace.next_due_s(6.0, 20)
+        assert due_s == late_s == pytest.approx(6.0 + 20 * (0.04 + 0.9 * 0.06))
+
+    def test_a_reserve_is_filled_before_it_is_kept(self):
+        pace = Pace(tpot_s=0.1, unloaded_s=0.04, reserve_s=0.18)
+        kept = [6.0 + 0.1 * n - pace.next_due_s(6.0, n)[0] for n in (1, 5, 10, 25, 50)]
+        assert kept == pytest.approx([0.048, 0.18, 0.18, 0.18, 0.3])
+
+    def test_a_step_that_fills_it_again_takes_more_than_online_work_alone(self):
+        pace = Pace(tpot_s=0.1, unloaded_s=0.04, reserve_s=0.18)
+        assert pace.saving_s == pytest.approx(0.04 + 0.2 * 0.06)
+
+    @given(
+        tpot_s=st.floats(0, 10),
+        unloaded_s=st.floats(0, 10),
+        reserve_s=st.floats(0, 10),
+        tokens=st.integers(1, 10_000),
     )
-    assert ABSOLUTE.slack_s(late, 0.02) == pytest.approx(0.03)
-
-
-def test_relative_slack_follows_the_online_work():
-    assert RELATIVE.slack_s(VIEW, 0.02) == pytest.approx(0.025)
-    assert RELATIVE.slack_of_online_s(VIEW) == inf
-
-
-def test_without_rows_there_is_no_deadline():
-    assert ABSOLUTE.slack_s(StepView(now_s=0.0), 0.0) == inf
+    def test_whatever_is_kept_online_work_alone_is_in_time(
+        self, tpot_s, unloaded_s, reserve_s, tokens
+    ):
+        pace = Pace(tpot_s=tpot_s, unloaded_s=unloaded_s, reserve_s=reserve_s)
+        due_s, late_s = pace.next_due_s(0.0, tokens)
+        least_s = min(tpot_s, unloaded_s) * tokens
+        assert least_s * (1 - 1e-9) <= due_s <= late_s <= tpot_s * tokens * (1 + 1e-9)
 
 
 def test_how_long_an_arrival_may_wait():
@@ -67,8 +71,25 @@ def test_how_long_an_arrival_may_wait():
     assert RELATIVE.ttft_allowance_s(0.0) == inf
 
 
+def test_beside_online_rows_two_steps_share_what_an_absolute_objective_leaves():
+    assert ABSOLUTE.beside_s(0.3, 0.02) == pytest.approx(0.3)
+    assert ABSOLUTE.beside_s(2.0, 0.02) == 0
+
+
+def test_beside_online_rows_a_relative_objective_adds_its_share_to_a_step():
+    assert RELATIVE.beside_s(0.1, 0.02) == pytest.approx(0.02 + 0.25 * 0.13)
+
+
 @pytest.mark.parametrize(
-    ("objective", "value"), [(Seconds, 0.0), (Seconds, float("nan")), (Factor, 0.99)]
+    ("objective", "value"),
+    [
+        (Seconds, 0.0),
+        (Seconds, float("nan")),
+        (Seconds, inf),
+        (Factor, 0.99),
+        (Factor, float("nan")),
+        (Factor, inf),
+    ],
 )
 def test_what_cannot_be_kept_is_refused(objective, value):
     with pytest.raises(ValueError, match="objective"):

@@ -8,7 +8,6 @@ import pytest
 from conserve_sgl.policy import Prompt, Rows, StepPlan, StepView
 
 NOTHING = {
-    "online_prefill_tokens": 0,
     "offline_prefill_tokens": 0,
     "offline_admissions": 0,
     "offline_decode_rows": 0,

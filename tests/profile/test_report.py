@@ -22,9 +22,10 @@ def test_a_profile_shows_what_it_is_of_what_steps_cost_and_how_sure_it_is(consol
     assert "there/profile.json" in text
     for part in ("some/Model-1B", "NVIDIA H100", "bfloat16", "2026-11-24 21:00"):
         assert part in text
-    token = next(line for line in text.splitlines() if "a prompt token " in line)
+    lines = text.splitlines()
+    token = next(line for line in lines if line.startswith("│ token "))
     assert "0.03" in token
-    mixed = next(line for line in text.splitlines() if line.startswith("│ mixed "))
+    *_, mixed = (line for line in lines if line.startswith("│ mixed "))  # the table of errors
     assert mixed.split("│")[2].strip() == "0"
 
 

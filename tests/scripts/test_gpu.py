@@ -1,4 +1,4 @@
-"""scripts/gpu/run.sh, with a Python that writes down what it is asked for and runs nothing."""
+"""What scripts/gpu/run.sh runs, with a Python that writes down what it is asked for."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from conserve_sgl.bench.gpu.__main__ import main
+from conserve_sgl.bench.gpu.parts import PARTS
 from conserve_sgl.bench.systems import load_bench
 from conserve_sgl.cli import app
 
@@ -20,40 +23,42 @@ echo >>"$RECORD"
 case "$*" in *"$FAILS"*) exit 3 ;; esac
 """
 COMMANDS = {command.name or command.callback.__name__ for command in app.registered_commands}
+ALL = [part.name for part in PARTS]
 
 
 @pytest.fixture
-def run(checkout: Path, tmp_path: Path):
-    """Runs the script; gives its result and the commands that it would have run."""
+def run(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+    """Runs what the script does; gives its result and the commands that it would have run."""
     python, record = tmp_path / "python", tmp_path / "record"
     python.write_text(RECORDER)
     python.chmod(0o755)
+    monkeypatch.chdir(checkout)
+    for name, value in (("PYTHON", python), ("RECORD", record), ("OUT", tmp_path / "out")):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("CONSERVE_GPU_FLAGS", "--sampling-backend=pytorch")
 
-    def run_script(*argv: str, fails: str = "nothing fails"):
+    def run_main(*argv: str, fails: str = "nothing fails"):
         record.write_text("")
-        env = {**os.environ, "PYTHON": str(python), "RECORD": str(record), "FAILS": fails}
-        env |= {"OUT": str(tmp_path / "out"), "CONSERVE_GPU_FLAGS": "--attention-backend=triton"}
-        done = subprocess.run(
-            [str(checkout / "scripts" / "gpu" / "run.sh"), *argv],
-            env=env,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        monkeypatch.setenv("FAILS", fails)
+        status = main(["--results", f"{tmp_path}/res", *argv])
+        done = subprocess.CompletedProcess(argv, status, *capfd.readouterr())
         return done, [line.split("\t")[:-1] for line in record.read_text().splitlines()]
 
-    return run_script
+    return run_main
 
 
-def parts_in(text: str) -> list[str]:
-    return re.findall(r"^#     (\w+)  +\S", text, re.MULTILINE)
+def test_the_script_lists_the_parts_in_the_order_of_worth(checkout, tmp_path):
+    script = checkout / "scripts" / "gpu" / "run.sh"
+    env = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run([script, "--list"], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ALL, done.stderr
 
 
-def test_the_parts_are_those_that_the_script_describes(run, checkout):
-    done, _ = run("--list")
-    text = (checkout / "scripts" / "gpu" / "run.sh").read_text()
-    assert done.stdout.split() == parts_in(text)
+def test_a_plan_runs_nothing(run, tmp_path):
+    done, commands = run("--plan", "--minutes", "8")
+    assert [line.split()[2] for line in done.stdout.splitlines()] == ALL[:3]
+    assert commands == []
+    assert not (tmp_path / "res").exists()
 
 
 def test_a_part_that_is_not_there_is_refused_before_anything_runs(run):
@@ -63,40 +68,108 @@ def test_a_part_that_is_not_there_is_refused_before_anything_runs(run):
     assert commands == []
 
 
-def test_every_command_is_one_that_exists(run, checkout, shared_data, monkeypatch):
+def test_archives_that_are_not_there_are_refused_before_anything_runs(run, tmp_path):
+    done, commands = run("--from", str(tmp_path))
+    assert done.returncode == 64
+    assert "holds no *.tar.xz" in done.stderr
+    assert commands == []
+
+
+@pytest.mark.parametrize("options", [(), ("--rehearse",)], ids=["run", "rehearsal"])
+def test_every_command_is_one_that_exists(
+    run, checkout, shared_data, monkeypatch, tmp_path, options
+):
     monkeypatch.setenv("CONSERVE_BENCH_DATA", str(shared_data))
-    done, commands = run("--rehearse")
+    monkeypatch.setenv("CONSERVE_FLASHINFER", "/some/folder")
+    run("check")
+    (tmp_path / "res" / "machine" / "backend.json").write_text('{"use": "fa3"}')
+    done, commands = run(*options)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(commands) > 12
+    assert len(commands) > 20
     for command in commands:
         if command[0] != "-m":
             assert (checkout / command[0]).is_file()
             continue
         assert importlib.util.find_spec(command[1]), command
-        if command[1] == "conserve_sgl.cli" and not command[2].startswith("--"):
+        if command[1] == "conserve_sgl.cli":
             assert command[2] in COMMANDS
         if command[2] == "bench":
             systems = command[command.index("--systems") + 1].split(",")
             assert load_bench(checkout / command[3]).only(systems)
     tests = next(command for command in commands if "pytest" in command)
     assert all((checkout / word).is_file() for word in tests if word.endswith(".py"))
+    for part in ALL[1:]:
+        assert f"== {part}: done" in done.stdout
 
 
-def test_flags_reach_every_server(run):
-    _, commands = run("--rehearse", "check", "cost", "bench", "overlap")
-    servers = [c for c in commands if c[:2] != ["-m", "pytest"] and "--" in c]
-    assert len(servers) >= 5
-    assert all("--attention-backend=triton" in c[c.index("--") :] for c in servers)
+class Reached(Exception):
+    pass
+
+
+def _reached(*_args: object, **_kwargs: object) -> None:
+    raise Reached
+
+
+def test_every_measurement_understands_what_it_is_asked(run, monkeypatch):
+    """Options that a module does not know would show on the GPU only."""
+    _, commands = run()
+    modules = [c for c in commands if c[1].startswith("conserve_sgl.bench.")]
+    assert len(modules) == 6
+    for _, name, *argv in modules:
+        module = importlib.import_module(name)
+        # Either is the first thing that it does once it has read its options.
+        for does in {"serving", "write_model"} & set(vars(module)):
+            monkeypatch.setattr(module, does, _reached)
+        with pytest.raises(Reached):
+            module.main(argv)
+
+
+def test_flags_and_backend_reach_every_server(run):
+    _, commands = run("--backend", "fa3", "stock", "yields", "triton", "overlap")
+    servers = [c for c in commands if "--" in c]
+    assert len(servers) == 4
+    assert all("--sampling-backend=pytorch" in c[c.index("--") :] for c in servers)
+    chosen = [[word for word in c if "--attention-backend" in word] for c in servers]
+    assert chosen == [["--attention-backend=fa3"]] * 2 + [["--attention-backend=triton"]] + [
+        ["--attention-backend=fa3"]
+    ]
+
+
+def test_a_backend_that_is_chosen_is_not_checked(run):
+    done, commands = run("--backend", "fa3", "check")
+    assert commands == []
+    assert "check is left out: the backend was chosen by hand" in done.stdout
+    _, commands = run("yields")  # goes on with it
+    assert "--attention-backend=fa3" in commands[-1]
+
+
+def test_triton_has_no_second_row_where_it_is_the_first(run):
+    done, commands = run("--backend", "triton", "triton")
+    assert commands == []
+    assert "triton is left out: the main rows are Triton's" in done.stdout
 
 
 def test_a_part_that_fails_leaves_the_others(run, tmp_path):
-    done, commands = run("--rehearse", "cost", "overlap", fails="conserve_sgl.bench.resume")
-    assert done.returncode == 1
-    assert "== cost: status 1" in done.stdout
-    assert "== overlap: status 0" in done.stdout
-    modules = [command[1] for command in commands if command[0] == "-m"]
-    assert "conserve_sgl.bench.slice_cost" in modules  # the other half of the part that failed
-    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"cost.log", "overlap.log"}
+    done, commands = run("resume", "overlap", fails="conserve_sgl.bench.resume")
+    assert done.returncode == 0, done.stdout  # status 3 says that time ran out
+    assert "== resume: out of time" in done.stdout
+    assert "== overlap: done" in done.stdout
+    assert [c[1] for c in commands if c[0] == "-m"][-1] == "conserve_sgl.bench.overlap"
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"machine.tar.xz", "summary.md"}
+
+
+def test_a_second_run_on_a_fresh_machine_does_what_is_missing(run, tmp_path):
+    run("check", "yields")
+    (tmp_path / "out").rename(tmp_path / "earlier")
+    for path in sorted((tmp_path / "res").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+
+    done, _ = run("--from", str(tmp_path / "earlier"), "--minutes", "500")
+
+    begun = re.findall(r"== (\w+), at most", done.stdout)
+    assert begun == [
+        part for part in ALL if part not in ("check", "yields", "triton", "flashinfer")
+    ]
 
 
 def test_geometries_are_written_where_they_are_asked_for(run):

@@ -94,7 +94,7 @@ def run_batch(job: RunBatch, *, console: Console) -> int:
         return INTERRUPTED
     except OSError as e:
         where = f" {e.filename}" if e.filename else ""
-        raise JobError(f"cannot read or write{where}: {e.strerror}") from e
+        raise JobError(f"cannot read or write{where}: {e.strerror or e}") from e
 
 
 def _check(job: RunBatch) -> None:
@@ -123,6 +123,8 @@ def _locked(output: Path) -> Iterator[None]:
 
 def _read(job: RunBatch, console: Console) -> None:
     """Look for faults in what is there, before anything is made or changed."""
+    if job.input.exists() and not job.input.is_file():
+        raise InputError(job.input, "must be a regular file: it is read more than once")
     try:
         read_plan(job.input, None, _LIMITS)
     except InputRefused as e:
@@ -131,7 +133,7 @@ def _read(job: RunBatch, console: Console) -> None:
             console.print(fault, style="red", markup=False, soft_wrap=True)
         raise _fault(job.input, e.errors[0]) from e
     except OSError as e:
-        raise InputError(job.input, f"cannot be read: {e.strerror}") from e
+        raise InputError(job.input, f"cannot be read: {e.strerror or e}") from e
     for path in (job.output, job.errors):
         with suppress(FileNotFoundError), path.open("rb") as file:
             # A first line that a crash has torn is one of ours all the same.

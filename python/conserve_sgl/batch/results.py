@@ -25,7 +25,7 @@ from conserve_sgl.batch.schema import (
 )
 from conserve_sgl.jobs.store import AppendFile
 
-__all__ = ["Results"]
+__all__ = ["Results", "finished_lines"]
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +123,19 @@ class Results:
                 self._note(line, succeeded)
                 good_bytes += len(raw)
             file.truncate(good_bytes)
+
+
+def finished_lines(path: Path) -> int:
+    """How many lines a result file has, without reading what they say; 0 where there is none.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    except FileNotFoundError:
+        return 0
 
 
 def usage_of(body: bytes) -> Usage:

@@ -36,13 +36,14 @@ __all__ = ["add_batch_routes"]
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 10
+_MOST_DIGITS = 18
 EXPIRES_S = (3600, 2_592_000)
 _FORM_BYTES = 64 << 10
 """What a multipart form may have beside its file."""
 
 Seconds = Annotated[int, msgspec.Meta(ge=EXPIRES_S[0], le=EXPIRES_S[1])]
-Key = Annotated[str, msgspec.Meta(max_length=64)]
-Value = Annotated[str, msgspec.Meta(max_length=512)]
+_KEY_CHARACTERS, _VALUE_CHARACTERS = 64, 512
+"""Of `metadata`."""
 
 
 class _ExpiresAfter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,7 +55,7 @@ class _CreateBatch(msgspec.Struct, frozen=True, kw_only=True):
     input_file_id: str
     endpoint: str
     completion_window: str
-    metadata: Annotated[dict[Key, Value], msgspec.Meta(max_length=16)] | None = None
+    metadata: Annotated[dict[str, Any], msgspec.Meta(max_length=16)] | None = None
     output_expires_after: _ExpiresAfter | None = None
 
 
@@ -158,7 +159,7 @@ class _Api:
         except UploadRefused as e:
             raise _Refused(400, str(e), e.param) from e
         except OSError as e:
-            raise StorageError(f"cannot write {path}: {e.strerror}") from e
+            raise StorageError(f"cannot write {path}: {e.strerror or e}") from e
         finally:
             await asyncio.to_thread(path.unlink, missing_ok=True)
         return file
@@ -254,8 +255,7 @@ class _Api:
 
     async def _refuse_full(self, request: Request) -> None:
         """Refuse an upload before it is sent, where its length says enough."""
-        length = request.headers.get("content-length", "")
-        size_bytes = int(length) if length.isdecimal() else 0
+        size_bytes = _whole(request.headers.get("content-length", "")) or 0
         most_bytes = self._config.max_file_bytes
         if size_bytes > most_bytes + _FORM_BYTES:
             message = f"the file is larger than {most_bytes} bytes"
@@ -274,9 +274,10 @@ class _Api:
         if anchor != "created_at":
             raise UploadRefused("must be created_at", "expires_after[anchor]")
         low, high = EXPIRES_S
-        if not (seconds or "").isdecimal() or not low <= int(seconds or 0) <= high:
+        kept_s = _whole(seconds or "")
+        if kept_s is None or not low <= kept_s <= high:
             raise UploadRefused(f"must be from {low} to {high}", "expires_after[seconds]")
-        return int(seconds or 0)
+        return kept_s
 
     def _new_record(self, asked: _CreateBatch) -> BatchRecord:
         if asked.endpoint not in self._endpoints:
@@ -286,6 +287,7 @@ class _Api:
             seconds = window_s(asked.completion_window)
         except ValueError as e:
             raise _Refused(400, str(e), "completion_window") from e
+        _check_metadata(asked.metadata or {})
         now = self._now()
         batch = Batch(
             id=new_batch_id(),
@@ -309,6 +311,20 @@ class _Api:
         return int(self._clock.wall_s())
 
 
+def _check_metadata(metadata: dict[str, Any]) -> None:
+    for key, value in metadata.items():
+        shown = key if len(key) <= _KEY_CHARACTERS else f"{key[:_KEY_CHARACTERS]}..."
+        if len(key) > _KEY_CHARACTERS:
+            fault = f"the key {shown!r} has more than {_KEY_CHARACTERS} characters"
+        elif not isinstance(value, str):
+            fault = f"the value of {shown!r} must be text"
+        elif len(value) > _VALUE_CHARACTERS:
+            fault = f"the value of {shown!r} has more than {_VALUE_CHARACTERS} characters"
+        else:
+            continue
+        raise _Refused(400, fault, f"metadata.{shown}")
+
+
 def _purpose(given: str | None) -> Literal["batch"]:
     if given != "batch":
         raise UploadRefused(f"must be batch, not {given!r}: this server runs batches", "purpose")
@@ -322,9 +338,15 @@ def _no_such_file(file_id: str, param: str = "file_id") -> _Refused:
 def _limit(given: str | None, *, most: int, default: int) -> int:
     if not given:
         return default
-    if not given.isdecimal() or not 1 <= int(given) <= most:
+    limit = _whole(given)
+    if limit is None or not 1 <= limit <= most:
         raise _Refused(400, f"must be from 1 to {most}", "limit")
-    return int(given)
+    return limit
+
+
+def _whole(text: str) -> int | None:
+    """The number that a client wrote, or None: Python refuses to read thousands of digits."""
+    return int(text) if text.isdecimal() and len(text) <= _MOST_DIGITS else None
 
 
 def _listed(page: Page | None, after: str | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,7 +26,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from conserve_sgl.batch.dispatch import Application
-from conserve_sgl.batch.results import Results
+from conserve_sgl.batch.in_flight import InFlight
+from conserve_sgl.batch.results import Results, finished_lines
 from conserve_sgl.batch.schema import (
     Batch,
     BatchError,
@@ -54,6 +55,7 @@ DRAIN_S = 10.0
 """How long a cancelled batch, and a server that stops, wait for what is in flight."""
 MAX_OPEN = 16
 """Batches that are sent from at a time; each keeps a few MB in memory."""
+MAX_NAMED = 20
 TICK_S = 1.0
 SAVE_S = 5.0
 PURGE_S = 60.0
@@ -126,6 +128,7 @@ class Runner:
         self._store = store
         self._retention_s = int(config.retention_hours * 3600)
         self._limits = Limits(max_requests=config.max_requests)
+        self._max_deaths = config.max_deaths
         self._is_draining = is_draining
         self._clock = clock or Clock()
         self._jobs: dict[str, _Job] = {}
@@ -136,22 +139,52 @@ class Runner:
         self._leaving = asyncio.Event()
         # Our own threads: a slow disk must not keep SGLang's from tokenizing.
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="conserve-batch")
+        self._in_flight = InFlight(store)
         self._sender = Sender(
             app,
             {"authorization": f"Bearer {api_key}"} if api_key else {},
             config.max_in_flight,
+            in_flight=self._in_flight,
             threads=self._threads,
             leaving=self._leaving,
             clock=self._clock,
             rng=random.Random(seed),
         )
+        if config.start == "held":
+            self.hold(True)
 
     async def start(self) -> None:
         """Go on with every batch that is not over."""
+        if lines := await self._store.count_deaths():
+            names = [f"{line.custom_id!r} of {line.batch_id}" for line in lines[:MAX_NAMED]]
+            logger.warning(
+                "the last server died with %d lines of batches in flight, which are sent one at a "
+                "time now, and not again after %d deaths: %s%s",
+                len(lines),
+                self._max_deaths,
+                ", ".join(names),
+                ", ..." if len(lines) > MAX_NAMED else "",
+            )
         for record in await self._store.active_batches():
-            self.submit(record)
+            self.submit(await self._in_thread(self._recounted, record))
         for service in (self._sender.feed(), self._tick(), self._purge()):
             self._services.append(asyncio.create_task(_loudly(service)))
+
+    def _recounted(self, record: BatchRecord) -> BatchRecord:
+        """With the counts of its result files: those in the store are of some seconds before the
+        last server ended, and the files are opened only when the batch has its turn."""
+        if record.batch.status == "validating":
+            return record
+        try:
+            completed, failed = (
+                finished_lines(self._store.content(i)) for i in (record.output_id, record.error_id)
+            )
+        except OSError as e:  # it will be met again where it matters
+            logger.error("%s: its lines cannot be counted: %s", record.batch.id, e)
+            return record
+        total = record.batch.request_counts.total
+        counts = RequestCounts(total=total, completed=completed, failed=failed)
+        return record.with_batch(request_counts=counts)
 
     async def stop(self) -> None:
         """Give up what is in flight; the store then holds all that the next start needs."""
@@ -159,9 +192,25 @@ class Runner:
         self._abort_all()
         for service in self._services:
             service.cancel()
+        await self._close_marks()
         if self._tasks:
             await asyncio.wait(self._tasks)
         self._threads.shutdown()
+
+    def leave(self) -> None:
+        """The server was told to stop: send nothing more, and give up after 10 s what is in
+        flight. The lines that are will be sent again, and the stop is no death of theirs."""
+        if self._leaving.is_set():
+            return
+        logger.info("the server stops: batches send nothing more")
+        self._leave()
+        for service in (self._close_marks(), self._abort_later()):
+            self._services.append(asyncio.create_task(_loudly(service)))
+
+    def hold(self, held: bool) -> None:
+        """Send nothing of any batch while held; what is in flight goes on."""
+        logger.info("batches %s", "are held: nothing of them is sent" if held else "are sent")
+        self._sender.hold(held)
 
     def submit(self, record: BatchRecord) -> None:
         """Run a batch that is in the store; one that runs already goes on."""
@@ -377,12 +426,21 @@ class Runner:
     async def _open_run(self, job: _Job) -> Run:
         results = await self._patiently(self._in_thread, self._open_results, job)
         try:
-            plan = await self._scan(job, results.done)
+            deaths = await self._patiently(self._store.deaths, job.id)
+            await self._patiently(self._in_thread, self._give_up, results, deaths)
+            plan = await self._scan(job, results.done, deaths)
             source = await self._in_thread(os.open, self._input(job), os.O_RDONLY)
         except BaseException:
             await self._in_thread(results.close)
             raise
         return Run(job.id, job.record.batch.expires_at, plan, results, source)
+
+    def _give_up(self, results: Results, deaths: Mapping[str, int]) -> None:
+        """The lines that were in flight at too many deaths have failed."""
+        for custom_id, times in deaths.items():
+            if times >= self._max_deaths and custom_id not in results.done:
+                message = f"the server died {times} time{'s'[: times > 1]} while it ran"
+                results.add(failed_line(custom_id, "server_died", message))
 
     async def _close_run(self, job: _Job, run: Run) -> None:
         async with run.writing:
@@ -403,11 +461,13 @@ class Runner:
     def _input(self, job: _Job) -> Path:
         return self._store.content(job.record.batch.input_file_id)
 
-    async def _scan(self, job: _Job, done: Collection[str] = ()) -> Plan:
+    async def _scan(
+        self, job: _Job, done: Collection[str] = (), apart: Collection[str] = ()
+    ) -> Plan:
         async with self._scanning:  # one at a time: it is work for the processor
-            return await self._in_thread(self._read_plan, job, done)
+            return await self._in_thread(self._read_plan, job, done, apart)
 
-    def _read_plan(self, job: _Job, done: Collection[str]) -> Plan:
+    def _read_plan(self, job: _Job, done: Collection[str], apart: Collection[str] = ()) -> Plan:
         def breathe() -> None:
             time.sleep(BREATH_S)  # lets online requests have the interpreter
             if self._leaving.is_set():
@@ -416,7 +476,9 @@ class Runner:
                 raise _Cancelled
 
         endpoint = job.record.batch.endpoint
-        return read_plan(self._input(job), endpoint, self._limits, done=done, breathe=breathe)
+        return read_plan(
+            self._input(job), endpoint, self._limits, done=done, apart=apart, breathe=breathe
+        )
 
     async def _deadline(self, job: _Job) -> None:
         # In short naps, because the wall clock may be set meanwhile.
@@ -449,10 +511,9 @@ class Runner:
         saved_s = self._clock.monotonic_s()
         while True:
             await self._clock.sleep(TICK_S)
-            if self._is_draining() and not self._leaving.is_set():
-                logger.info("the server stops: batches send nothing more")
-                self._leave()
-                self._services.append(asyncio.create_task(self._abort_later()))
+            if self._is_draining():
+                self.leave()
+            await self._write_marks()
             is_time = self._clock.monotonic_s() - saved_s >= SAVE_S
             if is_time:
                 saved_s = self._clock.monotonic_s()
@@ -474,6 +535,18 @@ class Runner:
                     await self._store.update_batch(job.record)
         except (StorageError, OSError) as e:
             logger.error("%s: %s", job.id, e)
+
+    async def _write_marks(self) -> None:
+        try:
+            await self._in_flight.write()
+        except StorageError as e:
+            logger.error("lines stay marked as in flight: %s", e)
+
+    async def _close_marks(self) -> None:
+        try:
+            await self._in_flight.close()
+        except StorageError as e:
+            logger.error("this stop will count as a death to the lines in flight: %s", e)
 
     async def _purge(self) -> None:
         while True:

@@ -3,6 +3,10 @@
 `max_in_flight` slots serve all batches, and `share.next_batch` says whose turn it is. A line keeps
 its slot until its result is on disk: while the server's queue is full (429) or the disk is, lines
 wait in their slots and nothing more is sent.
+
+A line that was in flight when a server died is sent alone: once nothing else of any batch is in
+flight, and nothing else is sent until it is done. Should the server die again, it was this line, or
+none of any batch. All of them go first, so the time in which lines go one by one comes once.
 """
 
 from __future__ import annotations
@@ -12,18 +16,20 @@ import logging
 import random
 import secrets
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from enum import Enum
 
 import msgspec
 
 from conserve_sgl.batch.dispatch import Aborted, Application, Reply, post
+from conserve_sgl.batch.in_flight import InFlight
 from conserve_sgl.batch.results import Results
 from conserve_sgl.batch.schema import LineResponse, ResultLine, failed_line, new_line_id
 from conserve_sgl.batch.share import Claim, next_batch
+from conserve_sgl.batch.store import Line
 from conserve_sgl.batch.validate import Plan, RequestLine, read_request
-from conserve_sgl.errors import JobError
+from conserve_sgl.errors import JobError, StorageError
 from conserve_sgl.jobs.client import Clock, backoff_s, first_of, retry_after_s
 from conserve_sgl.jobs.schema import Retry
 
@@ -56,7 +62,7 @@ class Run:
     Args:
         batch_id: sent along as the name of the job.
         deadline_s: when its window ends, Unix time.
-        plan: the lines that are not done.
+        plan: the lines that are not done; those apart are sent alone.
         source: the input file's descriptor.
     """
 
@@ -73,7 +79,8 @@ class Run:
         self.ending: Ending | None = None
         self.fault: Exception | None = None
         self.in_flight = 0
-        self._unsent = len(plan)
+        self._suspects = deque(plan.apart)
+        self._unsent = len(plan) + len(plan.apart)
         self._lines = iter(plan)
         self._look()
 
@@ -81,6 +88,11 @@ class Run:
     def can_send(self) -> bool:
         """Whether it has a use for a slot."""
         return self._unsent > 0 and self.ending is None
+
+    @property
+    def sends_alone(self) -> bool:
+        """Whether the next line must be in flight alone."""
+        return bool(self._suspects) and self.can_send
 
     def claim(self) -> Claim:
         """What it asks of `share.next_batch`."""
@@ -90,7 +102,7 @@ class Run:
         """Where the next line is in the input."""
         self._unsent -= 1
         self.in_flight += 1
-        return next(self._lines)
+        return self._suspects.popleft() if self._suspects else next(self._lines)
 
     def give_back(self) -> None:
         """A line that was taken is done, or will not be."""
@@ -121,6 +133,7 @@ class Sender:
     Args:
         app: the ASGI application that the lines are sent to.
         headers: sent with every line.
+        in_flight: is told of every line that goes to the application.
         threads: for reading and writing files.
         leaving: once it is set, a result that cannot be written is given up.
     """
@@ -131,6 +144,7 @@ class Sender:
         headers: dict[str, str],
         max_in_flight: int,
         *,
+        in_flight: InFlight,
         threads: Executor,
         leaving: asyncio.Event,
         clock: Clock,
@@ -139,6 +153,9 @@ class Sender:
         self._app = app
         self._headers = headers
         self._slots = asyncio.Semaphore(max_in_flight)
+        self._in_flight = in_flight
+        self._is_held = False
+        self._alone: asyncio.Task[None] | None = None
         self._threads = threads
         self._leaving = leaving
         self._clock = clock
@@ -157,24 +174,46 @@ class Sender:
         """Forget a run that is settled."""
         del self._runs[run.batch_id]
 
+    def hold(self, held: bool) -> None:
+        """Send nothing more while held; what is in flight goes on."""
+        self._is_held = held
+        self._wake.set()
+
     async def feed(self) -> None:
         """Fill the slots, for ever."""
         while True:
             await self._slots.acquire()
             run = await self._turn()
+            is_alone = run.sends_alone
             task = asyncio.create_task(self._line(run, *run.take()))
+            self._alone = task if is_alone else None
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._done)
             await asyncio.sleep(0)  # online requests share this loop
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not self._tasks:
+            self._wake.set()  # a line may wait for this, to be alone
 
     async def _turn(self) -> Run:
         while True:
-            ready = [run for run in self._runs.values() if run.can_send]
+            ready = self._ready()
             if ready:
                 claims = [run.claim() for run in ready]
                 return ready[next_batch(claims, self._rate(), self._clock.wall_s())]
             self._wake.clear()
             await self._wake.wait()
+
+    def _ready(self) -> list[Run]:
+        """The runs that may send now."""
+        if self._is_held or (self._alone in self._tasks):
+            return []
+        ready = [run for run in self._runs.values() if run.can_send]
+        alone = [run for run in ready if run.sends_alone]
+        if alone:
+            return [] if self._tasks else alone
+        return ready
 
     async def _line(self, run: Run, offset: int, length: int) -> None:
         try:
@@ -197,8 +236,7 @@ class Sender:
                 "x-sgl-conserve-job": run.batch_id,
                 "x-sgl-conserve-deadline-s": f"{run.deadline_s - self._clock.wall_s():.0f}",
             }
-            body = bytes(request.body)
-            reply = await post(self._app, request.url, headers, body, run.abort)
+            reply = await self._post(run, request, headers)
             if reply.status in _BUSY:
                 busy += 1
                 asked_s = retry_after_s(reply.headers.get("retry-after"), self._clock.wall_s())
@@ -219,16 +257,31 @@ class Sender:
             if run.abort.is_set():
                 raise Aborted
 
+    async def _post(self, run: Run, request: RequestLine, headers: dict[str, str]) -> Reply:
+        line = Line(run.batch_id, request.custom_id)
+        await self._patiently(run, "a line", lambda: self._in_flight.begin(line))
+        try:
+            return await post(self._app, request.url, headers, bytes(request.body), run.abort)
+        finally:
+            self._in_flight.end(line)
+
     async def _write(self, run: Run, line: ResultLine) -> None:
+        async def write() -> None:
+            async with run.writing:
+                await self._in_thread(run.results.add, line)
+
+        await self._patiently(run, "a result", write)
+
+    async def _patiently(self, run: Run, what: str, do: Callable[[], Awaitable[None]]) -> None:
+        """Do it again until the disk takes it."""
         complained = False
         while True:
             try:
-                async with run.writing:
-                    await self._in_thread(run.results.add, line)
+                await do()
                 return
-            except (JobError, OSError) as e:
+            except (JobError, OSError, StorageError) as e:
                 if not complained:
-                    logger.error("%s: a result waits to be written: %s", run.batch_id, e)
+                    logger.error("%s: %s waits for the disk: %s", run.batch_id, what, e)
                 complained = True
             await first_of(self._clock.sleep(DISK_RETRY_S), self._leaving.wait())
             if self._leaving.is_set():

@@ -76,6 +76,16 @@ class BatchServer:
                 await self._store.close()
                 self._storage.release()
 
+    def leave(self) -> None:
+        """The server was told to stop; see `Runner.leave`."""
+        if self._runner is not None:
+            self._runner.leave()
+
+    def hold(self, held: bool) -> None:
+        """Hold the batches, or send them; see `Runner.hold`."""
+        if self._runner is not None:
+            self._runner.hold(held)
+
     def _get_store(self) -> Store:
         assert self._store is not None, "a route was called before the application started"
         return self._store

@@ -7,7 +7,8 @@
 
 A file's content is there before its row is, and goes after it, so a crash can only leave content
 that no row names; opening the store removes it. Which lines of a batch are done is not in the
-database: `results.py` says why.
+database: `results.py` says why. Which are in the engine's hands is, and at how many deaths of a
+server they were there: `in_flight.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import asyncio
 import fcntl
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -27,7 +28,7 @@ import msgspec
 from conserve_sgl.batch.schema import ACTIVE, BatchRecord, FileObject, new_file_id
 from conserve_sgl.errors import StorageError
 
-__all__ = ["FileInUse", "Page", "Storage", "Store", "make_storage"]
+__all__ = ["FileInUse", "Line", "Page", "Storage", "Store", "make_storage"]
 
 T = TypeVar("T")
 
@@ -52,6 +53,16 @@ CREATE TABLE batches (
     record TEXT NOT NULL
 );
 """
+# Not in every database of this version, and passed over by a conserve that does not know it.
+_LINES = """
+CREATE TABLE IF NOT EXISTS lines (
+    batch_id TEXT NOT NULL,
+    custom_id TEXT NOT NULL,
+    in_flight INTEGER NOT NULL,
+    deaths INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (batch_id, custom_id)
+) WITHOUT ROWID;
+"""
 _IS_ACTIVE = f"status IN ({', '.join(repr(status) for status in ACTIVE)})"
 
 
@@ -64,6 +75,13 @@ class Page(NamedTuple):
 
     data: list[Any]
     has_more: bool
+
+
+class Line(NamedTuple):
+    """A line of a batch."""
+
+    batch_id: str
+    custom_id: str
 
 
 class Storage:
@@ -101,7 +119,7 @@ def make_storage(folder: Path) -> None:
         for path in (folder, folder / _FILES, folder / _UPLOADS):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as e:
-        raise StorageError(f"cannot use {folder} for batches: {e.strerror}") from e
+        raise StorageError(f"cannot use {folder} for batches: {e.strerror or e}") from e
     os.close(_open_lock(folder))
 
 
@@ -109,7 +127,7 @@ def _open_lock(folder: Path) -> int:
     try:
         return os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as e:
-        raise StorageError(f"cannot use {folder} for batches: {e.strerror}") from e
+        raise StorageError(f"cannot use {folder} for batches: {e.strerror or e}") from e
 
 
 class Store:
@@ -128,7 +146,7 @@ class Store:
             StorageError: the database cannot be used.
         """
         try:
-            # Every commit survives a power cut (FULL), and reading never waits (WAL).
+            # A commit survives a power cut (`_writing`), and reading never waits (WAL).
             db = await aiosqlite.connect(storage.database, isolation_level=None)
             try:
                 await _prepare(db, storage.database)
@@ -266,6 +284,53 @@ class Store:
             for file in files:
                 await self._insert_file(file)
             await self._update(record, now)
+            await self._db.execute("DELETE FROM lines WHERE batch_id = ?", (record.batch.id,))
+
+    # ------------------------------------------- lines in the engine's hands
+
+    async def mark_lines(self, changes: Mapping[Line, bool]) -> None:
+        """Note which lines are in flight from now on, and which are no more.
+
+        Does not wait for the disk.
+        """
+        begun = [line for line, in_flight in changes.items() if in_flight]
+        ended = [line for line, in_flight in changes.items() if not in_flight]
+        async with self._writing(durable=False):
+            await self._db.executemany(
+                "INSERT INTO lines (batch_id, custom_id, in_flight) VALUES (?, ?, TRUE)"
+                " ON CONFLICT (batch_id, custom_id) DO UPDATE SET in_flight = TRUE",
+                begun,
+            )
+            await self._db.executemany(
+                "UPDATE lines SET in_flight = FALSE WHERE batch_id = ? AND custom_id = ?", ended
+            )
+            await self._db.executemany(
+                "DELETE FROM lines WHERE batch_id = ? AND custom_id = ? AND deaths = 0"
+                " AND NOT in_flight",
+                ended,
+            )
+
+    async def forget_marks(self) -> None:
+        """No line is in flight."""
+        async with self._writing():
+            await self._db.execute("UPDATE lines SET in_flight = FALSE")
+            await self._db.execute("DELETE FROM lines WHERE deaths = 0")
+
+    async def count_deaths(self) -> list[Line]:
+        """A server died, if any line is marked: count that to each, and give them."""
+        async with self._writing():
+            lines = await self._read("SELECT batch_id, custom_id FROM lines WHERE in_flight")
+            await self._db.execute(
+                "UPDATE lines SET deaths = deaths + 1, in_flight = FALSE WHERE in_flight"
+            )
+        return [Line(*line) for line in lines]
+
+    async def deaths(self, batch_id: str) -> dict[str, int]:
+        """At how many deaths each line of a batch was in flight, by custom_id; only those."""
+        query = "SELECT custom_id, deaths FROM lines WHERE batch_id = ? AND deaths > 0"
+        return dict(await self._read(query, batch_id))
+
+    # ---------------------------------------------------------------- purging
 
     async def purge(self, now: int, ended_before: int) -> None:
         """Delete files that have expired and batches that ended before that time."""
@@ -325,10 +390,15 @@ class Store:
             raise StorageError(f"cannot read {self._storage.database}: {e}") from e
 
     @asynccontextmanager
-    async def _writing(self) -> AsyncIterator[None]:
-        """A transaction: all of it or nothing."""
+    async def _writing(self, *, durable: bool = True) -> AsyncIterator[None]:
+        """A transaction: all of it or nothing.
+
+        Args:
+            durable: whether it survives a power cut; all survive the end of the process.
+        """
         async with self._writer:
             try:
+                await self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
                 await self._db.execute("BEGIN IMMEDIATE")
                 try:
                     yield
@@ -364,13 +434,14 @@ async def _prepare(db: aiosqlite.Connection, path: Path) -> None:
         await db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {_VERSION}; COMMIT;")
     elif version != _VERSION:
         raise StorageError(f"{path} was made by another version of conserve (format {version})")
+    await db.execute(_LINES)
 
 
 async def _on_disk(do: Callable[[], T]) -> T:
     try:
         return await asyncio.to_thread(do)
     except OSError as e:
-        raise StorageError(f"cannot write {e.filename or 'a file'}: {e.strerror}") from e
+        raise StorageError(f"cannot write {e.filename or 'a file'}: {e.strerror or e}") from e
 
 
 def _sync(path: Path) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import codecs
 import os
 from array import array
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
@@ -63,13 +63,20 @@ class Plan:
     Args:
         model: what all lines name, or None when none does.
         total: lines in the file, those that are not to be sent included.
+        apart: offset and length of those that are to be sent too, but not among the others.
     """
 
     def __init__(
-        self, model: str | None, total: int, offsets: array[int], lengths: array[int]
+        self,
+        model: str | None,
+        total: int,
+        offsets: array[int],
+        lengths: array[int],
+        apart: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.model = model
         self.total = total
+        self.apart = apart
         self._offsets = offsets
         self._lengths = lengths
 
@@ -104,6 +111,8 @@ class _Fault(Exception):
 
 _decode_line = msgspec.json.Decoder(RequestLine).decode
 _decode_body = msgspec.json.Decoder(_Body).decode
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_NULL = msgspec.Raw(b"null")
 _decode_inputs = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
@@ -113,19 +122,21 @@ def read_plan(
     limits: Limits,
     *,
     done: Collection[str] = (),
+    apart: Collection[str] = (),
     breathe: Callable[[], None] = lambda: None,
 ) -> Plan:
     """Check every line of the file at `path`; the plan leaves out those whose custom_id is `done`.
 
     Args:
         endpoint: what every line's url must be; None takes any of ENDPOINTS.
+        apart: custom_ids of lines that go into `Plan.apart`.
         breathe: called about every MiB; may sleep, and may raise to stop the reading.
 
     Raises:
         InputRefused: naming each faulty line.
         OSError: the file cannot be read.
     """
-    reader = _Reader(endpoint, limits, done)
+    reader = _Reader(endpoint, limits, done, apart)
     read_bytes = 0
     with path.open("rb") as file:
         for number, offset, raw in _lines(file, limits.max_line_bytes):
@@ -140,15 +151,24 @@ def read_plan(
 
 
 def read_request(fd: int, offset: int, length: int) -> RequestLine:
-    """The line at `offset` of an open file whose plan has been read.
+    """The line at `offset` of an open file whose plan has been read, as it is to be sent.
+
+    Fields of its body that are null are left out: to OpenAI they say nothing, and SGLang refuses
+    them.
 
     Raises:
         OSError: it cannot be read, or is not the line that it was.
     """
     try:
-        return _decode_line(os.pread(fd, length, offset))
+        line = _decode_line(os.pread(fd, length, offset))
+        return _without_nulls(line) if b"null" in bytes(line.body) else line
     except msgspec.MsgspecError as e:
         raise OSError(f"the input file changed while its batch ran: {e}") from e
+
+
+def _without_nulls(line: RequestLine) -> RequestLine:
+    fields = {name: raw for name, raw in _decode_fields(line.body).items() if raw != _NULL}
+    return msgspec.structs.replace(line, body=msgspec.Raw(msgspec.json.encode(fields)))
 
 
 def _lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, int, bytes | None]]:
@@ -172,16 +192,24 @@ def _lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, int, bytes | N
 class _Reader:
     """Takes the lines of one file one after the other."""
 
-    def __init__(self, endpoint: str | None, limits: Limits, done: Collection[str]) -> None:
+    def __init__(
+        self,
+        endpoint: str | None,
+        limits: Limits,
+        done: Collection[str],
+        apart: Collection[str],
+    ) -> None:
         self.errors: list[BatchError] = []
         self._endpoint = endpoint
         self._limits = limits
         self._done = done
+        self._apart = apart
         self._seen: set[str] = set()
         self._model: str | None = None
         self._total = 0
         self._inputs = 0
         self._lines: list[tuple[bytes, int, int]] = []
+        self._lines_apart: list[tuple[int, int]] = []
 
     def take(self, number: int, offset: int, raw: bytes | None) -> None:
         self._total += 1
@@ -203,7 +231,7 @@ class _Reader:
         self._lines.sort()
         offsets = array("Q", (offset for _, offset, _ in self._lines))
         lengths = array("L", (length for _, _, length in self._lines))
-        return Plan(self._model, self._total, offsets, lengths)
+        return Plan(self._model, self._total, offsets, lengths, self._lines_apart)
 
     def _refuse(self, fault: _Fault, line: int | None) -> None:
         error = BatchError(code=fault.code, message=str(fault), param=fault.param, line=line)
@@ -220,7 +248,11 @@ class _Reader:
         self._check_model(body.model)
         if line.url == EMBEDDINGS:
             self._count_inputs(body.input)
-        if line.custom_id not in self._done:
+        if line.custom_id in self._done:
+            return
+        if line.custom_id in self._apart:
+            self._lines_apart.append((offset, len(raw)))
+        else:
             self._lines.append((_digests(body.text), offset, len(raw)))
 
     def _check_envelope(self, line: RequestLine) -> None:

@@ -18,10 +18,18 @@ from conserve_sgl.bench.arrivals import Count, Lengths, Natural
 from conserve_sgl.bench.prompts import TokenIds, generate_body
 from conserve_sgl.errors import InputError
 
-__all__ = ["Backlog", "JsonlPrompts", "RandomPrompts"]
+__all__ = ["Backlog", "JsonlPrompts", "PromptShape", "RandomPrompts"]
 
 # Of each request the client looks at few chunks: it shares its cores with the engine.
 _STREAM_INTERVAL = 16
+
+
+class PromptShape(msgspec.Struct, frozen=True):
+    """How long a request is: prompt tokens of its own, after the prefix of its group."""
+
+    prompt_tokens: int
+    output_tokens: int
+    group: int
 
 
 class RandomPrompts(
@@ -41,6 +49,16 @@ class RandomPrompts(
 
     def bodies(self, seed: Sequence[int], extra: Mapping[str, Any]) -> Iterator[bytes]:
         """Requests without end; `extra` fields go into every one."""
+        for shape, ids in self._draws(seed):
+            yield generate_body(
+                {"input_ids": ids}, shape.output_tokens, extra, stream_interval=_STREAM_INTERVAL
+            )
+
+    def shapes(self, seed: Sequence[int]) -> Iterator[PromptShape]:
+        """What `bodies(seed)` asks for, without the bodies."""
+        return (shape for shape, _ in self._draws(seed))
+
+    def _draws(self, seed: Sequence[int]) -> Iterator[tuple[PromptShape, list[int]]]:
         rng = np.random.default_rng(seed)
         low, high = self.token_ids.low, self.token_ids.high
         prefixes = [
@@ -48,11 +66,9 @@ class RandomPrompts(
         ]
         while True:
             (prompt,), (output,) = self.prompt.sample(rng, 1), self.output.sample(rng, 1)
-            prefix = prefixes[rng.integers(len(prefixes))]
-            ids = prefix + rng.integers(low, high, prompt).tolist()
-            yield generate_body(
-                {"input_ids": ids}, int(output), extra, stream_interval=_STREAM_INTERVAL
-            )
+            group = int(rng.integers(len(prefixes)))
+            ids = prefixes[group] + rng.integers(low, high, prompt).tolist()
+            yield PromptShape(int(prompt), int(output), group), ids
 
 
 class JsonlPrompts(

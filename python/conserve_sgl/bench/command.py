@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,10 @@ from conserve_sgl.bench.tables import (
 )
 from conserve_sgl.errors import InputError
 
-__all__ = ["compare_folders", "run_bench", "stop_on_signals"]
+__all__ = ["UNFINISHED", "compare_folders", "run_bench", "stop_on_signals"]
+
+UNFINISHED = 3
+"""Exit code of a benchmark whose time limit left runs out."""
 
 
 def run_bench(
@@ -38,12 +42,14 @@ def run_bench(
     duration_s: float | None = None,
     out: Path | None = None,
     fresh: bool = False,
+    time_limit_s: float = math.inf,
+    pictures: bool = True,
     flags: Sequence[str] = (),
-) -> None:
+) -> bool:
     """Measure the systems of the benchmark at `path`, and report on all runs in `out`.
 
     Runs that `out` holds already are kept, unless `fresh`. `flags` go to every server, after the
-    file's.
+    file's. False when runs were left out that would not have ended within `time_limit_s`.
 
     Raises:
         InputError: bad input; nothing was started.
@@ -60,12 +66,22 @@ def run_bench(
     next(config.offline.backlog.bodies([config.seed], {}))
     runner = Runner(config, model, out, console)
     with stop_on_signals():
-        runner.run_all(fresh=fresh, on_result=lambda result: _report_on(result, out, console))
+        left_out = runner.run_all(
+            fresh=fresh,
+            time_limit_s=time_limit_s,
+            on_result=lambda result: _report_on(result, out, console),
+        )
+    for system, repeat in left_out:
+        console.print(f"No time was left for {system.name}, repeat {repeat}.")
+    if len(left_out) == len(config.systems) * config.repeats:
+        return False
     systems_done = _in_order(config, by_system(read_folder(out)))
     (out / "table.md").write_text(results_markdown(systems_done), "utf-8")
-    files = ["table.md", "runs.jsonl", "requests.jsonl", *write_plots(systems_done, out)]
+    files = ["table.md", "runs.jsonl", "requests.jsonl"]
+    files += write_plots(systems_done, out) if pictures else []
     Console().print(terminal_table(systems_done))
     console.print(f"Written to {out}: {', '.join(files)}", soft_wrap=True)
+    return not left_out
 
 
 def compare_folders(a: Path, b: Path) -> str:

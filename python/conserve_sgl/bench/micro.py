@@ -138,7 +138,7 @@ def policy_plan() -> Iterator[Row]:
                 online_prompts=prompts,
                 online_decoding=Rows(online, 500 * online),
                 online_due_s=1.05,
-                offline_due_s=1.1,
+                online_late_s=1.1,
                 offline_waiting=4 * n,
                 offline_decoding=Rows(n - online, 500 * (n - online)),
                 free_rows=64,

@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="What runs beside what on a GPU.")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--trace", type=Path, help="read this one instead")
-    parser.add_argument("--out", type=Path, help="keep the trace in this folder")
+    parser.add_argument("--out", type=Path, help="keep table and trace in this folder")
     parser.add_argument("--activities", nargs="+", default=["GPU"], help="of SGLang's profiler")
     options, flags = split_flags(argv)
     given = parser.parse_args(options)
@@ -236,7 +236,9 @@ def main(argv: list[str] | None = None) -> None:
         folder = given.out or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         trace = _measure(given.model, folder.resolve(), flags, given.activities)
-        print(table(read_streams(trace)), end="")
+        text = table(read_streams(trace))
+        print(text, end="")
+        (folder / "overlap.md").write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

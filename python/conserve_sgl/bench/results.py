@@ -1,10 +1,11 @@
 """Results of a benchmark on disk, and what they say of each system.
 
     OUT/runs/SYSTEM.REPEAT/   run.json, requests.jsonl, server.log, conserve.yaml
-    OUT/runs.jsonl            every run.json, one a line
+    OUT/runs.jsonl            every run.json, one a line, with the figures of `headline`
     OUT/requests.jsonl        every request of every run, with its system and repeat
 
-A run's folder counts once its run.json is there; it is written last, and in one step.
+A run's folder counts once its run.json is there; it is written last, and in one step. A server
+that was asked for them leaves its steps there too, in steps.jsonl.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from conserve_sgl.bench.offline import OfflineSummary, summarize_backlog
 from conserve_sgl.bench.systems import SystemConfig
 from conserve_sgl.emulation import Emulation
 from conserve_sgl.errors import InputError
+from conserve_sgl.json_lines import json_line
 
 __all__ = [
     "ONLINE_FIGURES",
@@ -40,6 +42,7 @@ __all__ = [
     "Run",
     "SystemResult",
     "by_system",
+    "headline",
     "read_folder",
     "read_run",
     "run_folder",
@@ -60,6 +63,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         duration_s: with the draining of the last online requests.
         ready_s: how long the server took to start.
         idle_share: of the window in which SGLang's scheduler had no work; None when not known.
+        clocks: of the GPUs at the window's end; None without one.
         counters_before, counters_after: numbers that the server showed around the window.
         emulated: the device that was emulated, with its scale of time; all times are the device's.
         busy_share: of the window in which a step had the emulated device; None for a real one.
@@ -76,6 +80,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     duration_s: float
     ready_s: float
     idle_share: float | None
+    clocks: str | None = None
     counters_before: dict[str, int | float]
     counters_after: dict[str, int | float]
     command: list[str]
@@ -313,9 +318,54 @@ def read_folder(out: Path) -> list[Result]:
     return sorted(results, key=lambda result: result.run.started_unix_s)
 
 
-def write_together(out: Path, results: Sequence[Result]) -> None:
-    """Write runs.jsonl and requests.jsonl."""
-    _write_jsonl(out / "runs.jsonl", (result.run for result in results))
+def headline(
+    system: SystemResult, offline_only: SystemResult | None, ceiling_tok_s: float | None = None
+) -> dict[str, str | float | None]:
+    """The few figures by which systems are compared, None where one cannot be told.
+
+    Args:
+        system: the system.
+        offline_only: stock SGLang with the offline work alone.
+        ceiling_tok_s: what a scheduler could do at most under the objectives, if that is known.
+    """
+    online, offline = system.online, system.offline
+    rate = None if offline is None else offline.total_tokens_per_s
+    alone = None if offline_only is None else offline_only.offline
+    return {
+        "system": system.name,
+        "slo_met_share": _finite(online and online.slo_attainment),
+        "offline_tok_s": rate,
+        "share_of_offline_only": _share(rate, alone and alone.total_tokens_per_s),
+        "share_of_ceiling": _share(rate, ceiling_tok_s),
+        "p99_ttft_ms": _finite(online and online.ttft_ms.p99),
+        "p99_tpot_ms": _finite(online and online.tpot_ms.p99),
+        "p99_itl_ms": _finite(online and online.itl_ms.p99),
+    }
+
+
+def _share(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not np.isfinite(value) else value
+
+
+def write_together(
+    out: Path, results: Sequence[Result], ceilings_tok_s: Mapping[str, float] | None = None
+) -> None:
+    """Write runs.jsonl and requests.jsonl; `ceilings_tok_s` are by the name of the system."""
+    ceilings = ceilings_tok_s or {}
+    alone = next((s for s in by_system(results) if s.system.is_offline_ceiling), None)
+    lines = (
+        {
+            **msgspec.to_builtins(result.run),
+            "system_config": msgspec.to_builtins(result.run.system),
+            **headline(SystemResult([result]), alone, ceilings.get(result.run.system.name)),
+        }
+        for result in results
+    )
+    _write_jsonl(out / "runs.jsonl", lines)
     _write_jsonl(
         out / "requests.jsonl",
         (
@@ -332,6 +382,5 @@ def _place(run: Run) -> Mapping[str, Any]:
 
 def _write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """One JSON document a line."""
-    encode = msgspec.json.encode
     with path.open("wb") as file:
-        file.writelines(encode(row) + b"\n" for row in rows)
+        file.writelines(map(json_line, rows))

@@ -226,7 +226,13 @@ def split_flags(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
 
 @contextmanager
 def serving(
-    model: Path, config: str, flags: Sequence[str], env: Mapping[str, str] | None = None
+    model: Path,
+    config: str,
+    flags: Sequence[str],
+    env: Mapping[str, str] | None = None,
+    log_path: Path | None = None,
+    *,
+    ready_s: float = _READY_S,
 ) -> Iterator[ServerProcess]:
     """A `conserve serve` that is ready, for a measurement of its own.
 
@@ -235,6 +241,8 @@ def serving(
         config: YAML text of its configuration.
         flags: of SGLang.
         env: added to this process's environment.
+        log_path: where its log is kept; None keeps none.
+        ready_s: how long it may take to be.
 
     Raises:
         ServerError: it did not start.
@@ -248,9 +256,9 @@ def serving(
                 *(f"--model-path={model}", f"--port={port}", *flags),
             ],
             port=port,
-            log_path=Path(folder, "log"),
+            log_path=log_path or Path(folder, "log"),
             env=env,
         )
         with server:
-            server.wait_healthy(_READY_S)
+            server.wait_healthy(ready_s)
             yield server

@@ -1,12 +1,13 @@
 """What layer slices cost when nothing interrupts them: sliced against plain prefill.
 
-    python -m conserve_sgl.bench.slice_cost --model DIR [-- SGLANG FLAGS]
+    python -m conserve_sgl.bench.slice_cost --model DIR [--out DIR] [-- SGLANG FLAGS]
 
 Starts one server and asks it for one token after random prompts of a length, in turns as online
-requests, whose prefill is never sliced, and as offline ones. Then short online requests arrive one
-after the other while the longest prompt is prefilled offline. Prints Markdown: prompt tokens per
-second of the median, over HTTP; how many slices a prefill took; how long arrivals waited for the
-slice that ran.
+requests, whose prefill is never sliced, and as offline ones. Then short online requests arrive, one
+after the other, while prompts of the greatest length are prefilled offline all along. Prints
+Markdown: prompt tokens per second of the median, over HTTP; how many slices a prefill took; how
+long arrivals waited for the slice that ran, and for their first token. With `--unsliced` slices are
+off, and only arrivals are measured: what they would wait otherwise.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,21 +23,24 @@ from typing import Any
 
 import httpx
 import msgspec
+import numpy as np
 
 from conserve_sgl.bench.server import serving, split_flags
 from conserve_sgl.bench.tables import markdown
 from conserve_sgl.jobs.client import OFFLINE_HEADERS
 
-__all__ = ["Measured", "main", "table"]
+__all__ = ["Measured", "Met", "main", "table", "yields"]
 
 _LENGTHS = (512, 2048, 8192)
 _CONFIG = """
 slo: {{yield_ms: {yield_ms}}}
+slices: {{enabled: {enabled}}}
 memory: {{online_reserve: 0.0}}
 """
+_OFFLINE_AT_ONCE = 2
 _SLOWEST_ANSWER_S = 300.0
 _SHORT = 16
-_LONGEST_PAUSE_S = 0.3
+_LONGEST_PAUSE_S = 0.1
 # Of any tokenizer: far from the special tokens of either end of a vocabulary.
 _TOKEN_IDS = range(100, 30_000)
 
@@ -72,14 +77,37 @@ def table(rows: list[Measured]) -> str:
     )
 
 
-def yields(arrivals: int, slices: dict[str, Any]) -> str:
-    """What the server says of `arrivals` online requests that met a sliced prefill."""
-    waited_ms = slices["arrival_to_yield_ms"]
+class Met(msgspec.Struct, frozen=True):
+    """Short online requests, alone and beside offline prefills.
+
+    Args:
+        alone_s: seconds to the only token of each that was alone.
+        beside_s: of each that met offline prefills.
+        offline_prompts: that were prefilled meanwhile.
+        slices: what the server says of its slices.
+    """
+
+    alone_s: list[float]
+    beside_s: list[float]
+    offline_prompts: int
+    slices: dict[str, Any]
+
+
+def yields(met: Met) -> str:
+    """What arrivals waited for, in two lines."""
+    slices, waited_ms = met.slices, met.slices["arrival_to_yield_ms"]
     return (
-        f"{arrivals} arrivals, {slices['suspensions']} suspensions; arrival to yield "
-        f"{waited_ms['p50']:.1f} ms (P50), {waited_ms['p99']:.1f} ms (P99); "
-        f"{slices['layers_computed']} layers computed in {slices['batches_sliced']} prefills"
+        f"{len(met.beside_s)} arrivals beside {met.offline_prompts} offline prefills, "
+        f"{slices['suspensions']} suspensions; arrival to yield {waited_ms['p50']:.1f} ms (P50), "
+        f"{waited_ms['p99']:.1f} ms (P99), {waited_ms['longest']:.1f} ms (longest); "
+        f"{slices['layers_computed']} layers computed in {slices['batches_sliced']} prefills\n"
+        f"their first token: {_spread(met.beside_s)}; alone: {_spread(met.alone_s)}\n"
     )
+
+
+def _spread(seconds: list[float]) -> str:
+    p50, p99 = (1e3 * value for value in np.percentile(seconds, (50, 99)))
+    return f"{p50:.1f} ms (P50), {p99:.1f} ms (P99), {1e3 * max(seconds):.1f} ms (longest)"
 
 
 class _Client:
@@ -101,17 +129,31 @@ class _Client:
         info = self._http.get("/server_info").raise_for_status().json()
         return info["internal_states"][0]["conserve"]["slices"]
 
-    def interrupt(self, tokens: int) -> int:
-        """Online requests while one prompt of `tokens` is prefilled offline; how many they were."""
-        with ThreadPoolExecutor(1) as pool:
-            offline = pool.submit(self.seconds, tokens, OFFLINE_HEADERS)
-            arrivals = 0
-            while not offline.done():
-                self.seconds(_SHORT)
-                time.sleep(self._random.uniform(0.0, _LONGEST_PAUSE_S))
-                arrivals += 1
-            offline.result()
-        return arrivals
+    def interrupt(self, tokens: int, arrivals: int) -> Met:
+        """`arrivals` online requests, one after the other, first alone and then while prompts of
+        `tokens` are prefilled offline all along."""
+        alone = [self._arrival() for _ in range(arrivals)]
+        done = threading.Event()
+
+        def prefill() -> int:
+            prompts = 0
+            while not done.is_set():
+                self.seconds(tokens, OFFLINE_HEADERS)
+                prompts += 1
+            return prompts
+
+        with ThreadPoolExecutor(_OFFLINE_AT_ONCE) as pool:
+            offline = [pool.submit(prefill) for _ in range(_OFFLINE_AT_ONCE)]
+            try:
+                beside = [self._arrival() for _ in range(arrivals)]
+            finally:
+                done.set()
+            prompts = sum(future.result() for future in offline)
+        return Met(alone, beside, prompts, self.slices())
+
+    def _arrival(self) -> float:
+        time.sleep(self._random.uniform(0.0, _LONGEST_PAUSE_S))
+        return self.seconds(_SHORT)
 
     def measure(self, tokens: int, repeats: int) -> Measured:
         self.seconds(tokens, OFFLINE_HEADERS)  # warm, and the time of a layer is learned
@@ -131,6 +173,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--yield-ms", type=float, default=5.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(_LENGTHS))
+    parser.add_argument("--arrivals", type=int, default=60)
+    parser.add_argument("--unsliced", action="store_true")
+    parser.add_argument("--out", type=Path, help="a folder for table, figures and server log")
     options, flags = split_flags(argv)
     args = parser.parse_args(options)
     longest = max(args.lengths)
@@ -140,11 +185,19 @@ def main(argv: list[str] | None = None) -> None:
         *flags,
     ]
     env = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
-    with serving(args.model, _CONFIG.format(yield_ms=args.yield_ms), flags, env) as server:
+    config = _CONFIG.format(yield_ms=args.yield_ms, enabled=str(not args.unsliced).lower())
+    log = None if args.out is None else args.out / "server.log"
+    with serving(args.model, config, flags, env, log_path=log) as server:
         client = _Client(server.base_url)
-        print(table([client.measure(tokens, args.repeats) for tokens in args.lengths]), end="")
-        arrivals = client.interrupt(longest)
-        print(f"\n{yields(arrivals, client.slices())}")
+        lengths = [] if args.unsliced else args.lengths
+        rows = [client.measure(tokens, args.repeats) for tokens in lengths]
+        client.seconds(longest, OFFLINE_HEADERS)  # warm, where no length was measured
+        met = client.interrupt(longest, args.arrivals)
+    text = f"{table(rows)}\n{yields(met)}" if rows else yields(met)
+    print(text, end="")
+    if args.out is not None:
+        (args.out / "slice_cost.md").write_text(text, "utf-8")
+        (args.out / "slice_cost.json").write_bytes(msgspec.json.encode({"rows": rows, "met": met}))
 
 
 if __name__ == "__main__":

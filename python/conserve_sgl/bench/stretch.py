@@ -1,8 +1,8 @@
 """A benchmark on an emulated device whose time runs slower, and its results in device time.
 
-The server and the load live in stretched time: a config's times, the arrivals and the objectives
-of conserve are multiplied by the scale. What was measured is divided by it, so that every figure
-that is written or shown is in the device's time.
+The server and the load live in stretched time: the arrivals, the lengths of a benchmark's phases
+and the objectives of conserve are multiplied by the scale. What was measured is divided by it, so
+that every figure that is written or shown is in the device's time.
 """
 
 from __future__ import annotations
@@ -14,24 +14,11 @@ import msgspec
 
 from conserve_sgl.bench.arrivals import Arrival
 from conserve_sgl.bench.client import RequestRecord
-from conserve_sgl.bench.systems import BenchConfig
 from conserve_sgl.config import SloConfig
 
-__all__ = ["device_counters", "device_record", "host_arrivals", "host_config", "host_conserve"]
+__all__ = ["device_counters", "device_record", "host_arrivals", "host_conserve"]
 
 _UNITS = ("_s", "_ms", "_ns")
-
-
-def host_config(config: BenchConfig, scale: float) -> BenchConfig:
-    """`config` with the lengths of its phases in host time."""
-    online, offline = config.online, config.offline
-    return msgspec.structs.replace(
-        config,
-        online=msgspec.structs.replace(
-            online, duration_s=online.duration_s * scale, drain_s=online.drain_s * scale
-        ),
-        offline=msgspec.structs.replace(offline, lead_s=offline.lead_s * scale),
-    )
 
 
 def host_arrivals(arrivals: Iterable[Arrival], scale: float) -> tuple[Arrival, ...]:

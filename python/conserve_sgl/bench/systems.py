@@ -20,7 +20,7 @@ from conserve_sgl.errors import InputError
 from conserve_sgl.jobs.client import OFFLINE_HEADERS
 from conserve_sgl.strict_yaml import load_yaml
 
-__all__ = ["BenchConfig", "OfflineLoad", "SystemConfig", "load_bench"]
+__all__ = ["BenchConfig", "OfflineLoad", "SystemConfig", "load_bench", "with_path"]
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -30,12 +30,20 @@ class _Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CommonFlags(_Config):
-    """What every system's server is started with; a system's own flags come after these."""
+    """What every system's server is started with; a system's own flags come after these.
+
+    With `shared`, systems in a row whose servers are started alike are measured on one server, its
+    caches emptied between them: for machines where a start takes as long as a measurement. Those of
+    conserve are alike, too, when they differ in objectives that `conserve tune` can set. With
+    `step_log` every server, stock or not, leaves a record of its steps.
+    """
 
     flags: tuple[str, ...] = ()
     env: dict[str, str] = {}
     ready_timeout_s: Positive = 600.0
     warmup_requests: Count = 4
+    shared: bool = False
+    step_log: bool = False
 
 
 class OfflineLoad(_Config):
@@ -53,6 +61,8 @@ class SystemConfig(_Config):
     fields of its own; offline requests to a `conserve` system carry conserve's header, too.
     `conserve` is the content of the file that CONSERVE_CONFIG names. Systems that differ in the
     setting of one dial say it in `dial`, and are joined by a line in the plot of the trade-off.
+    `slo` and `window_s` stand for the benchmark's objectives and duration: a system that is set to
+    another objective is judged by that one, and one that is a point of a curve may be shorter.
     """
 
     name: Name
@@ -64,6 +74,8 @@ class SystemConfig(_Config):
     offline_body: dict[str, Any] = {}
     conserve: dict[str, Any] | None = None
     dial: str | None = None
+    slo: Slo | None = None
+    window_s: Positive | None = None
 
     def __post_init__(self) -> None:
         if self.conserve is not None and self.kind != "conserve":
@@ -156,8 +168,8 @@ def load_bench(path: Path, *, trace: Path | None = None) -> BenchConfig:
     arrivals = config.online.arrivals
     if trace is not None and not hasattr(arrivals, "path"):
         raise InputError(path, "is not a trace, so --trace cannot stand for it", key=_ARRIVALS)
-    arrivals = _with_path(path, arrivals, _ARRIVALS, trace)
-    backlog = _with_path(path, config.offline.backlog, "offline.backlog", None)
+    arrivals = with_path(path, arrivals, _ARRIVALS, trace)
+    backlog = with_path(path, config.offline.backlog, "offline.backlog", None)
     return msgspec.structs.replace(
         config,
         emulated=_found_from(path, config.emulated),
@@ -176,8 +188,18 @@ def _found_from(file: Path, emulated: Emulation | None) -> Emulation | None:
 _ARRIVALS = "online.arrivals"
 
 
-def _with_path(file: Path, source: Any, key: str, given: Path | None) -> Any:
-    """`source` with its path, if it has one, made ready to be opened."""
+def with_path(file: Path, source: Any, key: str, given: Path | None) -> Any:
+    """`source` of the `file` with its path, if it has one, made ready to be opened.
+
+    Args:
+        file: what the path is relative to.
+        source: arrivals, or a backlog.
+        key: where it stands in the file.
+        given: stands for its path.
+
+    Raises:
+        InputError: an environment variable in it is not set.
+    """
     if not hasattr(source, "path"):
         return source
     if given is not None:

@@ -15,6 +15,7 @@ __all__ = [
     "comparison",
     "markdown",
     "results_markdown",
+    "row",
     "summary_line",
     "terminal_table",
 ]
@@ -40,6 +41,13 @@ class Harvest:
             return None
         return idle * self.offline_only.offline.total_tokens_per_s
 
+    def share(self, system: SystemResult) -> float | None:
+        """Offline tokens/s over those of the offline-only run; None for that run itself."""
+        alone = None if self.offline_only is None else self.offline_only.offline
+        if system.offline is None or system.system.load != "both" or alone is None:
+            return None
+        return system.offline.total_tokens_per_s / (alone.total_tokens_per_s or float("nan"))
+
     def efficiency(self, system: SystemResult) -> float | None:
         if system.offline is None or not self.idle_tokens_per_s or system.system.load != "both":
             return None
@@ -48,8 +56,12 @@ class Harvest:
 
 Row = Mapping[str, str]
 
+_EXACT_MS = 20.0
+"""Below it a decimal is shown: a GPU's steps differ by tenths of a millisecond."""
 
-def _row(system: SystemResult, harvest: Harvest) -> Row:
+
+def row(system: SystemResult, harvest: Harvest) -> Row:
+    """The figures of a system, by the names of their columns."""
     online, offline = system.online, system.offline
     return {
         "system": system.name,
@@ -58,12 +70,14 @@ def _row(system: SystemResult, harvest: Harvest) -> Row:
         "TTFT P99": _ms(online and online.ttft_ms.p99),
         "TPOT P50": _ms(online and online.tpot_ms.median),
         "TPOT P99": _ms(online and online.tpot_ms.p99),
+        "ITL P99": _ms(online and online.itl_ms.p99),
         "SLO met": _percent(online and online.slo_attainment),
         "goodput": _number(online and online.request_goodput, ".2f", " req/s"),
         "offline in": _rate(offline and offline.input_tokens_per_s),
         "offline cached": _rate(offline and offline.cached_tokens_per_s),
         "offline out": _rate(offline and offline.output_tokens_per_s),
         "offline total": _rate(offline and offline.total_tokens_per_s),
+        "of offline-only": _percent(harvest.share(system)),
         "idle": _percent(system.idle_share),
         "harvest": _percent(harvest.efficiency(system)),
     }
@@ -73,7 +87,7 @@ def results_markdown(systems: Sequence[SystemResult]) -> str:
     """Tables of figures, of intervals and of counters, with what they were measured on."""
     harvest = Harvest(systems)
     parts = [
-        markdown([_row(system, harvest) for system in systems]),
+        markdown([row(system, harvest) for system in systems]),
         _harvest_line(harvest),
         _conditions(systems),
         _intervals(systems),
@@ -87,23 +101,23 @@ def results_markdown(systems: Sequence[SystemResult]) -> str:
 def terminal_table(systems: Sequence[SystemResult]) -> Table:
     """The main figures for a terminal, which is narrow."""
     harvest = Harvest(systems)
-    rows = [_row(system, harvest) for system in systems]
+    rows = [row(system, harvest) for system in systems]
     slo = systems[0].slo
     left_out = ("goodput", "offline in", "offline cached", "offline out")
     shown = [column for column in rows[0] if column not in left_out]
     table = Table(title=f"Objectives: TTFT {slo.ttft_ms:g} ms, TPOT {slo.tpot_ms:g} ms")
     for column in shown:
         table.add_column(column, justify="left" if column == "system" else "right")
-    for row in rows:
-        table.add_row(*(row[column] for column in shown))
+    for cells in rows:
+        table.add_row(*(cells[column] for column in shown))
     return table
 
 
 def summary_line(system: SystemResult, harvest: Harvest) -> str:
     """One line on a run that has just ended."""
-    row = _row(system, harvest)
+    figures_of = row(system, harvest)
     left_out = ("system", "goodput", "offline in", "offline cached", "offline out")
-    figures = [f"{name} {text}" for name, text in row.items() if name not in left_out]
+    figures = [f"{name} {text}" for name, text in figures_of.items() if name not in left_out]
     return f"{system.name}: " + ", ".join(f for f in figures if not f.endswith(" -"))
 
 
@@ -149,7 +163,7 @@ def _emulation(systems: Sequence[SystemResult]) -> str:
 def _intervals(systems: Sequence[SystemResult]) -> str:
     repeated = all(len(system.results) > 1 for system in systems)
     unit = "repeats" if repeated else "requests where a system ran once, else repeats"
-    rows = [row for system in systems if (row := _interval_row(system))]
+    rows = [cells for system in systems if (cells := _interval_row(system))]
     if not rows:
         return ""
     return f"95 % bootstrap intervals, resampling {unit}:\n\n{markdown(rows)}"
@@ -286,7 +300,7 @@ def markdown(rows: Sequence[Row]) -> str:
     """A table of `rows`, which have the same keys: the columns. Figures stand to the right."""
     header = list(rows[0])
     rule = ["---" if column in ("system", "counter", "figure") else "---:" for column in header]
-    lines = [header, rule, *([row[column] for column in header] for row in rows)]
+    lines = [header, rule, *([cells[column] for column in header] for cells in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -295,7 +309,7 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 
 def _ms(value: float | None) -> str:
-    return _number(value, ",.0f", " ms")
+    return _number(value, ",.0f" if value is None or value >= _EXACT_MS else ".1f", " ms")
 
 
 def _rate(value: float | None) -> str:

@@ -1,9 +1,9 @@
 """Admission of one prefill pass: SGLang's PrefillAdder, with a purse of its own for offline work.
 
 Online requests come first in the queue and are admitted as SGLang admits them, except that KV which
-offline requests hold counts as free (they give way when it is needed) and that the plan may cut
-the step's tokens. An offline request may then use what is left of the step, at most the plan's
-tokens, and never leaves the KV pool fuller than the plan's reserve.
+offline requests hold counts as free (they give way when it is needed). An offline request may then
+use what is left of the step, at most the plan's tokens, and never leaves the KV pool fuller than
+the plan's reserve.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ class OfflinePurse:
     """What offline requests may still use in this pass.
 
     Args:
-        online_tokens: prompt tokens that the whole step may compute, online's included.
         tokens: prompt tokens that offline requests may compute.
         kv_reserve_tokens: KV tokens that an offline admission must leave available.
         memory: where online requests get KV from offline ones.
@@ -35,7 +34,6 @@ class OfflinePurse:
     def __init__(
         self,
         *,
-        online_tokens: int,
         tokens: int,
         kv_reserve_tokens: int,
         memory: KvMemory,
@@ -43,7 +41,6 @@ class OfflinePurse:
         may_chunk: bool,
         is_offline: Callable[[Req], bool],
     ) -> None:
-        self.online_tokens = online_tokens
         self.tokens = tokens
         self.kv_reserve_tokens = kv_reserve_tokens
         self.memory = memory
@@ -58,7 +55,6 @@ def make_adder_class(purse: OfflinePurse) -> type[PrefillAdder]:
     class ConserveAdder(PrefillAdder):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.rem_chunk_tokens = min(self.rem_chunk_tokens, purse.online_tokens)
             self._offline_needs = sum(
                 self._get_running_request_total_token_offset(req)
                 for req in self.running_batch.reqs

@@ -11,6 +11,9 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.managers.schedule_batch import NextBatchPlan, Req, ScheduleBatch
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder, SchedulePolicy
 from sglang.srt.managers.scheduler import Scheduler, _make_abort_req
+from sglang.srt.managers.scheduler_components.batch_result_processor import (
+    SchedulerBatchResultProcessor,
+)
 from sglang.srt.managers.scheduler_components.invariant_checker import SchedulerInvariantChecker
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.mem_cache.common import release_kv_cache
@@ -37,6 +40,7 @@ __all__ = [
     "ScheduleBatch",
     "SchedulePolicy",
     "Scheduler",
+    "SchedulerBatchResultProcessor",
     "SchedulerInvariantChecker",
     "SetInternalStateReq",
     "SetInternalStateReqOutput",

@@ -59,9 +59,10 @@ class OfflineLedger:
         """Once for each planned step, with the batch that SGLang formed, or None."""
         if batch is not None and batch.forward_mode.is_extend():
             self._count_prefill(batch)
-        # Counted in steps, not in seconds: every rank must keep the same order.
+        # Counted in steps, not in seconds: every rank must keep the same order. With nothing to
+        # run the next step may be long in coming (--sleep-on-idle).
         self._steps += 1
-        if self._steps % _CLOSE_STEPS == 0:
+        if batch is None or self._steps % _CLOSE_STEPS == 0:
             self.close_finished(now_s)
 
     def close_finished(self, now_s: float) -> None:

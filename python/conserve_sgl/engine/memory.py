@@ -23,6 +23,7 @@ class KvMemory:
         aside: requests that SGLang does not know of.
         is_offline: tells an offline request; no other gives way.
         requeue: takes a request that gave way, without row and KV.
+        free_rows: tells how many rows of requests nobody holds.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class KvMemory:
         aside: Aside,
         is_offline: Callable[[Req], bool],
         requeue: Callable[[Req], None],
+        free_rows: Callable[[], int],
     ) -> None:
         self._tree = tree_cache
         self._allocator = tree_cache.token_to_kv_pool_allocator
@@ -43,6 +45,7 @@ class KvMemory:
         self._aside = aside
         self._is_offline = is_offline
         self._requeue = requeue
+        self._free_rows = free_rows
         self._chance = RandomPreemption.from_environment()
 
     # -------------------------------------------------------------- what is there
@@ -97,6 +100,10 @@ class KvMemory:
     def make_room(self, running: ScheduleBatch, tokens: int) -> bool:
         """`give_way` until so many KV tokens are free."""
         return self.give_way(running, lambda: self.free_tokens >= tokens)
+
+    def make_rows(self, running: ScheduleBatch, rows: int) -> bool:
+        """`give_way` until so many rows of requests are free."""
+        return self.give_way(running, lambda: self._free_rows() >= rows)
 
     def preempt_rows(
         self, running: ScheduleBatch, reqs: list[Req], *, urgent: bool = False

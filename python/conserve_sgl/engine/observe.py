@@ -8,7 +8,7 @@ from math import inf
 
 from conserve_sgl.engine.host import Req, ScheduleBatch
 from conserve_sgl.policy import Prompt, Rows
-from conserve_sgl.policy.slo import Slo
+from conserve_sgl.policy.slo import Pace, Slo
 
 __all__ = ["OnlineClock", "RowCount", "rest_of_prompt", "waiting_prompts"]
 
@@ -27,21 +27,21 @@ class OnlineClock:
 
 
 class RowCount:
-    """Counts the rows of a step by class, and finds the earliest online deadline; used once.
+    """Counts the rows of a step by class, and finds the earliest online deadlines; used once.
 
     Args:
-        slo: the objectives.
+        pace: when tokens are due.
         now_s: time of the step.
         is_offline: tells an offline request.
     """
 
-    def __init__(self, slo: Slo, now_s: float, is_offline: Callable[[Req], bool]) -> None:
-        self._slo = slo
+    def __init__(self, pace: Pace, now_s: float, is_offline: Callable[[Req], bool]) -> None:
+        self._pace = pace
         self._now_s = now_s
         self._is_offline = is_offline
         self._count = [0, 0]
         self._context = [0, 0]
-        self.online_due_s = self.offline_due_s = inf
+        self.online_due_s = self.online_late_s = inf
 
     def add(self, reqs: Iterable[Req], in_flight: int) -> None:
         """Count `reqs`; each has `in_flight` tokens, 0 or 1, that were computed but not read."""
@@ -52,17 +52,17 @@ class RowCount:
             self._count[offline] += 1
             self._context[offline] += req.seqlen + in_flight
             if not offline:
-                offline_due_s, online_due_s = self._due_s(req, in_flight)
-                self.offline_due_s = min(self.offline_due_s, offline_due_s)
-                self.online_due_s = min(self.online_due_s, online_due_s)
+                due_s, late_s = self._due_s(req, in_flight)
+                self.online_due_s = min(self.online_due_s, due_s)
+                self.online_late_s = min(self.online_late_s, late_s)
 
     def _due_s(self, req: Req, in_flight: int) -> tuple[float, float]:
         clock, tokens = req.online_clock, len(req.output_ids)
         if clock.first_s is None:
             if tokens == 0:  # its first token is in flight
-                return self._slo.next_due_s(self._now_s, 1)
+                return self._pace.next_due_s(self._now_s, 1)
             clock.first_s = self._now_s
-        return self._slo.next_due_s(clock.first_s, tokens + in_flight)
+        return self._pace.next_due_s(clock.first_s, tokens + in_flight)
 
     @property
     def online(self) -> Rows:

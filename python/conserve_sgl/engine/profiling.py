@@ -8,19 +8,30 @@ radix tree, no request is known to anybody else, and at the end every row and sl
 This runs before the scheduler tells its parent that it is ready, so no request can be waiting and
 the server is not healthy before. Tensor-parallel ranks run the same steps; rank 0 keeps the time,
 the file and the decision when to stop.
+
+Where steps are overlapped (a GPU), a shape runs several times back to back, each step launched
+while the one before it runs, as in the event loop: the first compiles kernels and fills the
+pipeline and is not counted, the median of the others is. Where they are not (a CPU), a step's time
+is its own, planning and launch included, and once is enough.
+
+`CONSERVE_PROFILE_GRID=FILE` has a denser grid of steps measured after that, every one of them
+written to FILE as a step log: what a simulated device is made of (docs/simulate.md).
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import statistics
 import sys
 import time
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -28,7 +39,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from conserve_sgl.engine.device import device_name
+from conserve_sgl.engine.device import device_name, runs_behind
 from conserve_sgl.engine.host import (
     DynamicGradMode,
     Req,
@@ -42,10 +53,18 @@ from conserve_sgl.engine.host import (
 from conserve_sgl.engine.ranks import from_rank_zero
 from conserve_sgl.errors import InputError
 from conserve_sgl.policy.latency import LatencyModel, StepKind, StepSample
-from conserve_sgl.policy.profile_plan import ProfileLimits, StepShape, plan_profile
+from conserve_sgl.policy.profile_plan import ProfileLimits, StepShape, plan_grid, plan_profile
 from conserve_sgl.profile import EngineIdentity, Profile, ProfileStore
+from conserve_sgl.profile.steps import GRID_ENV, StepLog
 
-__all__ = ["TIME_LIMIT_S", "identity_of", "limits_of", "load_or_measure", "measure"]
+__all__ = [
+    "TIME_LIMIT_S",
+    "identity_of",
+    "limits_of",
+    "load_or_measure",
+    "measure",
+    "write_grid",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +73,9 @@ TIME_LIMIT_S = 20.0
 
 _LEAST_SHAPES = 12
 _LOG_EVERY_S = 5.0
+_GRID_LIMIT_S = 120.0
+_TIMED_STEPS = 3
+"""Steps of a shape that are timed where steps are overlapped, after one that is not."""
 
 
 def load_or_measure(scheduler: Scheduler, counts: Counter[str] | None = None) -> LatencyModel:
@@ -80,6 +102,8 @@ def load_or_measure(scheduler: Scheduler, counts: Counter[str] | None = None) ->
             _save(store, profile)
     model = profile.model()
     _log_fit(model)
+    if path := os.environ.get(GRID_ENV):
+        write_grid(scheduler, path)
     return model
 
 
@@ -165,15 +189,37 @@ def measure(scheduler: Scheduler, time_limit_s: float = TIME_LIMIT_S) -> tuple[S
     Returns:
         At least one sample of a prefill and one of a decode step, the same on every rank.
     """
-    plan = plan_profile(limits_of(scheduler))
+    samples = _measured(scheduler, plan_profile(limits_of(scheduler)), time_limit_s)
+    return from_rank_zero(scheduler.tp_group, lambda: tuple(map(_median, samples)))
+
+
+def write_grid(scheduler: Scheduler, path: str) -> None:
+    """Run the steps of `plan_grid` on an idle engine and append each of them to a step log.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    samples = _measured(scheduler, plan_grid(limits_of(scheduler)), _GRID_LIMIT_S)
+    if not scheduler.tp_group.is_first_rank:
+        return
+    with closing(StepLog.to(path)) as log:
+        for sample in chain.from_iterable(samples):
+            log.write(sample)
+    logger.info("a grid of %d shapes of steps: %s", len(samples), path)
+
+
+def _measured(
+    scheduler: Scheduler, plan: list[StepShape], time_limit_s: float
+) -> list[list[StepSample]]:
+    """The samples of each shape of `plan` that there was time for."""
     before = _free(scheduler)
-    samples: list[StepSample] = []
+    samples: list[list[StepSample]] = []
     with _as_in_the_event_loop(scheduler):
         runner = _StepRunner(scheduler)
         for shape in _warm_up(plan):
             runner.run(shape)
         started_s = time.perf_counter()
-        for n, shape in enumerate(_with_progress(scheduler, plan)):
+        for n, shape in enumerate(_with_progress(scheduler, plan, time_limit_s)):
             late = time.perf_counter() - started_s > time_limit_s
             if n >= _LEAST_SHAPES and from_rank_zero(scheduler.tp_group, lambda late=late: late):
                 logger.warning(
@@ -183,9 +229,15 @@ def measure(scheduler: Scheduler, time_limit_s: float = TIME_LIMIT_S) -> tuple[S
                     len(plan),
                 )
                 break
-            samples += runner.run(shape)
+            samples.append(runner.run(shape))
     assert _free(scheduler) == before, "profiling did not give back its rows and KV"
-    return from_rank_zero(scheduler.tp_group, lambda: tuple(samples))
+    return samples
+
+
+def _median(samples: list[StepSample]) -> StepSample:
+    """The sample in the middle, of several of one shape: rows of a decode step grow meanwhile."""
+    seconds = statistics.median(sample.seconds for sample in samples)
+    return StepSample(samples[len(samples) // 2].work, seconds)
 
 
 def _free(scheduler: Scheduler) -> tuple[int, int]:
@@ -203,10 +255,12 @@ def _warm_up(plan: list[StepShape]) -> list[StepShape]:
     return [*first.values()] * 2
 
 
-def _with_progress(scheduler: Scheduler, plan: list[StepShape]) -> Iterable[StepShape]:
+def _with_progress(
+    scheduler: Scheduler, plan: list[StepShape], time_limit_s: float
+) -> Iterable[StepShape]:
     if not scheduler.tp_group.is_first_rank:
         return plan
-    logger.info("measuring step times for the latency model, at most %.0f s", TIME_LIMIT_S)
+    logger.info("measuring step times for the latency model, at most %.0f s", time_limit_s)
     if sys.stderr.isatty():
         console = Console(stderr=True)
         return track(plan, "Measuring step times", console=console, transient=True)
@@ -239,38 +293,69 @@ def _as_in_the_event_loop(scheduler: Scheduler) -> Iterator[None]:
 
 
 class _StepRunner:
-    """Runs steps of given shapes through `scheduler.run_batch`, one at a time."""
+    """Runs steps of given shapes through `scheduler.run_batch`, back to back."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
+        self._overlapped = scheduler.enable_overlap and runs_behind(scheduler.device)
         self._rng = np.random.default_rng(0)
         self._made = 0
 
     def run(self, shape: StepShape) -> list[StepSample]:
         """Run `shape`; a sample for each step of it. Its requests are released in any case."""
-        prompts = [self._request(new, resident) for new, resident in shape.prompts]
+        steps = self._steps_of(shape)
+        prompts = [[self._request(*span) for span in shape.prompts] for _ in range(steps)]
         rows = [self._request(0, context) for context in shape.decode_contexts]
         try:
             running = self._resident(rows) if rows else None
-            self._resident([req for req in prompts if req.extend_end])
-            if prompts:
-                return [self._timed(shape, lambda: self._prefill(prompts, running))]
-            return [
-                self._timed(_grown(shape, by), lambda: self._decode(running))
-                for by in range(shape.steps)
-            ]
+            for some in prompts:
+                self._resident([req for req in some if req.extend_end])
+            return self._run(shape, prompts, running)
         finally:
-            for req in [*prompts, *rows]:
-                if req.kv.holds_kv:
-                    release_kv_cache(req, self._scheduler.tree_cache, checkpoint=False)
+            for req in [*chain.from_iterable(prompts), *rows]:
+                self._release(req)
 
-    def _timed(self, shape: StepShape, step: Any) -> StepSample:
-        self._scheduler.device_module.synchronize()
-        started_s = time.perf_counter()
-        batch = step()
-        self._scheduler.run_batch(batch)
-        self._scheduler.device_module.synchronize()
-        return StepSample(shape.work, time.perf_counter() - started_s)
+    def _steps_of(self, shape: StepShape) -> int:
+        if not self._overlapped:
+            return shape.steps
+        return limits_of(self._scheduler).times(shape, at_most=1 + _TIMED_STEPS)
+
+    def _run(
+        self, shape: StepShape, prompts: list[list[Req]], running: ScheduleBatch | None
+    ) -> list[StepSample]:
+        """A step for each of `prompts`, which are empty for a shape of decode rows alone."""
+        in_flight: deque[Any] = deque()
+        ends_s = [self._end_of(None)]
+        for some in prompts:
+            in_flight.append(self._launch(some, running))
+            if len(in_flight) > self._overlapped:
+                ends_s.append(self._end_of(in_flight.popleft()))
+        ends_s += map(self._end_of, in_flight)
+        samples = [
+            StepSample(_grown(shape, by).work, end_s - start_s)
+            for by, (start_s, end_s) in enumerate(pairwise(ends_s))
+        ]
+        return samples[1:] if self._overlapped and len(samples) > 1 else samples
+
+    def _launch(self, prompts: list[Req], running: ScheduleBatch | None) -> Any:
+        batch = self._prefill(prompts, running) if prompts else self._decode(running)
+        result = self._scheduler.run_batch(batch)
+        # What is launched later writes to this KV only after this step has read it.
+        for req in prompts:
+            self._release(req)
+        return result
+
+    def _end_of(self, result: Any) -> float:
+        """Wait for a step, or for all that was launched, as the event loop waits for one."""
+        if self._overlapped and result is not None:
+            result.copy_done.synchronize()
+        else:
+            self._scheduler.device_module.synchronize()
+        return time.perf_counter()
+
+    def _release(self, req: Req) -> None:
+        if req.kv.holds_kv:
+            release_kv_cache(req, self._scheduler.tree_cache, checkpoint=False)
 
     def _request(self, new: int, resident: int) -> Req:
         vocabulary = self._scheduler.model_config.vocab_size
@@ -331,4 +416,7 @@ class _StepRunner:
 
 
 def _grown(shape: StepShape, by: int) -> StepShape:
-    return StepShape(decode_contexts=tuple(context + by for context in shape.decode_contexts))
+    return StepShape(
+        prompts=shape.prompts,
+        decode_contexts=tuple(context + by for context in shape.decode_contexts),
+    )

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 from functools import partial
 from http import HTTPStatus
 from math import inf
@@ -31,6 +32,7 @@ from conserve_sgl.config import ConserveConfig
 from conserve_sgl.engine.adder import OfflinePurse, make_adder_class
 from conserve_sgl.engine.aside import Aside
 from conserve_sgl.engine.device import runs_behind
+from conserve_sgl.engine.hidden_states import with_flat_hidden_states
 from conserve_sgl.engine.host import (
     AbortReq,
     NextBatchPlan,
@@ -50,6 +52,7 @@ from conserve_sgl.engine.ledger import OfflineLedger
 from conserve_sgl.engine.memory import KvMemory
 from conserve_sgl.engine.metering import StepMeter, work_of
 from conserve_sgl.engine.metrics import Exporter
+from conserve_sgl.engine.namesakes import namesakes_spared
 from conserve_sgl.engine.observe import (
     OnlineClock,
     RowCount,
@@ -72,6 +75,7 @@ from conserve_sgl.policy import (
     SlackBudget,
     StepPlan,
     StepView,
+    most_offline_rows,
 )
 from conserve_sgl.policy.latency import StepKind, StepSample
 from conserve_sgl.profile.steps import StepLog
@@ -82,7 +86,6 @@ __all__ = ["ConserveScheduler"]
 logger = logging.getLogger(__name__)
 
 _NO_PLAN = StepPlan(
-    online_prefill_tokens=0,
     offline_prefill_tokens=0,
     offline_admissions=0,
     offline_decode_rows=0,
@@ -140,7 +143,7 @@ class ConserveScheduler(Scheduler):
             config.offline.queue_requests, no_deadline_share=config.offline.no_deadline_share
         )
         self._ledger = OfflineLedger(self._offline_queue, self.is_offline)
-        self._settings = Settings(config.slo)
+        self._settings = Settings(config.slo, batches_held=config.batch.start == "held")
         self._slo = config.slo.objectives()
         self._view = StepView(now_s=time.monotonic())
         self._plan = _NO_PLAN
@@ -187,12 +190,17 @@ class ConserveScheduler(Scheduler):
             aside=self._aside,
             is_offline=self.is_offline,
             requeue=partial(self._add_request_to_queue, is_retracted=True),
+            free_rows=self.req_to_token_pool.available_size,
         )
 
     def init_metrics_reporter(self) -> None:
         super().init_metrics_reporter()
         here = self.metrics_collector_context.current_scheduler_metrics_enabled
         self._exporter = Exporter(self.metrics_collector.labels) if here else None
+
+    def init_batch_result_processor(self) -> None:
+        super().init_batch_result_processor()
+        self.batch_result_processor = with_flat_hidden_states(self.batch_result_processor)
 
     def init_invariant_checker(self) -> None:
         super().init_invariant_checker()
@@ -281,7 +289,7 @@ class ConserveScheduler(Scheduler):
 
     def _observe(self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None) -> StepView:
         now_s = time.monotonic()
-        count = RowCount(self._slo, now_s, self.is_offline)
+        count = RowCount(self._step_policy.pace, now_s, self.is_offline)
         running_rows(
             count, running_batch, last_batch, self.chunked_req, overlap=self.enable_overlap
         )
@@ -299,15 +307,14 @@ class ConserveScheduler(Scheduler):
             online_prompts=waiting_prompts(self._slo, online_chunk, self.waiting_queue),
             online_decoding=count.online,
             online_due_s=count.online_due_s,
-            offline_due_s=count.offline_due_s,
+            online_late_s=count.online_late_s,
             offline_waiting=offline_waiting,
             offline_chunk=None if offline_chunk is None else rest_of_prompt(offline_chunk),
             offline_decoding=count.offline,
             offline_parked=Rows(len(parked), sum(req.seqlen for req in parked)),
             offline_suspended=len(self._slices.suspended_reqs),
             free_rows=self.req_to_token_pool.available_size(),
-            # Rows are a hard limit in SGLang: an online request that finds none waits for one.
-            max_rows=max(self.max_running_requests // 2, 1),
+            max_rows=most_offline_rows(self.max_running_requests),
             free_kv_tokens=self._memory.free_tokens,
             total_kv_tokens=self.max_total_num_tokens,
             chunk_tokens=self.chunked_prefill_size,
@@ -337,7 +344,6 @@ class ConserveScheduler(Scheduler):
         plan = self._plan
         return make_adder_class(
             OfflinePurse(
-                online_tokens=plan.online_prefill_tokens,
                 tokens=plan.offline_prefill_tokens,
                 kv_reserve_tokens=plan.kv_reserve_tokens,
                 memory=self._memory,
@@ -353,15 +359,15 @@ class ConserveScheduler(Scheduler):
         if self._settings.holds_offline:
             self._hold_offline(running_batch)
         self._load_ahead(running_batch)
-        if plan.online_prefill_tokens == 0:
-            # The rows that decode go first; what waits is looked at again in the next step.
-            return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
         self.is_mixed_chunk = plan.mix or self._always_mixes
         if self.is_mixed_chunk:
-            self._sit_out_surplus(running_batch)
+            # A chunk of an online prompt goes with online rows alone.
+            rows = 0 if self._view.online_prompts else plan.offline_decode_rows
+            self._sit_out_surplus(running_batch, rows)
         if self.waiting_queue and self._memory.holds_offline(running_batch):
             # SGLang takes a batch for full until a row ends; here rows give way.
             running_batch.batch_is_full = False
+            self._memory.make_rows(running_batch, 1)
         if not self._chunk_finds_kv(running_batch):
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
         suspended = self._slices.suspended is not None
@@ -385,7 +391,7 @@ class ConserveScheduler(Scheduler):
         """Take rows and KV from all offline requests, and their place in the queue if they end."""
         self._memory.preempt_all(running_batch)
         if self._settings.offline is OfflineWork.ENDS:
-            for req in self._take_queued(""):
+            for req in self._take_queued(None):
                 self._refuse(req, HTTPStatus.SERVICE_UNAVAILABLE, "The server is shutting down.")
 
     def _load_ahead(self, running_batch: ScheduleBatch) -> None:
@@ -415,7 +421,7 @@ class ConserveScheduler(Scheduler):
         chunk = self.chunked_req
         if chunk is None or self.is_offline(chunk):
             return True
-        tokens = min(rest_of_prompt(chunk).new_tokens, self._plan.online_prefill_tokens)
+        tokens = min(rest_of_prompt(chunk).new_tokens, self.chunked_prefill_size)
         tokens += self.page_size + (len(running_batch.reqs) if self.is_mixed_chunk else 0)
         return self._memory.make_room(running_batch, tokens)
 
@@ -468,7 +474,7 @@ class ConserveScheduler(Scheduler):
         return super().is_disable_overlap_for_batch(batch, last_batch)
 
     def _runs_in_slices(self, batch: ScheduleBatch) -> bool:
-        return self._slices.accepts(batch, self.is_offline)
+        return self._slices.accepts(batch, self.is_offline, fresh=self._plan.in_slices)
 
     def run_batch(self, batch: ScheduleBatch, pp_proxy_tensors: Any = None) -> Any:
         if not self._runs_in_slices(batch):
@@ -501,7 +507,7 @@ class ConserveScheduler(Scheduler):
     # ------------------------------------------------------ the plan, for decode
 
     def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
-        self._sit_out_surplus(batch)
+        self._sit_out_surplus(batch, self._plan.offline_decode_rows)
         self._memory.preempt_at_random(batch)
         if batch.is_empty():
             return batch
@@ -515,29 +521,30 @@ class ConserveScheduler(Scheduler):
             self._memory.preempt_rows(batch, list(batch.reqs), urgent=True)
         return batch if batch.is_empty() else super().update_running_batch(batch)
 
-    def _sit_out_surplus(self, batch: ScheduleBatch) -> None:
+    def _sit_out_surplus(self, batch: ScheduleBatch, rows: int) -> None:
         offline = sum(map(self.is_offline, batch.reqs))
-        surplus = offline - self._plan.offline_decode_rows
-        parked = self._aside.parked.sit_out(batch, surplus, self.is_offline)
+        parked = self._aside.parked.sit_out(batch, offline - rows, self.is_offline)
         self._counts["offline_rows_parked"] += parked
 
     # ------------------------------------- everything else that looks at requests
 
     def abort_request(self, recv_req: AbortReq) -> None:
-        prefix = "" if recv_req.abort_all else recv_req.rid
-        aside = self._aside.take(lambda req: req.rid.startswith(prefix))
+        rid = None if recv_req.abort_all else recv_req.rid
+        aside = self._aside.take(lambda req: rid in (None, req.rid))
         for req in aside:
             self._checkpoints.release(req)
             self._ledger.close(time.monotonic(), req)
-        queued = self._take_queued(prefix)
+        queued = self._take_queued(rid)
         # Now they are queued requests like any other, and SGLang's own code aborts those.
         self.waiting_queue += aside + queued
-        super().abort_request(recv_req)
+        with nullcontext() if rid is None else namesakes_spared(self, rid):
+            super().abort_request(recv_req)
         self._drop_aborted_slices()
 
-    def _take_queued(self, prefix: str) -> list[Req]:
-        """Take out of the queue whose id begins so; they are about to be answered."""
-        queued = self._offline_queue.remove_rid(prefix)
+    def _take_queued(self, rid: str | None) -> list[Req]:
+        """Take the request of that id out of the queue, or all; they are about to be answered."""
+        queue = self._offline_queue
+        queued = queue.remove(lambda _: True) if rid is None else queue.remove_rid(rid)
         self._checkpoints.forget(queued)
         self._ledger.removed(queued)
         return queued
@@ -605,6 +612,7 @@ class ConserveScheduler(Scheduler):
 
     def get_internal_state(self, recv_req: Any) -> Any:
         output = super().get_internal_state(recv_req)
+        self._ledger.close_finished(time.monotonic())  # all ranks are asked, in the same step
         output.internal_state["conserve"] = self._state()
         return output
 
@@ -615,6 +623,7 @@ class ConserveScheduler(Scheduler):
         return {
             **self._ledger.state(time.monotonic(), parked=len(self._aside.whole)),
             "offline_paused": self._settings.holds_offline,
+            "batches_held": self._settings.batches_held,
             "slo": asdict(self._settings.slo),
             "checkpoint": self._checkpoints.state(),
             "latency": self._latency_state(),

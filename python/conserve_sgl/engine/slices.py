@@ -170,15 +170,19 @@ class LayerSlices:
         """The requests of the suspended batch; they hold rows and KV."""
         return [] if self.suspended is None else self.suspended.reqs
 
-    def accepts(self, batch: ScheduleBatch, is_offline: Callable[[Req], bool]) -> bool:
-        """Whether `batch` runs in slices: the suspended one, or an offline prefill.
+    def accepts(
+        self, batch: ScheduleBatch, is_offline: Callable[[Req], bool], *, fresh: bool
+    ) -> bool:
+        """Whether `batch` runs in slices: the suspended one, or, where `fresh` ones may, an offline
+        prefill.
 
         The answer is the same on all ranks.
         """
         if batch is self.suspended:
             return True
         return (
-            self.enabled
+            fresh
+            and self.enabled
             and self.suspended is None
             and batch.forward_mode == ForwardMode.EXTEND
             and all(map(is_offline, batch.reqs))
@@ -332,12 +336,12 @@ class LayerSlices:
     def state(self) -> dict[str, Any]:
         """Counters since the start; see docs/layer-slices.md."""
         latencies_ms = [1e3 * seconds for seconds in self._latencies_s]
-        p50, p99 = np.percentile(latencies_ms or [0.0], (50, 99)).tolist()
+        p50, p99, longest = np.percentile(latencies_ms or [0.0], (50, 99, 100)).tolist()
         return {
             **self._counts,
             "host_stalls": self._pacer.host_stalls,
             "suspended_requests": len(self.suspended_reqs),
-            "arrival_to_yield_ms": {"p50": p50, "p99": p99},
+            "arrival_to_yield_ms": {"p50": p50, "p99": p99, "longest": longest},
         }
 
 

@@ -18,11 +18,13 @@ The job and the deadline of offline work, likewise:
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 
 import msgspec
 
+from conserve_sgl.policy.job_tag import LONGEST_LEFT_S
 from conserve_sgl.policy.service_class import ServiceClass
 
 __all__ = [
@@ -46,6 +48,7 @@ _GATEWAY_DEADLINE_HEADER = b"x-slo-ttft-ms"
 _JOB_KEY = "conserve_job"
 _DEADLINE_KEY = "conserve_deadline_s"
 _JOB_CHARACTERS = 128
+_SHOWN_CHARACTERS = 200
 _TIERS = {
     "flex": ServiceClass.OFFLINE,
     "default": ServiceClass.ONLINE,
@@ -58,7 +61,8 @@ class AskedJob(msgspec.Struct, frozen=True):
 
     Args:
         job: its name.
-        left_s: seconds from now to its deadline; negative when that has passed.
+        left_s: seconds from now to its deadline, at most LONGEST_LEFT_S; negative when that has
+            passed, at least -LONGEST_LEFT_S.
     """
 
     job: str | None = None
@@ -127,7 +131,18 @@ def _tagged(body: bytes) -> _Tagged:
     try:
         return _decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return _leniently_tagged(body)
+
+
+def _leniently_tagged(body: bytes) -> _Tagged:
+    """As SGLang's routes read it: with NaN, half a surrogate pair and other things JSON is not."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
         return _Tagged()
+    if not isinstance(fields, dict):
+        return _Tagged()
+    return _Tagged(fields.get("service_tier"), fields.get("metadata"))
 
 
 def job_from_headers(headers: Iterable[tuple[bytes, bytes]]) -> AskedJob:
@@ -143,7 +158,7 @@ def job_from_headers(headers: Iterable[tuple[bytes, bytes]]) -> AskedJob:
         elif name == _DEADLINE_HEADER:
             ours |= AskedJob(left_s=_seconds(_DEADLINE_HEADER.decode(), _text(value)))
         elif name == _GATEWAY_JOB_HEADER:
-            gateways |= AskedJob(job=_text(value).strip()[:_JOB_CHARACTERS] or None)
+            gateways |= AskedJob(job=_gateway_job(_text(value)))
         elif name == _GATEWAY_DEADLINE_HEADER:
             gateways |= AskedJob(left_s=_gateway_seconds(_text(value)))
     return ours | gateways
@@ -178,7 +193,8 @@ def _job(where: str, name: object) -> str:
     text = name.strip() if isinstance(name, str) else ""
     if not text or len(text) > _JOB_CHARACTERS or not text.isprintable():
         raise ValueError(
-            f"{where}: must be a name of 1 to {_JOB_CHARACTERS} printable characters, not {name!r}"
+            f"{where}: must be a name of 1 to {_JOB_CHARACTERS} printable characters, "
+            f"not {_shown(name)}"
         )
     return text
 
@@ -188,15 +204,30 @@ def _seconds(where: str, value: object) -> float:
         seconds = float(value) if isinstance(value, str | int | float) else math.nan
     except (ValueError, OverflowError):
         seconds = math.nan
-    if not math.isfinite(seconds):
-        raise ValueError(f"{where}: must be a number of seconds from now, not {value!r}")
+    if not abs(seconds) <= LONGEST_LEFT_S:  # what is no number is not less either
+        raise ValueError(
+            f"{where}: must be a number of seconds from now, from -{LONGEST_LEFT_S} to "
+            f"{LONGEST_LEFT_S}, not {_shown(value)}"
+        )
     return seconds
 
 
-def _gateway_seconds(value: str) -> float | None:
+def _shown(value: object) -> str:
+    """A client's value in a message, which is not as long as the client likes."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**18 else "that number"
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
+def _gateway_job(value: str) -> str | None:
     """What a header of somebody else's says, as far as it says anything."""
+    name = "".join(filter(str.isprintable, value)).strip()
+    return name[:_JOB_CHARACTERS] or None
+
+
+def _gateway_seconds(value: str) -> float | None:
+    """Likewise."""
     try:
         seconds = float(value) / 1000
     except ValueError:
         return None
-    return seconds if math.isfinite(seconds) else None
+    return seconds if abs(seconds) <= LONGEST_LEFT_S else None

@@ -10,6 +10,7 @@ from conserve_sgl.config import ConserveConfig
 from conserve_sgl.ingress.arrival import ArrivalSender, arrival_endpoint
 from conserve_sgl.ingress.classify import AskedJob
 from conserve_sgl.ingress.middleware import ServiceClassMiddleware, asked_class, asked_job
+from conserve_sgl.ingress.sampler_limits import check_request, check_samples
 from conserve_sgl.policy.job_tag import JobTag
 from conserve_sgl.policy.service_class import PriorityRule, ServiceClass
 
@@ -36,7 +37,7 @@ class Ingress:
         self._rule = PriorityRule.of(manager.server_args)
         self._sender = ArrivalSender(arrival_endpoint(port_args.instance_id))
         if manager.server_args.enable_metrics:
-            self._count_refusal = refusal_counter(manager.server_args.served_model_name)
+            self._count_refusal = refusal_counter(manager.served_model_name)
 
     def before_run_http_server(self, app: Any) -> None:
         """BEFORE `_setup_and_run_http_server`: put our layer around the whole application."""
@@ -69,6 +70,27 @@ class Ingress:
             _stamp_job(obj, manager.preferred_sampling_params or {})
         elif self._sender is not None:
             self._sender.send(_rids_to_come(obj))
+
+    @staticmethod
+    def after_handle_parallel_sampling(_result: None, obj: Any) -> None:
+        """AFTER `GenerateReqInput._handle_parallel_sampling`: before the samples are made."""
+        check_samples(obj.batch_size, obj.parallel_sample_num)
+
+    @staticmethod
+    def around_create_tokenized_object(
+        create: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """AROUND `TokenizerManager._create_tokenized_object`: refuse what ends the scheduler.
+
+        Every prompt and sample of every route comes through here, with all its fields merged and
+        normalized, and SGLang's own checks raise their ValueErrors here too.
+        """
+        try:
+            request = create(manager, *args, **kwargs)
+        except OverflowError as e:
+            raise ValueError(f"a number of this request is out of range: {e}") from e
+        check_request(request, manager.model_config.vocab_size)
+        return request
 
 
 def refusal_counter(model_name: str) -> Callable[[], None]:

@@ -24,6 +24,7 @@ import msgspec
 from conserve_sgl.errors import JobError
 from conserve_sgl.jobs.plan import Plan, PlannedTask
 from conserve_sgl.jobs.score import ChoiceLogprob
+from conserve_sgl.json_lines import json_line
 
 __all__ = ["Failure", "JobFile", "Record", "Store"]
 
@@ -89,7 +90,7 @@ class AppendFile:
         Raises:
             JobError: the disk did not take it; the file is as it was before.
         """
-        line = msgspec.json.encode(record) + b"\n"
+        line = json_line(record)
         try:
             written = os.write(self._fd, line)
             while written < len(line):
@@ -344,6 +345,6 @@ def _replace(path: Path, text: bytes) -> None:
 
 def _cannot_write(path: Path, e: OSError) -> JobError:
     return JobError(
-        f"cannot write {path}: {e.strerror}. The finished lines before this are kept; "
+        f"cannot write {path}: {e.strerror or e}. The finished lines before this are kept; "
         f"run the same command again to go on"
     )

@@ -3,7 +3,7 @@
 from conserve_sgl.policy.budget import SlackBudget
 from conserve_sgl.policy.job_tag import JobTag
 from conserve_sgl.policy.latency import Coefficients, LatencyModel, StepWork
-from conserve_sgl.policy.memory import OnlineReserve
+from conserve_sgl.policy.memory import OnlineReserve, most_offline_rows
 from conserve_sgl.policy.offline_queue import Backlog, OfflineItem, OfflineQueue, prefix_key
 from conserve_sgl.policy.service_class import PriorityRule, ServiceClass
 from conserve_sgl.policy.slicing import SliceDecision, SliceView, Slicing, YieldMode
@@ -32,5 +32,6 @@ __all__ = [
     "StepView",
     "StepWork",
     "YieldMode",
+    "most_offline_rows",
     "prefix_key",
 ]

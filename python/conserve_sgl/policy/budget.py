@@ -1,24 +1,21 @@
 """The latency-aware budget: offline work takes the slack that online deadlines leave.
 
-The next token of every online request has a deadline (`TokenClock`). The slack of a step is the
-earliest of them minus the time at which the step can begin. Offline work joins a step as long as
-the step, by the latency model's upper estimate, stays within
+What bounds a step depends on who would wait for it:
 
-    bound = min(slack, predicted time of the online work alone + yield bound)
+    online rows decode       their slack: the next token of every row has a deadline (`Pace`), and
+                             no gap is longer than `slo.longest_gap`. And an arrival, which must
+                             still be in time (`Slo.beside_s`).
+    no online request        an arrival alone: `yield_s` for what cannot be interrupted, or a tenth
+                             of what `slo.ttft` leaves where that is more
+    an arrival is announced  nothing offline starts that no online row decodes beside
+    online prompts wait      they run as SGLang runs them, whole and first, whatever the objectives;
+                             nothing offline beside them
 
-so it neither makes an online token late nor keeps an arrival waiting for longer than the yield
-bound. What fits is taken in the order of what it costs online: decode rows, then prompt tokens
-that ride in the same step, and an offline prefill of its own only where nothing decodes for it to
-ride with.
-
-    online prompts wait      they go first, and alone with the online rows that decode; their
-                             chunks are cut to the slack of those rows
-    online rows decode       offline rows join them, then offline prompt tokens
-    an arrival is announced  nothing offline starts until it is here
-    no online request        offline alone, each step within the yield bound
-
-Online goes first even against itself: a long online prompt is computed in chunks that leave the
-rows that decode their deadlines, sharing steps with them where the engine can.
+The shape of a step is chosen by what it costs on this engine, which only the latency model knows.
+Offline rows join the rows that decode, as many as fit. Offline prompts ride in the same step, or
+get a step of their own between two decode steps, whichever computes a token in less time within the
+slack; where even the cheaper one is much dearer than a step in the whole of the longest gap would
+be, the rows decode, and their slack grows until it is worth it.
 """
 
 from __future__ import annotations
@@ -30,8 +27,8 @@ import msgspec
 
 from conserve_sgl.policy.latency import StepWork
 from conserve_sgl.policy.memory import OnlineReserve
-from conserve_sgl.policy.slo import Slo
-from conserve_sgl.policy.step import Prompt, Rows, StepPlan, StepView
+from conserve_sgl.policy.slo import Pace, Slo
+from conserve_sgl.policy.step import Rows, StepPlan, StepView
 
 __all__ = ["SlackBudget", "StepTimes"]
 
@@ -46,6 +43,24 @@ there is little left to bound, and offline work would run at small batches."""
 _LEAST_STEPS = 1.5
 """And half as much again as one row's step whatever the time to first token allows: offline work
 would else run at batch size one."""
+
+_IDLE_SHARE = 0.1
+"""Of what `slo.ttft` leaves to an arrival, what a step may take where nothing online runs."""
+
+_DEAR = 1.1
+"""How much more a prompt token may cost than in the largest step of this shape that could ever be
+granted, before it is better to wait for slack."""
+
+_FULL_SHARE = 0.9
+"""Share of the longest gap from which on slack does not grow worth waiting for."""
+
+_STALL_KEPT = 0.999
+"""What remains, with every token of the online rows, of the longest time that online prompts took
+from them at once: that time is the reserve of a row, besides one token's."""
+
+_TYPICAL = 0.1
+_UNLOADED = 0.05
+"""Weights of the newest observation in moving averages: of an online prefill, of a token's time."""
 
 
 class StepTimes(Protocol):
@@ -65,25 +80,47 @@ class StepTimes(Protocol):
 
 
 class _Step(msgspec.Struct, frozen=True):
-    """What is the same for all decisions of one step."""
+    """What is the same for all decisions of one step; seconds.
+
+    Args:
+        online: the online rows that decode.
+        slack_s: until their next token is due.
+        gap_s: the longest gap; infinite without online rows.
+        arrival_s: what an arrival may have to wait for the step.
+    """
 
     online: StepWork
-    online_s: float
     slack_s: float
-    bound_s: float
+    gap_s: float
+    arrival_s: float
+
+    @property
+    def bound_s(self) -> float:
+        return min(self.slack_s, self.arrival_s)
+
+
+class _Chunk(msgspec.Struct, frozen=True):
+    """Offline prompt tokens of a step: how many, how they run, and seconds for each."""
+
+    tokens: int = 0
+    rides: bool = False
+    in_slices: bool = False
+    each_s: float = inf
 
 
 class SlackBudget:
-    """See the module's text. Keeps the recent online demand; `plan` changes nothing else.
+    """See the module's text. `plan` changes nothing but what it learns of the online demand.
+
+    `pace` says when tokens are due, from one plan to the next.
 
     Args:
         times: the latency model; may be refitted between two plans.
         slo: the online objectives.
-        yield_s: how long an arrival may have to wait for offline work that cannot be interrupted.
+        yield_s: how long an arrival may have to wait for offline work that cannot be interrupted
+            where nothing online runs.
         reserve: sizes the KV that offline admissions leave free.
         smallest_chunk: prompt tokens below which a chunk is not worth a step: the step's constant
-            cost would outweigh it. Also what an online prompt gets in the worst case, so that it
-            always moves; hence at least a page.
+            cost would outweigh it. At least a page.
     """
 
     def __init__(
@@ -96,81 +133,93 @@ class SlackBudget:
         smallest_chunk: int,
     ) -> None:
         self._times = times
-        self._slo = slo
-        self._yield_s = yield_s
         self._reserve = reserve
         self._smallest_chunk = smallest_chunk
         self._typical_prefill_s = 0.0
+        self._unloaded_s = 0.0
+        self._planned_prefill_s = self._stalled_s = self._longest_stall_s = 0.0
+        self.aim_at(slo, yield_s=yield_s)
 
     def aim_at(self, slo: Slo, *, yield_s: float) -> None:
         """Plan for other objectives from here on; what was learnt of the demand stays."""
         self._slo, self._yield_s = slo, yield_s
+        self._set_pace()
 
     def plan(self, view: StepView) -> StepPlan:
         """See `Policy.plan`."""
+        self._stalled_s += 0.0 if view.rows_decoded else self._planned_prefill_s
+        self._planned_prefill_s = 0.0
         step = self._measure(view)
         if view.online_prompts:
-            self._remember_prefill(view.online_prompts[0])
-            return self._online_prefill(view, step)
+            self._online_prefill_runs(view)
+            # Rows matter only if the prompts find no KV, and the step decodes after all.
+            return self._plan(view, step, rows=self._rows_that_fit(view, step), chunk=_Chunk())
         if view.online_arriving and not view.online_decoding.count:
-            return self._plan(view, step, rows=0, prefill=0)
+            return self._plan(view, step, rows=0, chunk=_Chunk())
         rows = self._rows_that_fit(view, step)
-        prefill = 0 if view.offline_suspended else self._prefill_that_fits(view, step, rows)
-        return self._plan(view, step, rows=rows, prefill=prefill)
+        chunk = _Chunk() if view.offline_suspended else self._chunk_that_fits(view, step, rows)
+        if view.online_decoding.count and (chunk.rides or not chunk.tokens):
+            self._online_rows_run(step)
+        return self._plan(view, step, rows=rows, chunk=chunk)
+
+    # -------------------------------------------------------- what online work takes
+
+    def _online_prefill_runs(self, view: StepView) -> None:
+        tokens = sum(prompt.new_tokens for prompt in view.online_prompts)
+        first = view.online_prompts[0]
+        one_s = self._times.predict_s(StepWork.of([(first.new_tokens, first.resident_tokens)]))
+        self._typical_prefill_s = _follow(self._typical_prefill_s, one_s, _TYPICAL)
+        if view.online_decoding.count:
+            all_of_them = (min(tokens, view.chunk_tokens), first.resident_tokens)
+            self._planned_prefill_s = self._times.predict_s(StepWork.of([all_of_them]))
+
+    def _online_rows_run(self, step: _Step) -> None:
+        """A token of the online rows would have taken so long without offline work."""
+        taken_s = self._times.predict_s(step.online) + self._stalled_s
+        self._longest_stall_s = max(self._stalled_s, _STALL_KEPT * self._longest_stall_s)
+        self._stalled_s = 0.0
+        self._unloaded_s = _follow(self._unloaded_s, taken_s, _UNLOADED)
+        self._set_pace()
+
+    def _set_pace(self) -> None:
+        tpot_s = self._slo.tpot_s(self._unloaded_s)
+        reserve_s = tpot_s + self._longest_stall_s
+        self.pace = Pace(tpot_s=tpot_s, unloaded_s=self._unloaded_s, reserve_s=reserve_s)
 
     # ------------------------------------------------------------ the step's bound
 
     def _measure(self, view: StepView) -> _Step:
-        online = _decode(view.online_decoding)
-        online_s = self._times.upper_s(online) if view.online_decoding.count else 0.0
-        slack_s = self._slo.slack_s(view, online_s)
-        return _Step(online, online_s, slack_s, min(slack_s, online_s + self._yield_bound_s(view)))
-
-    def _yield_bound_s(self, view: StepView) -> float:
-        allowance_s = self._slo.ttft_allowance_s(self._typical_prefill_s)
-        if view.online_decoding.count:
-            return min(self._yield_s, allowance_s)
-        rows = view.offline_decoding if view.offline_decoding.count else view.offline_parked
-        one_row = StepWork(decode_rows=1, decode_context=rows.mean_context_tokens)
-        row_s = self._times.upper_s(one_row)
-        wanted_s = max(self._yield_s, _FLOOR_STEPS * row_s)
-        return max(min(wanted_s, allowance_s), _LEAST_STEPS * row_s)
-
-    def _remember_prefill(self, prompt: Prompt) -> None:
-        """Follow how long an online prompt takes alone: what a relative TTFT is relative to."""
-        took_s = self._times.predict_s(StepWork.of([(prompt.new_tokens, prompt.resident_tokens)]))
-        if self._typical_prefill_s:
-            took_s = self._typical_prefill_s + 0.1 * (took_s - self._typical_prefill_s)
-        self._typical_prefill_s = took_s
-
-    # ------------------------------------------------------------- online prompts
-
-    def _online_prefill(self, view: StepView, step: _Step) -> StepPlan:
-        """Online prompts run, within the slack of the online rows that decode."""
         if not view.online_decoding.count:
-            # Rows matter only if the prompts find no KV, and the step decodes after all.
-            return self._plan(view, step, rows=self._rows_that_fit(view, step), prefill=0)
-        tokens, mix = self._online_chunk(view, step)
-        return self._plan(view, step, rows=0, prefill=0, online_prefill=tokens, mix=mix)
+            return _Step(StepWork(), inf, inf, self._idle_bound_s(view))
+        online = _decode(view.online_decoding)
+        online_s = self._times.predict_s(online)
+        if not self._unloaded_s:
+            self._unloaded_s = online_s
+            self._set_pace()
+        gap_s = self._slo.longest_gap_s(self.pace.tpot_s)
+        begins_s = max(view.now_s, view.free_at_s)
+        left_s = max(
+            view.online_due_s - begins_s,
+            min(view.online_late_s - begins_s, self.pace.saving_s),
+        )
+        beside_s = self._slo.beside_s(self._typical_prefill_s, online_s)
+        arrival_s = max(beside_s, self._least_s(view.online_decoding))
+        return _Step(online, min(left_s, gap_s), gap_s, arrival_s)
 
-    def _online_chunk(self, view: StepView, step: _Step) -> tuple[int, bool]:
-        """The tokens of the next online chunk, and whether the rows decode in the same step."""
-        wanted = min(sum(p.new_tokens for p in view.online_prompts), view.chunk_tokens)
-        resident = view.online_prompts[0].resident_tokens
-        slack_s = self._slo.slack_of_online_s(view)
-        if slack_s == inf:
-            return view.chunk_tokens, False
-        fits = self._times.prefill_tokens_within_s(slack_s - step.online_s, resident, StepWork())
-        if fits >= wanted:
-            return view.chunk_tokens, False
-        if view.can_mix:
-            beside = self._times.prefill_tokens_within_s(slack_s, resident, step.online)
-            return min(max(beside, self._smallest_chunk), view.chunk_tokens), True
-        if fits < self._smallest_chunk and not view.rows_decoded:
-            return 0, False  # the rows waited for the last chunk; now it waits for them
-        return min(max(fits, self._smallest_chunk), view.chunk_tokens), False
+    def _idle_bound_s(self, view: StepView) -> float:
+        allowance_s = self._slo.ttft_allowance_s(self._typical_prefill_s)
+        rows = view.offline_decoding if view.offline_decoding.count else view.offline_parked
+        least_s = self._least_s(rows)
+        wanted_s = max(self._yield_s, least_s * _FLOOR_STEPS / _LEAST_STEPS)
+        if allowance_s < inf:
+            wanted_s = max(wanted_s, _IDLE_SHARE * allowance_s)
+        return max(min(wanted_s, allowance_s), least_s)
 
-    # -------------------------------------------------------------- offline work
+    def _least_s(self, rows: Rows) -> float:
+        one_row = StepWork(decode_rows=1, decode_context=rows.mean_context_tokens)
+        return _LEAST_STEPS * self._times.upper_s(one_row)
+
+    # -------------------------------------------------------------- offline rows
 
     def _rows_that_fit(self, view: StepView, step: _Step) -> int:
         """Offline rows that may decode; `view.max_rows` when all that there are may."""
@@ -199,69 +248,91 @@ class SlackBudget:
                 high = rows - 1
         return low
 
-    def _prefill_that_fits(self, view: StepView, step: _Step, rows: int) -> int:
+    # ----------------------------------------------------------- offline prompts
+
+    def _chunk_that_fits(self, view: StepView, step: _Step, rows: int) -> _Chunk:
         """Offline prompt tokens of the step."""
         if view.online_arriving or not (view.offline_waiting or view.offline_chunk):
-            return 0
+            return _Chunk()
         resident = view.offline_chunk.resident_tokens if view.offline_chunk else 0
         if not view.online_decoding.count:
-            return self._prefill_alone(view, step, resident)
-        if view.can_mix:
-            decoding = min(rows, view.offline_decoding.count + view.offline_parked.count)
-            context = view.offline_decoding.mean_context_tokens
-            base = _with_rows(step.online, decoding, context)
-            tokens = self._times.prefill_tokens_within_s(step.bound_s, resident, base)
-        else:
-            # The prefill has a step of its own; the online rows decode after it, in time.
-            if not view.rows_decoded:
-                return 0
-            budget_s = min(step.slack_s - step.online_s, self._yield_bound_s(view))
-            tokens = self._times.prefill_tokens_within_s(budget_s, resident, StepWork())
+            return self._alone(view, step, resident)
+        decoding = min(rows, view.offline_decoding.count + view.offline_parked.count)
+        context = view.offline_decoding.mean_context_tokens
+        base = _with_rows(step.online, decoding, context)
+        best = self._cheaper(view, base, resident, step.slack_s, step.arrival_s)
+        if best.tokens < self._smallest_chunk:
+            return _Chunk()
+        if step.slack_s < _FULL_SHARE * step.gap_s:
+            could = self._cheaper(view, base, resident, step.gap_s, step.arrival_s)
+            if best.each_s > _DEAR * could.each_s:
+                return _Chunk()
+        return best
+
+    def _cheaper(
+        self, view: StepView, base: StepWork, resident: int, slack_s: float, arrival_s: float
+    ) -> _Chunk:
+        """Of a chunk that rides with the rows of `base` and one between two of their steps."""
+        base_s = self._times.upper_s(base)
+        between = _Chunk()
+        if view.rows_decoded:  # a gap holds one prefill at most, and the rows' own step
+            budget_s = min(slack_s - base_s, arrival_s)
+            between = self._chunk(view, resident, budget_s, StepWork(), 0.0)
+        if not view.can_mix:
+            return between
+        riding = self._chunk(view, resident, min(slack_s, arrival_s), base, base_s)
+        return riding if riding.each_s <= between.each_s else between
+
+    def _chunk(
+        self, view: StepView, resident: int, budget_s: float, base: StepWork, base_s: float
+    ) -> _Chunk:
+        tokens = self._times.prefill_tokens_within_s(budget_s, resident, base)
         tokens = min(tokens, view.chunk_tokens)
-        return tokens if tokens >= self._smallest_chunk else 0
+        if tokens <= 0:
+            return _Chunk()
+        took_s = self._times.upper_s(base.plus_prompt(tokens, resident)) - base_s
+        return _Chunk(tokens, rides=base.decode_rows > 0, each_s=max(took_s, 0.0) / tokens)
 
-    def _prefill_alone(self, view: StepView, step: _Step, resident: int) -> int:
+    def _alone(self, view: StepView, step: _Step, resident: int) -> _Chunk:
         if view.interruptible:
-            return view.chunk_tokens
+            return _Chunk(view.chunk_tokens, in_slices=True)
         tokens = self._times.prefill_tokens_within_s(step.bound_s, resident, StepWork())
-        return min(max(tokens, self._smallest_chunk), view.chunk_tokens)
+        return _Chunk(min(max(tokens, self._smallest_chunk), view.chunk_tokens))
 
-    def _slice_s(self, view: StepView, step: _Step) -> float:
-        """Seconds for layer slices: between two decode steps of online rows, what their slack
-        leaves. An arrival ends them at a layer boundary, so the yield bound says nothing here."""
+    def _slice_s(self, view: StepView, step: _Step, rows: int) -> float:
+        """Seconds for layer slices: between two decode steps, what their slack leaves. An arrival
+        ends them at a layer boundary, so what it may wait says nothing here."""
         if view.online_prompts or view.online_arriving:
             return 0.0
         if not view.online_decoding.count:
             return inf
-        return max(step.slack_s - step.online_s, 0.0) if view.rows_decoded else 0.0
+        if not view.rows_decoded:
+            return 0.0
+        decoding = min(rows, view.offline_decoding.count)
+        base = _with_rows(step.online, decoding, view.offline_decoding.mean_context_tokens)
+        return max(step.slack_s - self._times.upper_s(base), 0.0)
 
     # ------------------------------------------------------------------- the plan
 
-    def _plan(
-        self,
-        view: StepView,
-        step: _Step,
-        *,
-        rows: int,
-        prefill: int,
-        online_prefill: int | None = None,
-        mix: bool | None = None,
-    ) -> StepPlan:
+    def _plan(self, view: StepView, step: _Step, *, rows: int, chunk: _Chunk) -> StepPlan:
         room = min(view.max_rows - view.offline_resident, view.free_rows, view.offline_waiting)
         # A request that is admitted while others sit out would only hold KV.
-        admits = prefill > 0 and rows >= view.max_rows
+        admits = chunk.tokens > 0 and rows >= view.max_rows
         return StepPlan(
-            online_prefill_tokens=view.chunk_tokens if online_prefill is None else online_prefill,
-            offline_prefill_tokens=prefill,
+            offline_prefill_tokens=chunk.tokens,
             offline_admissions=max(room, 0) if admits else 0,
             offline_decode_rows=rows,
             kv_reserve_tokens=self._reserve.tokens(view),
-            offline_slice_s=self._slice_s(view, step),
-            mix=bool(prefill and view.can_mix and view.online_decoding.count)
-            if mix is None
-            else mix,
+            offline_slice_s=self._slice_s(view, step, rows),
+            mix=chunk.rides,
+            in_slices=chunk.in_slices,
             bound_s=step.bound_s,
         )
+
+
+def _follow(average: float, new: float, weight: float) -> float:
+    """A moving average, which begins with its first value."""
+    return average + weight * (new - average) if average else new
 
 
 def _decode(rows: Rows) -> StepWork:

@@ -12,10 +12,14 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["TAG_KEY", "JobTag"]
+__all__ = ["LONGEST_LEFT_S", "TAG_KEY", "JobTag"]
 
 TAG_KEY = "conserve"
 """The key of the tag among the `custom_params`."""
+
+LONGEST_LEFT_S = 10**10
+"""Deadlines further off than this many seconds, or further past, are refused at the door. It is 317
+years, more than any window of a batch (99999d)."""
 
 
 class JobTag(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -40,10 +44,14 @@ class JobTag(msgspec.Struct, frozen=True, omit_defaults=True):
     def take_out(cls, params: Any) -> tuple[JobTag | None, dict[str, Any] | None]:
         """The tag among some `custom_params`, and a copy without it, None where nothing is left.
 
-        Raises:
-            msgspec.ValidationError: there is something else under the tag's key.
+        Something else under the tag's key, which no door of ours put there, is taken out too and
+        is no tag.
         """
         if not isinstance(params, dict) or TAG_KEY not in params:
             return None, params
         rest = {key: value for key, value in params.items() if key != TAG_KEY}
-        return msgspec.convert(params[TAG_KEY], cls), rest or None
+        try:
+            tag = msgspec.convert(params[TAG_KEY], cls)
+        except msgspec.ValidationError:
+            tag = None
+        return tag, rest or None

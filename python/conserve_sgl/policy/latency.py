@@ -1,10 +1,12 @@
 """How long a step of the engine takes, predicted from what is in it.
 
-The step time is a sum of a few named costs (`Coefficients`), linear in the work but for two knees
-where a step turns from memory bound to compute bound; ConServe (arXiv 2410.01228v2) and Sarathi
-fit the same form without the knees. Costs are found by non-negative least squares, which drops
-those that do not help, with every residual divided by the time measured (or predicted, whichever
-is longer): a decode step of 5 ms counts as much as a prefill of 500 ms.
+The step time is a sum of a few named costs (`Coefficients`), linear in the work but for knees where
+a step turns from one regime into another; ConServe (arXiv 2410.01228v2) and Sarathi fit the same
+form without the knees. Tokens have knees of both kinds: the first may be dearer (a CPU turns from
+memory bound to compute bound), and those beyond a few hundred may be (a GPU computes the first ones
+while it reads the weights, and while the host launches the step). Costs are found by non-negative
+least squares, which drops those that do not help, with every residual divided by the time measured
+(or predicted, whichever is longer): a decode step of 5 ms counts as much as a prefill of 500 ms.
 
 What is fitted is a profile (steps measured once, kept) together with the steps observed since,
 which fade. Prefill, decode and mixed steps fade apart, so an hour of decoding does not forget what
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 
 import msgspec
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 PREFILL_KNEE_TOKENS = 128
+WIDE_KNEES_TOKENS = (256, 512, 1024)
 DECODE_KNEE_ROWS = 8
 
 _REFIT_EVERY = 32
@@ -45,6 +48,10 @@ and yet a machine that became slower for good is followed."""
 
 _ERRORS_KEPT = 256
 _UPPER = 0.90
+_LARGEST_MARGIN = 0.3
+_HEALING = 0.05
+"""Of the margin of a kind of step that did not run since the last fit, what it loses: outliers must
+not starve what then never runs to prove them wrong."""
 _BIAS_LIMIT = 0.10
 _BIAS_STEPS = 128
 
@@ -135,15 +142,21 @@ class Coefficients(msgspec.Struct, frozen=True):
         step: of any step.
         prefill: of a step with a prompt in it.
         prompt: of each prompt.
-        token: of each prompt token.
-        early_token: of each of the first PREFILL_KNEE_TOKENS prompt tokens, on top.
+        token: of each token of a step with a prompt in it, those of the rows included.
+        early_token: of each of the first PREFILL_KNEE_TOKENS of them, on top.
+        wide_token: of each beyond the first of WIDE_KNEES_TOKENS, on top.
+        wider_token: of each beyond the second.
+        widest_token: of each beyond the third.
         attention: of each query-key pair of a prompt.
         decode: of a step with decode rows in it.
         batch: of a step with two decode rows or more, on top: one row multiplies vectors.
         row: of each decode row.
         early_row: of each of the first DECODE_KNEE_ROWS decode rows, on top.
         context: of each token of KV that a decode row reads.
+        mixed: of a step with both, on top.
         mixed_row: of each decode row that runs beside a prompt, on top.
+        mixed_context: of each token of KV that such a row reads, on top: a kernel made for prompts
+            may compute a whole tile of queries for it.
     """
 
     step: float = 0.0
@@ -151,13 +164,18 @@ class Coefficients(msgspec.Struct, frozen=True):
     prompt: float = 0.0
     token: float = 0.0
     early_token: float = 0.0
+    wide_token: float = 0.0
+    wider_token: float = 0.0
+    widest_token: float = 0.0
     attention: float = 0.0
     decode: float = 0.0
     batch: float = 0.0
     row: float = 0.0
     early_row: float = 0.0
     context: float = 0.0
+    mixed: float = 0.0
     mixed_row: float = 0.0
+    mixed_context: float = 0.0
 
 
 class ErrorQuantiles(msgspec.Struct, frozen=True):
@@ -226,6 +244,7 @@ class LatencyModel:
         self._profile = {k: _Moments.of_profile(self.samples, k, first) for k in StepKind}
         self._profile_costs = _solve(self._profile.values())
         self._speed = dict.fromkeys(StepKind, 1.0)
+        self._trust = dict.fromkeys(StepKind, 1.0)
         self._signed = deque[float](maxlen=_BIAS_STEPS)
         self._use(self._profile_costs)
 
@@ -242,14 +261,12 @@ class LatencyModel:
         """Seconds that a step of `work` takes, in the mean; grows with every part of it."""
         k = self.coefficients
         seconds = k.step
-        tokens = work.prefill_tokens
         rows = work.decode_rows
-        if tokens:
-            early = tokens if tokens < PREFILL_KNEE_TOKENS else PREFILL_KNEE_TOKENS
-            seconds += k.prefill + k.prompt * work.prompts + k.token * tokens
-            seconds += k.early_token * early + k.attention * work.prefill_attention
+        if work.prefill_tokens:
+            seconds += k.prefill + k.prompt * work.prompts + k.attention * work.prefill_attention
+            seconds += _tokens_s(k, work.prefill_tokens + rows)
             if rows:
-                seconds += k.mixed_row * rows
+                seconds += k.mixed + k.mixed_row * rows + k.mixed_context * work.decode_context
         if rows:
             early = rows if rows < DECODE_KNEE_ROWS else DECODE_KNEE_ROWS
             seconds += k.decode + k.row * rows + k.early_row * early
@@ -259,7 +276,10 @@ class LatencyModel:
         return seconds
 
     def upper_s(self, work: StepWork) -> float:
-        """Seconds that 9 of 10 such steps stay under; grows with the work within one kind."""
+        """Seconds that 9 of 10 such steps stay under; grows with the work within one kind.
+
+        At most 1.3 times the mean, and less for a kind of step that has not run lately: what it
+        takes is then found out by running it."""
         return self.predict_s(work) * self._upper[work.kind]
 
     def layer_s(self, work: StepWork, layers: int) -> float:
@@ -279,29 +299,19 @@ class LatencyModel:
 
         Measured with `upper_s`. 0 when not even one token fits; bounded by `MAX_CHUNK_TOKENS`.
         """
-        budget_s /= self._upper[base.plus_prompt(1, resident).kind]
-        k = self.coefficients
-        fixed_s = self.predict_s(base.plus_prompt(1, resident)) - self._chunk_s(1, resident, base)
+        first = base.plus_prompt(1, resident)
+        budget_s /= self._upper[first.kind]
+        k, rows, before = self.coefficients, base.decode_rows, base.prefill_tokens
+        # What does not depend on the chunk's length, once and not for every length tried.
+        fixed_s = self.predict_s(first) - k.attention * (resident + 0.5)
+        fixed_s -= _tokens_s(k, before + rows + 1)
         left_s = budget_s - fixed_s
-        early_left = max(PREFILL_KNEE_TOKENS - base.prefill_tokens, 0)
-        per_token = k.token + k.attention * resident
-        beyond = _positive_root(k.attention / 2, per_token, left_s - k.early_token * early_left)
-        if beyond >= early_left:
-            tokens = beyond
-        else:
-            tokens = _positive_root(k.attention / 2, per_token + k.early_token, left_s)
-        tokens = math.floor(min(max(tokens, 0.0), MAX_CHUNK_TOKENS))
-        # The root is a float: the last token may fall on either side of it.
-        while tokens > 0 and self.predict_s(base.plus_prompt(tokens, resident)) > budget_s:
-            tokens -= 1
-        return tokens
 
-    def _chunk_s(self, tokens: int, resident: int, base: StepWork) -> float:
-        """The part of a chunk's cost that depends on its length."""
-        k = self.coefficients
-        early = min(tokens, max(PREFILL_KNEE_TOKENS - base.prefill_tokens, 0))
-        pairs = tokens * (resident + tokens / 2)
-        return k.token * tokens + k.early_token * early + k.attention * pairs
+        def fits(tokens: int) -> bool:
+            pairs = tokens * (resident + tokens / 2)
+            return _tokens_s(k, before + rows + tokens) + k.attention * pairs <= left_s
+
+        return _largest(fits, MAX_CHUNK_TOKENS)
 
     # ----------------------------------------------------------------- learning
 
@@ -324,7 +334,9 @@ class LatencyModel:
     def _refit(self) -> None:
         pending, self._pending = self._pending, []
         for kind in StepKind:
-            if steps := [s for s in pending if s.work.kind is kind]:
+            steps = [s for s in pending if s.work.kind is kind]
+            self._trust[kind] = 1.0 if steps else self._trust[kind] * (1 - _HEALING)
+            if steps:
                 self._learn(kind, steps)
         scaled = [self._profile[kind].scaled(self._speed[kind]) for kind in StepKind]
         self._use(_solve([*scaled, *self._recent.values()]))
@@ -345,9 +357,12 @@ class LatencyModel:
     def _use(self, costs: np.ndarray) -> None:
         self._costs = costs
         self.coefficients = Coefficients(*costs.tolist())
-        above = (_quantile(sorted(self._errors[kind]), _UPPER) for kind in StepKind)
-        self._upper = tuple(1 + max(share, 0.0) for share in above)
+        self._upper = tuple(1 + self._margin(kind) for kind in StepKind)
         self.bias = _quantile(sorted(self._signed), 0.5)
+
+    def _margin(self, kind: StepKind) -> float:
+        above = _quantile(sorted(self._errors[kind]), _UPPER)
+        return min(max(above, 0.0), _LARGEST_MARGIN) * self._trust[kind]
 
     # ---------------------------------------------------------------- reporting
 
@@ -385,20 +400,55 @@ MAX_CHUNK_TOKENS = 1 << 20
 def _features(work: StepWork) -> list[float]:
     """What each of `Coefficients` is multiplied by, in their order."""
     tokens, rows = work.prefill_tokens, work.decode_rows
+    together = tokens + rows if tokens else 0
     return [
         1.0,
         float(tokens > 0),
         float(work.prompts),
-        float(tokens),
-        float(min(tokens, PREFILL_KNEE_TOKENS)),
+        float(together),
+        float(min(together, PREFILL_KNEE_TOKENS)),
+        *(float(max(together - knee, 0)) for knee in WIDE_KNEES_TOKENS),
         float(work.prefill_attention),
         float(rows > 0),
         float(rows > 1),
         float(rows),
         float(min(rows, DECODE_KNEE_ROWS)),
         float(work.decode_context),
+        float(tokens > 0 and rows > 0),
         float(rows if tokens else 0),
+        float(work.decode_context if tokens else 0),
     ]
+
+
+def _tokens_s(k: Coefficients, tokens: int) -> float:
+    """The part of a step's time that its tokens make, rows included; not in a decode step."""
+    seconds = k.token * tokens
+    seconds += k.early_token * (tokens if tokens < PREFILL_KNEE_TOKENS else PREFILL_KNEE_TOKENS)
+    wide, wider, widest = WIDE_KNEES_TOKENS
+    if tokens > wide:
+        seconds += k.wide_token * (tokens - wide)
+        if tokens > wider:
+            seconds += k.wider_token * (tokens - wider)
+            if tokens > widest:
+                seconds += k.widest_token * (tokens - widest)
+    return seconds
+
+
+def _largest(fits: Callable[[int], bool], at_most: int) -> int:
+    """The largest number up to `at_most` that fits, where all smaller ones do; 0 if none does."""
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while high <= at_most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, at_most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 _SIZE = len(msgspec.structs.fields(Coefficients))
@@ -506,13 +556,3 @@ def _grid() -> list[StepWork]:
 def _quantile(ordered: Sequence[float], share: float) -> float:
     """The smallest of `ordered` that at least `share` of them do not exceed; 0 of none."""
     return ordered[max(math.ceil(share * len(ordered)) - 1, 0)] if ordered else 0.0
-
-
-def _positive_root(a: float, b: float, c: float) -> float:
-    """The x >= 0 with a*x*x + b*x = c, for a and b not negative; infinite when both are 0."""
-    if c < 0:
-        return -1.0
-    if a <= 0 and b <= 0:
-        return math.inf
-    # Not (-b + root) / 2a, which loses every digit when a is small.
-    return 2 * c / (b + math.sqrt(b * b + 4 * a * c)) if c > 0 else 0.0

@@ -1,4 +1,4 @@
-"""How much of the KV pool is kept free for online requests.
+"""How much of the KV pool, and of the rows, is kept free for online requests.
 
 The reserve follows the recent demand: what online requests held and asked for at the peak of the
 last minutes, less what they hold now, up to a share of the pool that the operator sets.
@@ -8,11 +8,22 @@ from __future__ import annotations
 
 from conserve_sgl.policy.step import StepView
 
-__all__ = ["OnlineReserve"]
+__all__ = ["OnlineReserve", "most_offline_rows"]
 
 _HALF_LIFE_S = 120.0
 _LEAST_SHARE = 0.02
 """Of the pool, whatever was seen: the next request may come before any other has."""
+
+
+_ONLINE_ROWS_SHARE = 1 / 8
+
+
+def most_offline_rows(rows: int) -> int:
+    """Of an engine's request rows, those that offline work may hold, at least one.
+
+    Online requests take rows back, but those that are free are there at once.
+    """
+    return max(rows - max(int(rows * _ONLINE_ROWS_SHARE), 1), 1)
 
 
 class OnlineReserve:

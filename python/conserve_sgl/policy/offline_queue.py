@@ -17,6 +17,9 @@ A deadline is read to within a sixteenth of the time that it left on arrival, ne
 give the time that is left, request by request, and a job must not fall apart into as many lanes.
 
 A push costs a sorted insertion, a take a few operations; nothing is ever sorted as a whole.
+
+No number that a request carries can raise here: this runs in the scheduler, and what raises there
+ends the server. Times and tokens beyond what anybody means are brought within `_bounded`.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from array import array
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
-from math import ceil, floor, frexp, inf, ldexp
+from math import ceil, floor, frexp, inf, isnan, ldexp
 from typing import Generic, TypeVar
 from zlib import crc32
 
@@ -38,6 +41,8 @@ T = TypeVar("T")
 PREFIX_BLOCK_TOKENS = 64
 PREFIX_TOKENS = 4096
 _SERVED_KEPT = 256
+_MOST_S = 1e12
+_MOST_TOKENS = 10**12
 
 
 def prefix_key(tokens: Sequence[int], namespace: str = "") -> bytes:
@@ -102,6 +107,27 @@ class Backlog(msgspec.Struct, frozen=True, kw_only=True):
     jobs: int
     oldest_wait_s: float
     at_risk: int
+
+
+def _bounded(item: OfflineItem) -> OfflineItem:
+    """The item with numbers that can be reckoned with, nearly always itself.
+
+    A time that is no number is that of an item which says nothing: arrived at 0, no deadline.
+    """
+    tokens, arrived_s = min(item.tokens, _MOST_TOKENS), _time(item.arrived_s) or 0.0
+    deadline_s = None if item.deadline_s is None else _time(item.deadline_s)
+    if (tokens, arrived_s, deadline_s) == (item.tokens, item.arrived_s, item.deadline_s):
+        return item
+    return msgspec.structs.replace(item, tokens=tokens, arrived_s=arrived_s, deadline_s=deadline_s)
+
+
+def _time(seconds: float) -> float | None:
+    within_s = _within(seconds, _MOST_S)
+    return None if isnan(within_s) else within_s
+
+
+def _within(number: float, most: float) -> float:
+    return min(max(number, -most), most)
 
 
 def _coarse(item: OfflineItem) -> float | None:
@@ -319,6 +345,7 @@ class OfflineQueue(Generic[T]):
         if self.is_full:
             return False
         self._pushed += 1
+        item = _bounded(item)
         lane = self._lane_of(item)
         entry = _Entry(request, item, self._pushed, lane)
         insort(self._rids, (item.rid, entry.order, entry))
@@ -364,12 +391,12 @@ class OfflineQueue(Generic[T]):
         """A request that was taken is done and took so many tokens: correct its job's account.
 
         Returns:
-            What was pushed with it, or None when it was not out.
+            What was pushed with it, within bounds, or None when it was not out.
         """
         entry = self._taken.pop(id(request), None)
         if entry is None:
             return None
-        self._charge(entry, tokens - entry.item.tokens)
+        self._charge(entry, _within(tokens, _MOST_TOKENS) - entry.item.tokens)
         entry.lane.out -= 1
         self._forget(entry)
         self._forget_if_idle(entry.lane)
@@ -380,11 +407,11 @@ class OfflineQueue(Generic[T]):
         entries = [entry for lane in self._lanes.values() for entry in lane if matches(entry.of)]
         return self._remove(entries)
 
-    def remove_rid(self, prefix: str) -> list[T]:
-        """The same for ids that start with `prefix`, without looking at every request."""
-        at = bisect_left(self._rids, (prefix,))
+    def remove_rid(self, rid: str) -> list[T]:
+        """The same for the requests of that id, without looking at every request."""
+        at = bisect_left(self._rids, (rid,))
         named = []
-        while at < len(self._rids) and self._rids[at][0].startswith(prefix):
+        while at < len(self._rids) and self._rids[at][0] == rid:
             named.append(self._rids[at][2])
             at += 1
         return self._remove([entry for entry in named if id(entry.of) not in self._taken])
@@ -406,7 +433,7 @@ class OfflineQueue(Generic[T]):
         Args:
             now_s: on the clock of the items.
             tokens_per_s: how fast tokens, as items expect them, are being served; None when
-                nobody knows, and then only what is late already is at risk.
+                nobody knows, and then only what is late already is at risk. At least 0.
         """
         waiting = [lane for lane in self._lanes.values() if lane.waiting]
         return Backlog(
@@ -501,14 +528,14 @@ class OfflineQueue(Generic[T]):
     def _oldest_wait_s(self, now_s: float) -> float:
         arrivals = [e.item.arrived_s for lane in self._lanes.values() for e in lane.gave_way]
         arrivals.append(next(iter(self._never_taken.values()), now_s))
-        return max(now_s - min(arrivals), 0.0)
+        return max(0.0, now_s - min(arrivals))
 
     def _at_risk(self, now_s: float, tokens_per_s: float | None) -> int:
         tokens_per_s = inf if tokens_per_s is None else tokens_per_s
         at_risk, ahead_tokens = 0, 0
         for lane in self._dated:
             ahead_tokens += lane.waiting_tokens
-            left_s = max(lane.deadline_s - now_s, 0.0)
+            left_s = max(0.0, lane.deadline_s - now_s)  # in this order 0.0 where now_s is none
             in_time_tokens = left_s and left_s * tokens_per_s
             late_tokens = min(max(ahead_tokens - in_time_tokens, 0.0), lane.waiting_tokens)
             at_risk += ceil(late_tokens * lane.waiting / lane.waiting_tokens)

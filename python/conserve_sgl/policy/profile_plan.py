@@ -9,7 +9,7 @@ import msgspec
 
 from conserve_sgl.policy.latency import StepWork
 
-__all__ = ["ProfileLimits", "StepShape", "plan_profile"]
+__all__ = ["ProfileLimits", "StepShape", "plan_grid", "plan_profile"]
 
 _SHORTEST_PROMPT = 16
 _PREFILL_LENGTHS = 10
@@ -43,6 +43,20 @@ class ProfileLimits(msgspec.Struct, frozen=True, kw_only=True):
             and len(longest) <= self.rows
         )
 
+    def times(self, shape: StepShape, at_most: int) -> int:
+        """How often `shape`, which fits, can run with prompts of its own each time; at least once.
+
+        The rows that decode are the same every time.
+        """
+        prompts = len(shape.prompts)
+        if not prompts:
+            return at_most
+        tokens = sum(new + resident + 64 for new, resident in shape.prompts)
+        rows = len(shape.decode_contexts)
+        context = sum(shape.decode_contexts) + rows * (at_most + 64)
+        room = min((self.pool_tokens - context) // tokens, (self.rows - rows) // prompts)
+        return max(min(room, at_most), 1)
+
 
 class StepShape(msgspec.Struct, frozen=True, kw_only=True):
     """A step to run: prompts as (new, resident) tokens, and the contexts of decode rows.
@@ -66,6 +80,32 @@ def plan_profile(limits: ProfileLimits) -> list[StepShape]:
     plan = list(shapes)
     random.Random(0).shuffle(plan)
     return plan
+
+
+def plan_grid(limits: ProfileLimits) -> list[StepShape]:
+    """A denser grid than a profile's: what a simulated device is interpolated from."""
+    return [shape for shape in dict.fromkeys(_grid()) if limits.fits(shape)]
+
+
+def _grid() -> Iterator[StepShape]:
+    rows = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
+    lengths = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
+    for context in (256, 1024, 4096):
+        for count in rows:
+            yield StepShape(decode_contexts=(context,) * count, steps=3)
+    for resident in (0, 1024, 4096):
+        for new in lengths:
+            yield StepShape(prompts=((new, resident),))
+    for prompts in (2, 4, 8, 16):
+        for new in (32, 64, 128, 256, 512):
+            yield StepShape(prompts=((new, 1024),) * prompts)
+    for count in (1, 4, 8, 16, 32, 64, 96, 128, 192):
+        for new in (32, 64, 128, 256, 512, 1024, 2048):
+            yield StepShape(prompts=((new, 1024),), decode_contexts=(1024,) * count)
+    for count in (8, 64, 128):
+        for new in (64, 256, 1024):
+            yield StepShape(prompts=((new, 0),), decode_contexts=(256,) * count)
+            yield StepShape(prompts=((new // 4, 1024),) * 4, decode_contexts=(1024,) * count)
 
 
 def _shapes(limits: ProfileLimits) -> Iterator[StepShape]:

@@ -85,7 +85,7 @@ class Slicing:
         fit = (self._end_s(view) - view.now_s) / view.layer_s
         if fit < 1.0:
             return 0
-        return max(min(view.layers_left, int(min(self._yield_s / view.layer_s, fit))), 1)
+        return max(int(min(view.layers_left, self._yield_s / view.layer_s, fit)), 1)
 
     def _end_s(self, view: SliceView) -> float:
         if view.arrival_s is None:

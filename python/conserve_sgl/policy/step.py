@@ -53,8 +53,9 @@ class StepView(msgspec.Struct, frozen=True, kw_only=True):
         online_prompts: online prompts in the order in which they will run; the one between two
             of its chunks first. Long queues may be cut: what is left out is behind all of these.
         online_decoding: online rows of the running batch.
-        online_due_s: when the first of their next tokens is due; infinite without rows.
-        offline_due_s: the same for a step with offline work in it, which leaves more to spare.
+        online_due_s: when the first of their next tokens is due in a step with offline work in it,
+            by the policy's own pace; infinite without rows.
+        online_late_s: the same with the reserve spent that the pace keeps; never earlier.
         offline_waiting: in the OfflineQueue.
         offline_chunk: the offline prompt between two of its chunks, or None.
         offline_decoding: offline rows of the running batch.
@@ -77,7 +78,7 @@ class StepView(msgspec.Struct, frozen=True, kw_only=True):
     online_prompts: tuple[Prompt, ...] = ()
     online_decoding: Rows = NO_ROWS
     online_due_s: float = inf
-    offline_due_s: float = inf
+    online_late_s: float = inf
     offline_waiting: int = 0
     offline_chunk: Prompt | None = None
     offline_decoding: Rows = NO_ROWS
@@ -109,32 +110,32 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What may run in the step.
 
     Args:
-        online_prefill_tokens: prompt tokens that online requests may compute; 0 lets the rows
-            that decode go first, in a step of their own.
         offline_prefill_tokens: prompt tokens that offline requests may compute.
         offline_admissions: requests that may leave the OfflineQueue.
         offline_decode_rows: offline rows that may decode; the rest sit out.
         offline_slice_s: seconds that layer slices of an offline prefill may run in a step of their
             own before what decodes goes on; 0 keeps a suspended one where it is.
-        mix: whether prompts and the rows that decode share the step.
+        mix: whether the offline prompts and the rows that decode share the step.
+        in_slices: whether an offline prefill of the step may be cut into slices of layers, to make
+            way for an arrival; it then runs outside of graphs and without overlap.
         kv_reserve_tokens: KV tokens that an offline admission must leave free for online.
         bound_s: predicted seconds that the step was sized to stay within; infinite when no rule
             bound it. For metrics and tests.
     """
 
-    online_prefill_tokens: int
     offline_prefill_tokens: int
     offline_admissions: int
     offline_decode_rows: int
     kv_reserve_tokens: int
     offline_slice_s: float = inf
     mix: bool = False
+    in_slices: bool = False
     bound_s: float = inf
 
     def __post_init__(self) -> None:
-        if min(self.online_prefill_tokens, self.offline_prefill_tokens) < 0:
+        if min(self.offline_prefill_tokens, self.offline_admissions) < 0:
             raise ValueError(f"a plan grants no negative work: {self}")
-        if min(self.offline_admissions, self.offline_decode_rows, self.kv_reserve_tokens) < 0:
+        if min(self.offline_decode_rows, self.kv_reserve_tokens) < 0:
             raise ValueError(f"a plan holds no negative rows or tokens: {self}")
 
 

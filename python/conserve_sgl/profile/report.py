@@ -25,16 +25,21 @@ _MEANING = {
     "prefill": "a step with a prompt",
     "prompt": "a prompt",
     "token": "a prompt token",
-    "early_token": "a prompt token below the knee, on top",
+    "early_token": "a token below the knee, on top",
+    "wide_token": "a token beyond 256, on top",
+    "wider_token": "a token beyond 512, on top",
+    "widest_token": "a token beyond 1,024, on top",
     "attention": "a million query-key pairs of a prompt",
     "decode": "a step with decode rows",
     "batch": "a step with two decode rows or more, on top",
     "row": "a decode row",
     "early_row": "a decode row below the knee, on top",
     "context": "a thousand tokens of KV that decode reads",
+    "mixed": "a step with prompts and rows, on top",
     "mixed_row": "a decode row beside a prompt, on top",
+    "mixed_context": "a thousand tokens of KV of such a row, on top",
 }
-_UNITS = {"attention": 1e6, "context": 1e3}
+_UNITS = {"attention": 1e6, "context": 1e3, "mixed_context": 1e3}
 _COLOURS = {StepKind.PREFILL: "#1f77b4", StepKind.DECODE: "#d62728", StepKind.MIXED: "#7f7f7f"}
 
 

@@ -17,10 +17,14 @@ import msgspec
 from conserve_sgl.errors import InputError
 from conserve_sgl.policy.latency import ErrorQuantiles, LatencyModel, StepKind, StepSample
 
-__all__ = ["STEP_LOG_ENV", "HeldOut", "StepLog", "held_out", "read_steps"]
+__all__ = ["GRID_ENV", "STEP_LOG_ENV", "HeldOut", "StepLog", "held_out", "read_steps"]
 
 STEP_LOG_ENV = "CONSERVE_STEP_LOG"
 """Environment variable with the file that a scheduler appends its steps to."""
+
+GRID_ENV = "CONSERVE_PROFILE_GRID"
+"""Environment variable with the file that a scheduler appends a dense grid of steps to, measured
+at its start."""
 
 
 class StepLog:
@@ -37,12 +41,20 @@ class StepLog:
         Raises:
             InputError: it cannot be written.
         """
-        if not (path := environment.get(STEP_LOG_ENV)):
-            return cls()
+        path = environment.get(STEP_LOG_ENV)
+        return cls.to(path) if path else cls()
+
+    @classmethod
+    def to(cls, path: str) -> Self:
+        """The file at `path`, made if there is none.
+
+        Raises:
+            InputError: it cannot be written.
+        """
         try:
             return cls(open(path, "ab", buffering=0))
         except OSError as e:
-            raise InputError(path, f"cannot be written: {e.strerror}") from e
+            raise InputError(path, f"cannot be written: {e.strerror or e}") from e
 
     def write(self, sample: StepSample) -> None:
         """Append one step."""
@@ -64,7 +76,7 @@ def read_steps(path: Path) -> list[StepSample]:
     try:
         text = path.read_bytes()
     except OSError as e:
-        raise InputError(path, f"cannot be read: {e.strerror}") from e
+        raise InputError(path, f"cannot be read: {e.strerror or e}") from e
     decoder = msgspec.json.Decoder(StepSample)
     samples: list[StepSample] = []
     *lines, _cut_off = text.split(b"\n")

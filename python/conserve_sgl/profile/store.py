@@ -184,7 +184,7 @@ def read_profile(path: Path) -> Profile:
     try:
         text = path.read_bytes()
     except OSError as e:
-        raise InputError(path, f"cannot be read: {e.strerror}") from e
+        raise InputError(path, f"cannot be read: {e.strerror or e}") from e
     try:
         profile = msgspec.json.decode(text, type=Profile)
         profile.model()

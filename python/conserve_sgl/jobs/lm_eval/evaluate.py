@@ -25,6 +25,7 @@ from conserve_sgl.jobs.plan import Plan, expand
 from conserve_sgl.jobs.schema import LmEval, ModelArgs
 from conserve_sgl.jobs.store import Store
 from conserve_sgl.jobs.summary import LmEvalSummary, Metric
+from conserve_sgl.json_lines import with_escapes
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -340,13 +341,14 @@ def _write(tracker: Any, results: dict[str, Any]) -> None:
     missing = (
         [] if list(folder.glob(f"results_{getattr(tracker, 'date_id', '')}.json")) else [folder]
     )
-    missing += [
-        file
-        for task in samples or {}
-        if not (file := folder / f"samples_{task}_{tracker.date_id}.jsonl").is_file()
-    ]
+    lines_of = [folder / f"samples_{task}_{tracker.date_id}.jsonl" for task in samples or {}]
+    missing += [file for file in lines_of if not file.is_file()]
     if missing:
         raise JobError(f"cannot write the results to {missing[0]}; run the same command again")
+    for file in lines_of:
+        written = file.read_bytes()
+        if (escaped := with_escapes(written)) != written:
+            file.write_bytes(escaped)
 
 
 def _metrics(results: dict[str, Any]) -> dict[str, dict[str, Metric]]:

@@ -1,0 +1,1 @@
+"""`conserve simulate`: SGLang's and conserve's schedulers on a fake clock. No torch, no sglang."""
