@@ -28,11 +28,19 @@ def test_arrivals_come_later() -> None:
 @pytest.mark.parametrize(
     ("slo", "stretched"),
     [
-        ({}, {"ttft": "1.25x", "tpot": "1.25x", "yield_ms": 20.0}),
-        ({"ttft": "500ms"}, {"ttft": "2000.000000ms", "tpot": "1.25x", "yield_ms": 20.0}),
+        ({}, {"ttft": "2x", "tpot": "2x", "longest_gap": "200.000000ms", "yield_ms": 20.0}),
         (
-            {"ttft": "2x", "tpot": "7.5ms", "yield_ms": 50},
-            {"ttft": "2x", "tpot": "30.000000ms", "yield_ms": 200.0},
+            {"ttft": "500ms", "longest_gap": "3x"},
+            {"ttft": "2000.000000ms", "tpot": "2x", "longest_gap": "3x", "yield_ms": 20.0},
+        ),
+        (
+            {"ttft": "2x", "tpot": "30ms", "yield_ms": 50},
+            {
+                "ttft": "2x",
+                "tpot": "120.000000ms",
+                "longest_gap": "240.000000ms",
+                "yield_ms": 200.0,
+            },
         ),
     ],
 )

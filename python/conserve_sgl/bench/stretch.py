@@ -34,9 +34,16 @@ def host_conserve(section: Mapping[str, Any], scale: float) -> dict[str, Any]:
     stretched = {
         "ttft": _stretched(slo.ttft, scale),
         "tpot": _stretched(slo.tpot, scale),
+        "longest_gap": _stretched(slo.longest_gap or _longest_gap(slo), scale),
         "yield_ms": slo.yield_ms * scale,
     }
     return {**section, "slo": stretched}
+
+
+def _longest_gap(slo: SloConfig) -> str:
+    """What stands for one that is left out; beside a relative objective its least."""
+    tpot_s = 0.0 if slo.tpot.endswith("x") else float(slo.tpot.removesuffix("ms")) / 1e3
+    return f"{1e3 * slo.objectives().longest_gap_s(tpot_s):.6f}ms"
 
 
 def _stretched(objective: str, scale: float) -> str:
