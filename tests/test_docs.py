@@ -13,6 +13,7 @@ import pytest
 
 from conserve_sgl import compat
 from conserve_sgl.config import CONFIG_ENV, ConserveConfig, Folder
+from conserve_sgl.emulation import DEVICE_ENV, SCALE_ENV
 from conserve_sgl.ingress.classify import (
     OFFLINE_PREFIX,
     AskedJob,
@@ -109,7 +110,10 @@ def test_a_row_gives_the_range_that_is_checked(key, cells):
     assert RANGES[given](field.type)
 
 
-@pytest.mark.parametrize("variable", [CONFIG_ENV, compat.ALLOW_UNTESTED_ENV, DIR_ENV, STEP_LOG_ENV])
+@pytest.mark.parametrize(
+    "variable",
+    [CONFIG_ENV, compat.ALLOW_UNTESTED_ENV, DIR_ENV, STEP_LOG_ENV, DEVICE_ENV, SCALE_ENV],
+)
 def test_the_page_lists_our_environment_variables(variable):
     assert f"| {variable} |" in CONFIGURATION
 
