@@ -62,6 +62,8 @@ class FakeEngine:
             "on": True,
             "offline_paused": False,
             "batches_held": False,
+            "offline_starved_s": 0.0,
+            "offline_bound": "slo.tpot",
             "offline_waiting": 0,
             "offline_running": self.in_hand,
             "slo": {"ttft": "1x", "tpot": "1x", "yield_ms": 5},
