@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from conserve_sgl.emulation import Emulation
+from conserve_sgl.platform.emulated.device import BUSY_METRIC
 from conserve_sgl.policy.latency import StepKind, StepWork
 from conserve_sgl.profile.store import read_profile
 from conserve_sgl.simulate.device import Device, StepTimes, load_device
@@ -117,9 +118,9 @@ def test_the_profile_at_start_is_the_device_s(server, gpu: Device, profiles: Pat
 
     assert profile.identity.device.startswith("tiny-gpu (emulated")
     assert profile.identity.overlap
-    times = StepTimes(gpu)
-    for step in profile.samples:
-        assert step.seconds > NOISE * times.mean_s(step.work)
+    # A step is timed from one result to the next, so a host that was late moves time between steps.
+    least_s = sum(map(StepTimes(gpu).mean_s, (step.work for step in profile.samples)))
+    assert sum(step.seconds for step in profile.samples) > least_s / 2
     latency = server.state()["latency"]
     assert latency["errors"]["decode"]["steps"] > 0
     assert latency["coefficients_s"]["step"] + latency["coefficients_s"]["decode"] > 0.003
@@ -172,6 +173,6 @@ def test_what_a_client_may_ask_changes_no_token_and_ends_nothing(stock, extra: d
 def test_the_time_in_which_the_device_is_busy_is_counted(stock) -> None:
     stock.generate(**_body("some work", 20))
     text = stock.http.get("/metrics").text
-    (line,) = (ln for ln in text.splitlines() if "emulated_device_busy_seconds_total{" in ln)
+    (line,) = (ln for ln in text.splitlines() if ln.startswith(f"{BUSY_METRIC}_total"))
 
     assert float(line.split()[-1]) > 0
