@@ -13,6 +13,7 @@ import pytest
 
 from conserve_sgl import compat
 from conserve_sgl.config import CONFIG_ENV, ConserveConfig, Folder
+from conserve_sgl.emulation import DEVICE_ENV, SCALE_ENV
 from conserve_sgl.ingress.classify import (
     OFFLINE_PREFIX,
     AskedJob,
@@ -110,7 +111,8 @@ def test_a_row_gives_the_range_that_is_checked(key, cells):
 
 
 @pytest.mark.parametrize(
-    "variable", [CONFIG_ENV, compat.ALLOW_UNTESTED_ENV, DIR_ENV, GRID_ENV, STEP_LOG_ENV]
+    "variable",
+    [CONFIG_ENV, compat.ALLOW_UNTESTED_ENV, DIR_ENV, GRID_ENV, STEP_LOG_ENV, DEVICE_ENV, SCALE_ENV],
 )
 def test_the_page_lists_our_environment_variables(variable):
     assert f"| {variable} |" in CONFIGURATION

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from conserve_sgl import doctor
 from conserve_sgl.doctor import Level, host_cache
+from conserve_sgl.emulation import DEVICE_ENV
 
 
 def args(**changes) -> SimpleNamespace:
@@ -46,6 +47,13 @@ def test_the_host_cache(changes, free_gib, device_gib, level, said):
     finding = host_cache(args(**changes), free_gib=free_gib, device_gib=device_gib)
     assert finding.level is level
     assert said in finding.detail
+
+
+def test_an_emulated_device_is_not_taken_for_this_machine(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(DEVICE_ENV, "h100-llama8b-triton")
+    device = next(finding for finding in doctor._machine() if finding.what == "device")
+    assert device.level is Level.NOTE
+    assert "h100-llama8b-triton, emulated" in device.detail
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "errors": set(),
     "json_lines": set(),
     "machine": set(),
+    "emulation": _LEAVES,
     "shapes": set(),
     "strict_yaml": {"shapes", *_LEAVES},
     "compat": _LEAVES,
@@ -49,9 +50,11 @@ MAY_IMPORT = {
         "profile",
         "settings",
         "machine",
+        "emulation",
         *_LEAVES,
     },
-    "platform": _LEAVES,
+    # simulate/device.py: the step times of a device.
+    "platform": {"emulation", "policy", "simulate", *_LEAVES},
     "jobs": {"json_lines", "shapes", "strict_yaml", *_LEAVES},
     # bench/micro.py times parts of the house.
     "bench": {
@@ -65,6 +68,7 @@ MAY_IMPORT = {
         "jobs",
         "json_lines",
         "machine",
+        "emulation",
         "strict_yaml",
         *_LEAVES,
     },
@@ -72,7 +76,7 @@ MAY_IMPORT = {
     "simulate": {"bench", "config", "policy", "profile", "strict_yaml", *_LEAVES},
     "plugin": {"batch", "config", "compat", "engine", "ingress", "profile", "settings", *_LEAVES},
     "tune": _LEAVES,
-    "doctor": {"config", "compat", "plugin", "profile", "__init__", *_LEAVES},
+    "doctor": {"config", "compat", "plugin", "profile", "emulation", "__init__", *_LEAVES},
     "cli": {
         "config",
         "compat",

@@ -27,6 +27,7 @@ from rich.markup import escape
 
 from conserve_sgl import __version__, compat
 from conserve_sgl.config import CONFIG_ENV, ConserveConfig
+from conserve_sgl.emulation import Emulation
 from conserve_sgl.errors import ConserveError, HookError
 from conserve_sgl.profile.store import model_path
 
@@ -371,7 +372,10 @@ def _machine() -> Iterator[Finding]:
     import psutil
     import torch
 
-    if torch.cuda.is_available():
+    if (emulated := Emulation.from_environment()) is not None:
+        detail = f"{emulated.device}, emulated: no figure is this machine's"
+        yield Finding("device", Level.NOTE, detail)
+    elif torch.cuda.is_available():
         gib = torch.cuda.get_device_properties(0).total_memory / 2**30
         yield Finding("device", Level.OK, f"{torch.cuda.get_device_name(0)}, {gib:.0f} GiB")
     else:

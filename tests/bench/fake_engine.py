@@ -61,6 +61,7 @@ class FakeEngine:
             "arrival_ms": {"p50": 1.5, "p99": 2.5},
             "on": True,
             "offline_paused": False,
+            "batches_held": False,
             "offline_starved_s": 0.0,
             "offline_bound": "slo.tpot",
             "offline_waiting": 0,

@@ -5,7 +5,7 @@ from types import ModuleType
 import pytest
 from aiohttp.test_utils import TestServer as AppServer
 
-from conserve_sgl.bench.probe import Reading, idle_share, parse_metrics, read_server
+from conserve_sgl.bench.probe import Reading, busy_share, idle_share, parse_metrics, read_server
 
 
 async def test_a_server_is_read_by_its_own_routes(fake_engine: ModuleType) -> None:
@@ -37,3 +37,11 @@ def test_the_idle_share_is_over_the_time_between_two_readings(
 ) -> None:
     before = Reading(100.0, 0.0 if idle_s is not None else None, {})
     assert idle_share(before, Reading(110.0, idle_s, {})) == share
+
+
+@pytest.mark.parametrize(("busy_s", "share"), [(0.0, 0.0), (7.5, 0.75), (None, None)])
+def test_the_busy_share_is_an_emulated_device_s_alone(
+    busy_s: float | None, share: float | None
+) -> None:
+    before = Reading(100.0, None, {}, 0.0 if busy_s is not None else None)
+    assert busy_share(before, Reading(110.0, None, {}, busy_s)) == share

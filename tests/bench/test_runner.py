@@ -20,6 +20,7 @@ from conserve_sgl.bench.results import by_system, read_folder, run_folder
 from conserve_sgl.bench.systems import BenchConfig, SystemConfig
 from conserve_sgl.bench.tables import Harvest
 from conserve_sgl.config import CONFIG_ENV
+from conserve_sgl.emulation import DEVICE_ENV, SCALE_ENV
 from conserve_sgl.errors import InputError, ServerError
 
 LENGTHS = {"median_tokens": 5, "max_tokens": 5}
@@ -133,6 +134,72 @@ def test_only_conserve_gets_a_configuration(bench: Bench, monkeypatch: pytest.Mo
 
     assert env["online-only"] == ""
     assert env["ours"] == str((bench.out / "runs" / "ours.1" / "conserve.yaml").resolve())
+
+
+def test_an_emulated_device_is_measured_in_its_own_time(bench: Bench) -> None:
+    bench.content["emulated"] = {"device": "some-gpu", "time_scale": 2}
+    bench.content["systems"][2]["conserve"] = {"slo": {"ttft": "100ms"}}
+    bench.run(systems=["online-only", "ours"])
+
+    runs = {r.run.system.name: r.run for r in read_folder(bench.out)}
+    for run in runs.values():
+        assert run.server_env[DEVICE_ENV] == "some-gpu"
+        assert run.server_env[SCALE_ENV] == "2"
+        assert run.window_s == 0.5
+        assert run.counters_after["arrival_ms.p99"] == 2.5 / 2
+    told = yaml.safe_load((bench.out / "runs" / "ours.1" / "conserve.yaml").read_text())
+    assert told["slo"]["ttft"] == "200.000000ms"
+    (online,) = (r.online for r in read_folder(bench.out) if r.run.system.name == "ours")
+    assert max(record.due_s for record in online) < 0.5
+    assert all(record.sent_s >= record.due_s for record in online)
+    assert "some-gpu, 2 times slower" in (bench.out / "table.md").read_text()
+
+
+def test_a_server_on_an_emulated_device_is_turned_in_stretched_time(
+    bench: Bench, started: list[str]
+) -> None:
+    bench.content["server"] = {"shared": True}
+    bench.content["emulated"] = {"device": "some-gpu", "time_scale": 2}
+    ours = bench.content["systems"][2]
+    bench.content["systems"] = [
+        {**ours, "name": name, "conserve": {"slo": {"tpot": tpot}}, "window_s": window_s}
+        # The longest gap, which no dial turns, is 50 ms beside the first two.
+        for name, tpot, window_s in (
+            ("first", "10ms", 0.5),
+            ("second", "20ms", 0.25),
+            ("third", "40ms", 0.25),
+        )
+    ]
+
+    bench.run()
+
+    assert started == ["first", "third"]
+    runs = {r.run.system.name: r for r in read_folder(bench.out)}
+    sections = [
+        yaml.safe_load((run_folder(bench.out, name, 1) / "conserve.yaml").read_text())["slo"]
+        for name in started
+    ]
+    assert [section["tpot"] for section in sections] == ["20.000000ms", "80.000000ms"]
+    assert [section["longest_gap"] for section in sections] == ["100.000000ms", "160.000000ms"]
+    told = {name: runs["second"].run.counters_after[f"told.conserve_{name}"] for name in TOLD}
+    assert told == TOLD
+    assert runs["second"].run.window_s == 0.25
+    assert {r.due_s for r in runs["second"].online} < {r.due_s for r in runs["first"].online}
+
+
+TOLD = {"ttft_x": 2, "tpot_ms": 20, "yield_ms": 5}
+
+
+def test_the_shell_s_emulated_device_is_not_the_benchmark_s(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DEVICE_ENV, "of-the-shell")
+    bench.run(systems=["online-only"])
+
+    (result,) = read_folder(bench.out)
+    assert result.run.server_env[DEVICE_ENV] == ""
+    assert result.run.emulated is None
+    assert result.run.host_share is None
 
 
 def test_finished_runs_are_kept_and_the_others_made_up_for(

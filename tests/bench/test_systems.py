@@ -185,3 +185,38 @@ def test_a_trace_cannot_stand_for_a_distribution(load: Load, tmp_path: Path) -> 
     load()
     with pytest.raises(InputError, match="not a trace"):
         load_bench(tmp_path / "bench.yaml", trace=Path("b.csv"))
+
+
+def test_the_first_run_on_an_h100_is_emulated_with_its_own_load(shared_data: Path) -> None:
+    there = yaml.safe_load((shared_data / "h100" / "bench.yaml").read_text())
+    here = yaml.safe_load((FOLDER / "h100-emulated.yaml").read_text())
+
+    assert {key: here[key] for key in ("seed", "slo", "online", "offline")} == {
+        key: there[key] for key in ("seed", "slo", "online", "offline")
+    }
+    ran = {system["name"]: system for system in there["systems"]}
+    assert all(system == ran[system["name"]] for system in here["systems"])
+
+
+def test_an_emulated_device_is_named_or_a_file_beside_this_one(load: Load, tmp_path: Path) -> None:
+    named = load(emulated={"device": "h100-llama8b-triton"})
+    beside = load(emulated={"device": "gpus/mine.json", "time_scale": 3})
+
+    assert named.emulated.device == "h100-llama8b-triton"
+    assert (named.time_scale, beside.time_scale, load().time_scale) == (1.0, 3.0, 1.0)
+    assert beside.emulated.device == str((tmp_path / "gpus" / "mine.json").resolve())
+
+
+@pytest.mark.parametrize(
+    ("emulated", "key"),
+    [
+        ({"device": "x", "time_scale": 0.5}, "emulated.time_scale"),
+        ({"device": ""}, "emulated.device"),
+        ({"device": "x", "speed": 1}, "emulated.speed"),
+    ],
+)
+def test_an_emulated_device_that_cannot_be_is_refused(
+    load: Load, emulated: dict[str, object], key: str
+) -> None:
+    with pytest.raises(InputError, match=key):
+        load(emulated=emulated)

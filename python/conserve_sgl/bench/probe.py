@@ -13,9 +13,10 @@ from typing import Any
 import aiohttp
 import msgspec
 
-__all__ = ["Reading", "idle_share", "read_server"]
+__all__ = ["Reading", "busy_share", "idle_share", "read_server"]
 
 _IDLE = "sglang:scheduler_idle_seconds_total"
+_BUSY = "conserve:emulated_device_busy_seconds_total"
 _RETRACTED = {
     "sglang:num_retracted_requests_total": "retracted_requests",
     "sglang:num_retracted_input_tokens_total": "retracted_input_tokens",
@@ -29,12 +30,14 @@ class Reading(msgspec.Struct, frozen=True):
 
     `idle_s` is SGLang's count of the seconds in which its scheduler had no runnable or queued
     work, a second or one step late; None from a server without --enable-metrics. `counters` are
-    whatever numbers conserve shows, and SGLang's retractions.
+    whatever numbers conserve shows, and SGLang's retractions. `busy_s` is an emulated device's
+    count of the seconds in which a step had it; None from any other.
     """
 
     at_s: float
     idle_s: float | None
     counters: dict[str, int | float]
+    busy_s: float | None = None
 
 
 async def read_server(base_url: str) -> Reading:
@@ -52,14 +55,25 @@ async def read_server(base_url: str) -> Reading:
         ours: int(metrics[theirs]) for theirs, ours in _RETRACTED.items() if theirs in metrics
     }
     counters.update(_flatten(_conserve_state(info)))
-    return Reading(at_s, metrics.get(_IDLE), counters)
+    return Reading(at_s, metrics.get(_IDLE), counters, metrics.get(_BUSY))
 
 
 def idle_share(before: Reading, after: Reading) -> float | None:
     """Of the time between two readings, between 0 and 1; None when the server does not count."""
-    if before.idle_s is None or after.idle_s is None:
+    return _share(before, after, before.idle_s, after.idle_s)
+
+
+def busy_share(before: Reading, after: Reading) -> float | None:
+    """Of the time between two readings in which a step had an emulated device; else None."""
+    return _share(before, after, before.busy_s, after.busy_s)
+
+
+def _share(
+    before: Reading, after: Reading, from_s: float | None, to_s: float | None
+) -> float | None:
+    if from_s is None or to_s is None:
         return None
-    share = (after.idle_s - before.idle_s) / (after.at_s - before.at_s)
+    share = (to_s - from_s) / (after.at_s - before.at_s)
     return min(max(share, 0.0), 1.0)
 
 

@@ -31,6 +31,7 @@ from conserve_sgl.bench.metrics import (
 )
 from conserve_sgl.bench.offline import OfflineSummary, summarize_backlog
 from conserve_sgl.bench.systems import SystemConfig
+from conserve_sgl.emulation import Emulation
 from conserve_sgl.errors import InputError
 from conserve_sgl.json_lines import json_line
 
@@ -64,6 +65,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         idle_share: of the window in which SGLang's scheduler had no work; None when not known.
         clocks: of the GPUs at the window's end; None without one.
         counters_before, counters_after: numbers that the server showed around the window.
+        emulated: the device that was emulated, with its scale of time; all times are the device's.
+        busy_share: of the window in which a step had the emulated device; None for a real one.
     """
 
     system: SystemConfig
@@ -84,6 +87,16 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     server_command: list[str]
     server_env: dict[str, str]
     environment: Environment
+    emulated: Emulation | None = None
+    busy_share: float | None = None
+
+    @property
+    def host_share(self) -> float | None:
+        """Of the window in which an emulated device waited for this machine although there was
+        work: all in which no step had it and it was not idle. None for a real device."""
+        if self.busy_share is None or self.idle_share is None:
+            return None
+        return max(1.0 - self.busy_share - self.idle_share, 0.0)
 
     @property
     def counters(self) -> dict[str, float]:

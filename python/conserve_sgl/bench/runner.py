@@ -39,7 +39,7 @@ from rich.progress import (
 from conserve_sgl.bench.arrivals import Arrival
 from conserve_sgl.bench.client import LoadResult, RequestRecord, keep_in_flight, replay
 from conserve_sgl.bench.environment import Environment, clocks, environment
-from conserve_sgl.bench.probe import Reading, idle_share, read_server
+from conserve_sgl.bench.probe import Reading, busy_share, idle_share, read_server
 from conserve_sgl.bench.progress import PlainProgress
 from conserve_sgl.bench.prompts import TimedRequest, timed_requests
 from conserve_sgl.bench.results import Result, Run, read_run, run_folder, write_run
@@ -52,8 +52,15 @@ from conserve_sgl.bench.shared import (
     server_key,
     turn_dial,
 )
+from conserve_sgl.bench.stretch import (
+    device_counters,
+    device_record,
+    host_arrivals,
+    host_conserve,
+)
 from conserve_sgl.bench.systems import BenchConfig, SystemConfig
 from conserve_sgl.config import CONFIG_ENV
+from conserve_sgl.emulation import DEVICE_ENV
 from conserve_sgl.errors import InputError, ServerError
 from conserve_sgl.profile.steps import STEP_LOG_ENV
 
@@ -104,6 +111,7 @@ class Runner:
         self.out = out
         self.console = console
         self.arrivals = config.online.arrivals.draw(config.online.duration_s, config.seed)
+        self._scale = config.time_scale  # what is sent, waited for and told is in stretched time
         self.environment: Environment = environment()
 
     def pending(self, *, fresh: bool = False) -> list[Pending]:
@@ -133,6 +141,7 @@ class Runner:
         """Of all in the configuration that decides how `system` fares."""
         config = self.config
         parts = (config.seed, config.slo, config.server, config.online, config.offline)
+        parts += () if config.emulated is None else (config.emulated,)
         text = msgspec.json.encode((self.model, *parts, msgspec.structs.replace(system, dial=None)))
         return hashlib.sha256(text).hexdigest()[:16]
 
@@ -179,15 +188,26 @@ class Runner:
         """What one server does, in order."""
         if not self.config.server.shared:
             return [[each] for each in pending]
-        alike = itertools.groupby(pending, key=lambda each: (server_key(each[0]), each[1]))
+        alike = itertools.groupby(
+            pending, key=lambda each: (server_key(self._told(each[0])), each[1])
+        )
         return [list(group) for _, group in alike]
+
+    def _told(self, system: SystemConfig) -> SystemConfig:
+        """`system` with the configuration that its server gets, in the time of its clock."""
+        if system.kind != "conserve":
+            return system
+        section = host_conserve(system.conserve or {}, self._scale)
+        return msgspec.structs.replace(system, conserve=section)
 
     def _expected_s(self, system: SystemConfig) -> float:
         """A guess at what `system` takes on a server that is ready."""
-        return self._lead_s(system) + self.window_s(system) + _END_S
+        return self._lead_s(system) + (self.window_s(system) + _END_S) * self._scale
 
     def _lead_s(self, system: SystemConfig) -> float:
-        return self.config.offline.lead_s if system.load != "online" else _QUIET_LEAD_S
+        """Of this machine's time."""
+        lead_s = self.config.offline.lead_s * self._scale
+        return lead_s if system.load != "online" else _QUIET_LEAD_S
 
     def _start_s(self) -> float:
         """What a server takes to start: as long as the slowest of this folder, or a guess."""
@@ -251,7 +271,7 @@ class Runner:
             step("emptying the caches")
             empty_caches(served.server.base_url)
             if system.kind == "conserve":
-                turn_dial(served.server.base_url, system.conserve or {})
+                turn_dial(served.server.base_url, self._told(system).conserve or {})
 
     def _write(
         self,
@@ -262,7 +282,7 @@ class Runner:
         served: _Served,
     ) -> Result:
         load, offline, before, after, at_clocks = measured
-        records = (*load.records, *offline)
+        records = tuple(device_record(r, self._scale) for r in (*load.records, *offline))
         _check_served(system, records, served.server)
         window_s = self.window_s(system)
         run = Run(
@@ -274,16 +294,18 @@ class Runner:
             slo=system.slo or self.config.slo,
             started_unix_s=load.started_unix_s,
             window_s=window_s,
-            duration_s=max(load.duration_s, window_s),
+            duration_s=max(load.duration_s / self._scale, window_s),
             ready_s=served.ready_s,
             idle_share=idle_share(before, after),
-            counters_before=before.counters,
-            counters_after=after.counters,
+            busy_share=busy_share(before, after),
+            counters_before=device_counters(before.counters, self._scale),
+            counters_after=device_counters(after.counters, self._scale),
             clocks=at_clocks,
             command=sys.argv,
             server_command=served.server.argv,
             server_env=served.env,
             environment=self.environment,
+            emulated=self.config.emulated,
         )
         result = Result(run, records)
         write_run(folder, result)
@@ -293,9 +315,13 @@ class Runner:
         conserve = ""  # a configuration that this process was given is not for a stock server
         if system.kind == "conserve":
             path = folder / "conserve.yaml"
-            path.write_text(yaml.safe_dump(system.conserve or {}, sort_keys=False), "utf-8")
+            section = self._told(system).conserve or {}
+            path.write_text(yaml.safe_dump(section, sort_keys=False), "utf-8")
             conserve = str(path.resolve())
-        env = {**self.config.server.env, **system.env, CONFIG_ENV: conserve}
+        # Nor is a device that it was told to emulate: the file says on what a server runs.
+        emulated = self.config.emulated
+        device = {DEVICE_ENV: ""} if emulated is None else emulated.environment()
+        env = {**self.config.server.env, **system.env, **device, CONFIG_ENV: conserve}
         if self.config.server.step_log:
             env[STEP_LOG_ENV] = str((folder / STEPS).resolve())
         port = free_port()
@@ -326,15 +352,16 @@ class Runner:
     async def _measure(self, system: SystemConfig, server: ServerProcess, step: OnStep) -> Measured:
         url = server.base_url
         arrivals = [a for a in self.arrivals if a.at_s < self.window_s(system)]
+        arrivals = host_arrivals(arrivals, self._scale)
         requests = self._online(system, arrivals, _ONLINE) if system.load != "offline" else ()
         start_s = time.perf_counter() + self._lead_s(system)
         stop = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
-            window_s = self.window_s(system)
+            window_s = self.window_s(system) * self._scale
             ticking = tasks.create_task(self._watch(server, step, start_s, window_s))
             window = tasks.create_task(self._read_around_window(url, start_s, window_s))
             offline = tasks.create_task(self._offline(system, url, start_s, stop))
-            drain_s = self.config.online.drain_s
+            drain_s = self.config.online.drain_s * self._scale
             load = await replay(url, requests, drain_s=drain_s, start_s=start_s)
             before, after, at_clocks = await window
             stop.set()

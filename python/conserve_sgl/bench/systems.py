@@ -15,6 +15,7 @@ from conserve_sgl.bench.backlog import Backlog
 from conserve_sgl.bench.config import OnlineConfig
 from conserve_sgl.bench.metrics import Slo
 from conserve_sgl.config import ConserveConfig
+from conserve_sgl.emulation import Emulation
 from conserve_sgl.errors import InputError
 from conserve_sgl.jobs.client import OFFLINE_HEADERS
 from conserve_sgl.strict_yaml import load_yaml
@@ -96,12 +97,17 @@ class SystemConfig(_Config):
 
 
 class BenchConfig(_Config, kw_only=True):
-    """A whole benchmark. Every system gets the same online stream and the same backlog."""
+    """A whole benchmark. Every system gets the same online stream and the same backlog.
+
+    With `emulated` every server runs on that device instead of this machine's. All times in the
+    file, the objectives of conserve among them, are the device's.
+    """
 
     seed: Annotated[int, msgspec.Meta(ge=0)]
     repeats: Count = 1
     slo: Slo
     model: str | None = None
+    emulated: Emulation | None = None
     server: CommonFlags = CommonFlags()
     online: OnlineConfig
     offline: OfflineLoad
@@ -112,6 +118,11 @@ class BenchConfig(_Config, kw_only=True):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two systems are named {name}")
+
+    @property
+    def time_scale(self) -> float:
+        """Seconds of this machine for a second of the file."""
+        return 1.0 if self.emulated is None else self.emulated.time_scale
 
     def only(self, names: Sequence[str]) -> BenchConfig:
         """With the named systems alone, in the order of the file.
@@ -161,9 +172,17 @@ def load_bench(path: Path, *, trace: Path | None = None) -> BenchConfig:
     backlog = with_path(path, config.offline.backlog, "offline.backlog", None)
     return msgspec.structs.replace(
         config,
+        emulated=_found_from(path, config.emulated),
         online=msgspec.structs.replace(config.online, arrivals=arrivals),
         offline=msgspec.structs.replace(config.offline, backlog=backlog),
     )
+
+
+def _found_from(file: Path, emulated: Emulation | None) -> Emulation | None:
+    """A device file's path is relative to `file`; a name stays."""
+    if emulated is None or not emulated.device.endswith(".json"):
+        return emulated
+    return msgspec.structs.replace(emulated, device=str((file.parent / emulated.device).resolve()))
 
 
 _ARRIVALS = "online.arrivals"

@@ -143,7 +143,21 @@ def _conditions(systems: Sequence[SystemResult]) -> str:
         f"Window {run.window_s:g} s, seed {run.seed}, "
         f"repeats: {', '.join(map(str, repeats))}. Model {run.model}.\n"
         f"{on.hardware}; {on.system}; Python {on.python}; {versions}; "
-        f"commit {on.commit or 'unknown'}.\n"
+        f"commit {on.commit or 'unknown'}.\n{_emulation(systems)}"
+    )
+
+
+def _emulation(systems: Sequence[SystemResult]) -> str:
+    """That no such device was there, and how far this machine was in the way."""
+    emulated = systems[0].results[0].run.emulated
+    if emulated is None:
+        return ""
+    runs = [(s.name, result.run.host_share) for s in systems for result in s.results]
+    waited = [f"{name} {100 * share:.1f} %" for name, share in runs if share is not None]
+    return (
+        f"Emulated device {emulated.device}, {emulated.time_scale:g} times slower than real time; "
+        "all figures are in the device's time. Share of the window in which it waited for this "
+        f"machine although there was work: {', '.join(waited) or 'not known'}.\n"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from conserve_sgl.engine.device import runs_behind
 from conserve_sgl.engine.host import NextBatchPlan, ScheduleBatch, Scheduler
 from conserve_sgl.engine.metering import StepMeter
 from conserve_sgl.policy.latency import StepSample
@@ -21,7 +22,7 @@ class MeteredScheduler(Scheduler):
 
     def __init__(self, server_args: Any, port_args: Any) -> None:
         super().__init__(server_args, port_args)
-        self._meter = StepMeter(overlapped=self.enable_overlap and self.device != "cpu")
+        self._meter = StepMeter(overlapped=self.enable_overlap and runs_behind(self.device))
         self._step_log = StepLog.of_environment() if self.tp_group.is_first_rank else StepLog()
 
     def get_next_batch_to_run(

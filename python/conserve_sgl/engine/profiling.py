@@ -39,20 +39,19 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from conserve_sgl.engine.device import device_name, runs_behind
 from conserve_sgl.engine.host import (
     DynamicGradMode,
     Req,
     SamplingParams,
     ScheduleBatch,
     Scheduler,
-    get_device_name,
     get_exec,
     release_kv_cache,
     sglang_version,
 )
 from conserve_sgl.engine.ranks import from_rank_zero
 from conserve_sgl.errors import InputError
-from conserve_sgl.machine import cpu_name
 from conserve_sgl.policy.latency import LatencyModel, StepKind, StepSample
 from conserve_sgl.policy.profile_plan import ProfileLimits, StepShape, plan_grid, plan_profile
 from conserve_sgl.profile import EngineIdentity, Profile, ProfileStore
@@ -154,7 +153,7 @@ def identity_of(scheduler: Scheduler) -> EngineIdentity:
     return EngineIdentity(
         model=str(config.model_path),
         config_sha256=hashlib.sha256(text.encode()).hexdigest(),
-        device=_device_name(scheduler),
+        device=device_name(scheduler.device, runner.gpu_id),
         dtype=str(config.dtype).removeprefix("torch."),
         kv_dtype=str(runner.kv_cache_dtype).removeprefix("torch."),
         quantization=config.quantization,
@@ -164,12 +163,6 @@ def identity_of(scheduler: Scheduler) -> EngineIdentity:
         overlap=scheduler.enable_overlap,
         sglang=sglang_version,
     )
-
-
-def _device_name(scheduler: Scheduler) -> str:
-    if scheduler.device != "cpu":
-        return get_device_name(scheduler.tp_worker.model_runner.gpu_id) or scheduler.device
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def _graphs() -> str:
@@ -304,7 +297,7 @@ class _StepRunner:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._overlapped = scheduler.enable_overlap and scheduler.device != "cpu"
+        self._overlapped = scheduler.enable_overlap and runs_behind(scheduler.device)
         self._rng = np.random.default_rng(0)
         self._made = 0
 

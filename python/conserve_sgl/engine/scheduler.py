@@ -31,6 +31,7 @@ from conserve_sgl.checkpoint.checkpointer import Checkpointer
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.engine.adder import OfflinePurse, make_adder_class
 from conserve_sgl.engine.aside import Aside
+from conserve_sgl.engine.device import runs_behind
 from conserve_sgl.engine.hidden_states import with_flat_hidden_states
 from conserve_sgl.engine.host import (
     AbortReq,
@@ -115,7 +116,7 @@ class ConserveScheduler(Scheduler):
         super().__init__(server_args, port_args)
         # All is set up, and the parent has not been told yet that requests may come.
         self.latency = load_or_measure(self, self._counts)
-        self._meter = StepMeter(overlapped=self.enable_overlap and self.device != "cpu")
+        self._meter = StepMeter(overlapped=self.enable_overlap and runs_behind(self.device))
         self._step_policy = SlackBudget(
             self.latency,
             slo=self._slo,

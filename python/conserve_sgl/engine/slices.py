@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 from conserve_sgl.config import ConserveConfig, SloConfig
+from conserve_sgl.engine.device import runs_behind
 from conserve_sgl.engine.host import (
     ForwardBatch,
     ForwardMode,
@@ -132,7 +133,7 @@ class LayerSlices:
         self._layer_s = 0.0
         self._online_s = 0.0
         self._pacer = Pacer(
-            record=None if runner.device == "cpu" else self._record_event,
+            record=self._record_event if runs_behind(runner.device) else None,
             depth=_OUTSTANDING_SLICES,
             clock=time.monotonic,
             while_waiting=self._poll,

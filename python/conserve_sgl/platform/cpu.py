@@ -23,7 +23,7 @@ from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 from conserve_sgl.errors import IncompatibleError
 from conserve_sgl.platform import NAME
 
-__all__ = ["CHUNKED_PREFILL_TOKENS", "KV_POOL_TOKENS", "CpuPlatform"]
+__all__ = ["CHUNKED_PREFILL_TOKENS", "KV_POOL_TOKENS", "CpuPlatform", "require"]
 
 KV_POOL_TOKENS = 131_072
 """Default size of the KV pool. SGLang's own default fills the memory, and HiCache twice again."""
@@ -132,17 +132,21 @@ def _make_attention_backend(runner: Any) -> Any:
 
 def _refuse_unsupported(args: Any) -> None:
     for flag in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
-        _require(flag, getattr(args, flag), (None, *_ATTENTION_BACKENDS))
-    _require("device", args.device, ("cpu",))
-    _require("page_size", args.page_size, (None, 1))
-    _require("speculative_algorithm", args.speculative_algorithm, (None,))
-    _require("enable_torch_compile", args.enable_torch_compile, (False,))
+        require(flag, getattr(args, flag), (None, *_ATTENTION_BACKENDS))
+    require("device", args.device, ("cpu",))
+    require("page_size", args.page_size, (None, 1))
+    require("speculative_algorithm", args.speculative_algorithm, (None,))
+    require("enable_torch_compile", args.enable_torch_compile, (False,))
     if args.enable_hierarchical_cache:
-        _require("hicache_io_backend", args.hicache_io_backend, _HICACHE_IO_BACKENDS)
-        _require("hicache_mem_layout", args.hicache_mem_layout, _HICACHE_LAYOUTS)
+        require("hicache_io_backend", args.hicache_io_backend, _HICACHE_IO_BACKENDS)
+        require("hicache_mem_layout", args.hicache_mem_layout, _HICACHE_LAYOUTS)
 
 
-def _require(flag: str, value: Any, allowed: tuple) -> None:
+def require(flag: str, value: Any, allowed: tuple) -> None:
+    """
+    Raises:
+        IncompatibleError: `flag` has a value that is not one of `allowed`.
+    """
     if value in allowed:
         return
     usable = ", ".join(str(a) for a in allowed if a)

@@ -1,0 +1,32 @@
+"""What the scheduler has to know of the device that its model runs on."""
+
+from __future__ import annotations
+
+import torch
+
+from conserve_sgl.emulation import Emulation
+from conserve_sgl.engine.host import current_platform, get_device_name
+from conserve_sgl.machine import cpu_name
+
+__all__ = ["device_name", "runs_behind"]
+
+
+def runs_behind(device: str) -> bool:
+    """Whether a launch on `device` returns before its work is done.
+
+    It does not on a CPU, but for an emulated device, which is a CPU to SGLang and torch.
+    """
+    return device != "cpu" or _is_emulated()
+
+
+def device_name(device: str, index: int) -> str:
+    """What the step times of `device` depend on, for people and for a profile's identity."""
+    if _is_emulated():
+        return current_platform.get_device_name(index)
+    if device != "cpu":
+        return get_device_name(index) or device
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _is_emulated() -> bool:
+    return Emulation.from_environment() is not None
