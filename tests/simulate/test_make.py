@@ -86,7 +86,9 @@ def test_a_bad_line_is_refused_with_its_number(tmp_path, profile, bad, reason):
 
 def test_steps_of_another_engine_are_refused(tmp_path, profile):
     slow = [StepSample(s.work, 4 * s.seconds) for s in SERVED]
-    with pytest.raises(InputError, match=r"steps take 4(\.\d)? times what the profile of .*model on"):
+    with pytest.raises(
+        InputError, match=r"steps take 4(\.\d)? times what the profile of .*model on"
+    ):
         made(log_of(tmp_path, *slow), profile)
 
 

@@ -182,7 +182,7 @@ class Engine:
     def _launch(self, batch: Batch) -> None:
         batch.began_s = max(self.now_s, self._free_s)
         seconds = self.times.draw_s(batch.work, batch.repeated_context)
-        self.now_s += self.times.launch_s(batch.work)
+        self.now_s += self.times.held_s(batch.work, seconds)
         batch.ends_s = self._free_s = max(batch.began_s + seconds, self.now_s)
         self._note(batch, batch.began_s)
 
