@@ -260,11 +260,10 @@ class ConserveScheduler(StockScheduler):
     def _row_for(self, chunks: list[Chunk]) -> bool:
         if self.rows_held + len(chunks) < self.limits.rows:
             return True
-        victims = [*self.parked, *(row for row in self.running if not row.online)]
-        if not victims:
-            return False
-        self.preempt(victims[0])
-        return True
+        victim = self._cheapest()
+        if victim is not None:
+            self.preempt(victim)
+        return victim is not None
 
     def _online_fits(self, request: Request, chunks: list[Chunk], left: int) -> bool:
         """KV that offline requests hold, or may ask for, counts as free; they give way."""
