@@ -288,3 +288,12 @@ def test_a_policy_that_never_lets_work_run_is_told(device):
     load = Load(arrivals=(), duration_s=100.0, backlog=BACKLOG, in_flight=1)
     with pytest.raises(RuntimeError, match="no step is ever formed"):
         run_system(device, load, conserve=CONSERVE, make_policy=lambda *_: Idle())
+
+
+def test_prompts_that_begin_with_the_same_blocks_compute_them_once():
+    first, second = online_requests(
+        [Arrival(0.0, 250, 2, (1, 2), 100), Arrival(60.0, 230, 2, (1, 2, 3), 100)]
+    )
+    steps = run([first, second])
+    assert [tokens for tokens, _ in shapes(steps) if tokens] == [250, 30]
+    assert (first.record().cached_tokens, second.record().cached_tokens) == (0, 200)
