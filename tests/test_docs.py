@@ -23,7 +23,7 @@ from conserve_sgl.ingress.classify import (
 )
 from conserve_sgl.policy import ServiceClass
 from conserve_sgl.profile import DIR_ENV
-from conserve_sgl.profile.steps import STEP_LOG_ENV
+from conserve_sgl.profile.steps import GRID_ENV, STEP_LOG_ENV
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 CONFIGURATION = (DOCS / "configuration.md").read_text(encoding="utf-8")
@@ -109,7 +109,9 @@ def test_a_row_gives_the_range_that_is_checked(key, cells):
     assert RANGES[given](field.type)
 
 
-@pytest.mark.parametrize("variable", [CONFIG_ENV, compat.ALLOW_UNTESTED_ENV, DIR_ENV, STEP_LOG_ENV])
+@pytest.mark.parametrize(
+    "variable", [CONFIG_ENV, compat.ALLOW_UNTESTED_ENV, DIR_ENV, GRID_ENV, STEP_LOG_ENV]
+)
 def test_the_page_lists_our_environment_variables(variable):
     assert f"| {variable} |" in CONFIGURATION
 

@@ -101,7 +101,7 @@ def test_refusals_at_the_door_are_counted_from_zero_on(registry):
 def test_the_ledger_s_state_has_what_is_exported():
     ledger = OfflineLedger(OfflineQueue(1), lambda _req: True)
     keys = {m.key for m in METRICS if "." not in m.key}
-    keys -= {"arrivals_received", "offline_paused"}  # the scheduler's own
+    keys -= {"arrivals_received", "offline_paused", "offline_starved_s"}  # the scheduler's own
     assert keys == set(ledger.state(0.0, parked=0))
 
 

@@ -22,6 +22,8 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 STATE = {
     "offline_paused": False,
+    "offline_starved_s": 0.0,
+    "offline_bound": "slo.tpot",
     "batches_held": False,
     "offline_waiting": 12,
     "offline_running": 3,

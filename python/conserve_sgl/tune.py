@@ -98,7 +98,9 @@ def _line(state: Mapping[str, Any]) -> str:
     offline = "paused" if state["offline_paused"] else "runs"
     batches = "held" if state.get("batches_held") else "run"
     waiting, running = state["offline_waiting"], state["offline_running"]
+    starved = f", none for {state['offline_starved_s']:.0f} s because of {state['offline_bound']}"
+    starved = starved if state["offline_starved_s"] >= 1 else ""
     return (
-        f"offline {offline}, {waiting} waiting, {running} running; batches {batches}; "
+        f"offline {offline}, {waiting} waiting, {running} running{starved}; batches {batches}; "
         f"ttft {slo['ttft']}, tpot {slo['tpot']}, yield_ms {slo['yield_ms']:g}"
     )

@@ -61,6 +61,8 @@ class FakeEngine:
             "arrival_ms": {"p50": 1.5, "p99": 2.5},
             "on": True,
             "offline_paused": False,
+            "offline_starved_s": 0.0,
+            "offline_bound": "slo.tpot",
             "offline_waiting": 0,
             "offline_running": self.in_hand,
             "slo": {"ttft": "1x", "tpot": "1x", "yield_ms": 5},

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from conserve_sgl.policy import (
+    Bound,
     OnlineReserve,
     Prompt,
     Rows,
@@ -329,3 +330,23 @@ class TestSlices:
     def test_late_online_rows_spare_nothing(self):
         late = plan(online_decoding=Rows(1, 100), offline_suspended=2, **due(0.01))
         assert late.offline_slice_s == 0
+
+
+class TestBounds:
+    """What a plan says bounds offline work: an operator reads it."""
+
+    ROWS: ClassVar = {"online_decoding": Rows(3, 300)}
+
+    @pytest.mark.parametrize(
+        ("view", "bound"),
+        [
+            ({}, Bound.YIELD),
+            ({"online_arriving": 1}, Bound.ARRIVAL),
+            ({"online_prompts": (Prompt(10),)}, Bound.ONLINE_PROMPTS),
+            ({**ROWS, **due(0.05)}, Bound.TPOT),
+            ({**ROWS, **due(60)}, Bound.GAP),
+            ({**ROWS, **due(60), "slo": Slo(Seconds(0.4), Seconds(5))}, Bound.TTFT),
+        ],
+    )
+    def test_named(self, view, bound):
+        assert plan(**view).bound is bound

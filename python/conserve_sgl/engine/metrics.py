@@ -74,6 +74,11 @@ METRICS = (
         "1 while an operator keeps offline work from running.",
     ),
     Metric(
+        "conserve:offline_starved_seconds",
+        "offline_starved_s",
+        "How long offline work has waited without any of it running; the log says why.",
+    ),
+    Metric(
         "conserve:offline_running_reqs",
         "offline_running",
         "Offline requests that prefill or decode.",

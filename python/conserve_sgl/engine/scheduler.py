@@ -72,6 +72,7 @@ from conserve_sgl.policy import (
     Rows,
     ServiceClass,
     SlackBudget,
+    Starvation,
     StepPlan,
     StepView,
     most_offline_rows,
@@ -123,6 +124,7 @@ class ConserveScheduler(Scheduler):
             smallest_chunk=max(self.page_size, 32),
         )
         self._biased = False
+        self._starvation = Starvation()
         self._step_log = StepLog.of_environment() if self.tp_group.is_first_rank else StepLog()
 
     def init_ipc_channels(self, port_args: Any) -> None:
@@ -329,10 +331,21 @@ class ConserveScheduler(Scheduler):
         now_s = time.monotonic()
         # A prefill that goes on was counted when it began.
         self._ledger.step(now_s, None if batch is self._slices.suspended else batch)
+        self._notice_starvation(now_s, batch)
         if self._exporter is not None and self._exporter.is_due(now_s):
             self._exporter.write(now_s, self._state(), self._new_latencies_ms())
         mode = None if batch is None else batch.forward_mode
         self._rows_decoded = mode is None or mode.is_mixed() or not mode.is_extend()
+
+    def _notice_starvation(self, now_s: float, batch: ScheduleBatch | None) -> None:
+        view = self._view
+        waits = not self._settings.holds_offline and bool(
+            view.offline_waiting or view.offline_resident
+        )
+        runs = batch is not None and any(map(self.is_offline, batch.reqs))
+        said = self._starvation.look(now_s, self._plan.bound, waits=waits, runs=runs)
+        if said is not None:
+            logger.warning("conserve: %s", said)
 
     def _new_latencies_ms(self) -> list[float]:
         return [] if self._inbox is None else self._inbox.new_latencies_ms()
@@ -622,6 +635,8 @@ class ConserveScheduler(Scheduler):
         return {
             **self._ledger.state(time.monotonic(), parked=len(self._aside.whole)),
             "offline_paused": self._settings.holds_offline,
+            "offline_starved_s": self._starvation.seconds,
+            "offline_bound": str(self._plan.bound),
             "batches_held": self._settings.batches_held,
             "slo": asdict(self._settings.slo),
             "checkpoint": self._checkpoints.state(),

@@ -8,10 +8,12 @@ from conserve_sgl.policy.offline_queue import Backlog, OfflineItem, OfflineQueue
 from conserve_sgl.policy.service_class import PriorityRule, ServiceClass
 from conserve_sgl.policy.slicing import SliceDecision, SliceView, Slicing, YieldMode
 from conserve_sgl.policy.slo import Slo
+from conserve_sgl.policy.starvation import Bound, Starvation
 from conserve_sgl.policy.step import Policy, Prompt, Rows, StepPlan, StepView
 
 __all__ = [
     "Backlog",
+    "Bound",
     "Coefficients",
     "JobTag",
     "LatencyModel",
@@ -28,6 +30,7 @@ __all__ = [
     "SliceView",
     "Slicing",
     "Slo",
+    "Starvation",
     "StepPlan",
     "StepView",
     "StepWork",

@@ -28,6 +28,7 @@ import msgspec
 from conserve_sgl.policy.latency import StepWork
 from conserve_sgl.policy.memory import OnlineReserve
 from conserve_sgl.policy.slo import Pace, Slo
+from conserve_sgl.policy.starvation import Bound
 from conserve_sgl.policy.step import Rows, StepPlan, StepView
 
 __all__ = ["SlackBudget", "StepTimes"]
@@ -98,6 +99,14 @@ class _Step(msgspec.Struct, frozen=True):
     def bound_s(self) -> float:
         return min(self.slack_s, self.arrival_s)
 
+    @property
+    def bound(self) -> Bound:
+        if not self.online.decode_rows:
+            return Bound.YIELD
+        if self.arrival_s < self.slack_s:
+            return Bound.TTFT
+        return Bound.GAP if self.slack_s == self.gap_s else Bound.TPOT
+
 
 class _Chunk(msgspec.Struct, frozen=True):
     """Offline prompt tokens of a step: how many, how they run, and seconds for each."""
@@ -153,9 +162,10 @@ class SlackBudget:
         if view.online_prompts:
             self._online_prefill_runs(view)
             # Rows matter only if the prompts find no KV, and the step decodes after all.
-            return self._plan(view, step, rows=self._rows_that_fit(view, step), chunk=_Chunk())
+            rows = self._rows_that_fit(view, step)
+            return self._plan(view, step, rows=rows, bound=Bound.ONLINE_PROMPTS)
         if view.online_arriving and not view.online_decoding.count:
-            return self._plan(view, step, rows=0, chunk=_Chunk())
+            return self._plan(view, step, rows=0, bound=Bound.ARRIVAL)
         rows = self._rows_that_fit(view, step)
         chunk = _Chunk() if view.offline_suspended else self._chunk_that_fits(view, step, rows)
         if view.online_decoding.count and (chunk.rides or not chunk.tokens):
@@ -314,7 +324,15 @@ class SlackBudget:
 
     # ------------------------------------------------------------------- the plan
 
-    def _plan(self, view: StepView, step: _Step, *, rows: int, chunk: _Chunk) -> StepPlan:
+    def _plan(
+        self,
+        view: StepView,
+        step: _Step,
+        *,
+        rows: int,
+        chunk: _Chunk = _Chunk(),  # noqa: B008  frozen
+        bound: Bound | None = None,
+    ) -> StepPlan:
         room = min(view.max_rows - view.offline_resident, view.free_rows, view.offline_waiting)
         # A request that is admitted while others sit out would only hold KV.
         admits = chunk.tokens > 0 and rows >= view.max_rows
@@ -327,6 +345,7 @@ class SlackBudget:
             mix=chunk.rides,
             in_slices=chunk.in_slices,
             bound_s=step.bound_s,
+            bound=bound or step.bound,
         )
 
 

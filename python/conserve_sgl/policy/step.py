@@ -11,6 +11,8 @@ from typing import Protocol
 
 import msgspec
 
+from conserve_sgl.policy.starvation import Bound
+
 __all__ = ["Policy", "Prompt", "Rows", "StepPlan", "StepView"]
 
 
@@ -121,6 +123,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
         kv_reserve_tokens: KV tokens that an offline admission must leave free for online.
         bound_s: predicted seconds that the step was sized to stay within; infinite when no rule
             bound it. For metrics and tests.
+        bound: what bounds offline work in it, for people.
     """
 
     offline_prefill_tokens: int
@@ -131,6 +134,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     mix: bool = False
     in_slices: bool = False
     bound_s: float = inf
+    bound: Bound = Bound.YIELD
 
     def __post_init__(self) -> None:
         if min(self.offline_prefill_tokens, self.offline_admissions) < 0:
