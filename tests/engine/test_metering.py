@@ -88,7 +88,7 @@ def times(samples: list) -> list[float]:
 class TestSerial:
     @pytest.fixture
     def meter(self, clock: Clock) -> StepMeter:
-        return StepMeter(overlapped=False, clock=clock)
+        return StepMeter(None, clock=clock)
 
     def test_a_step_lasts_until_the_next_one_starts(self, meter, clock):
         assert meter.started(decode(10)) == []
@@ -125,49 +125,107 @@ class TestSerial:
         assert times(meter.started(None)) == [3.0]
 
 
+class Device:
+    """A stream whose end the tests set; a mark remembers where it was."""
+
+    def __init__(self) -> None:
+        self.done_s = 0.0
+        self.waited_for: list[float] = []
+
+    def mark(self) -> DeviceMark:
+        return DeviceMark(self, self.done_s)
+
+
+@dataclass
+class DeviceMark:
+    device: Device
+    at_s: float
+
+    def synchronize(self) -> None:
+        self.device.waited_for.append(self.at_s)
+
+    def elapsed_time(self, end: DeviceMark) -> float:
+        return 1e3 * (end.at_s - self.at_s)
+
+
 class TestOverlapped:
     @pytest.fixture
-    def meter(self, clock: Clock) -> StepMeter:
-        return StepMeter(overlapped=True, clock=clock)
+    def device(self) -> Device:
+        return Device()
 
-    def test_a_step_lasts_from_the_end_of_the_one_before_it(self, meter, clock):
+    @pytest.fixture
+    def meter(self, clock: Clock, device: Device) -> StepMeter:
+        return StepMeter(device.mark, clock=clock)
+
+    @pytest.fixture
+    def launch(self, meter, device):
+        def launch(batch, *, ends_s: float) -> None:
+            meter.started(batch)
+            device.done_s = ends_s
+            meter.launched()
+
+        return launch
+
+    def test_a_step_lasts_from_the_end_of_the_one_before_it(self, meter, launch):
         # Launches run one step ahead of the device, which takes 10 s for each.
-        meter.started(decode(1))
-        clock.at(0.5)
-        meter.started(decode(2))
-        clock.at(10.0)
+        launch(decode(1), ends_s=10.0)
+        launch(decode(2), ends_s=20.0)
         assert times(meter.finished()) == [10.0]
-        meter.started(decode(3))
-        clock.at(20.0)
+        launch(decode(3), ends_s=30.0)
         (second,) = meter.finished()
         assert (second.work, second.seconds) == (StepWork.of((), [2]), 10.0)
 
-    def test_a_step_launched_on_an_idle_device_lasts_from_its_launch(self, meter, clock):
-        meter.started(decode(1))
+    def test_what_the_host_needs_to_launch_a_step_belongs_to_that_step(self, meter, clock, launch):
+        """And not to the one before it, whose result is handled only after that."""
+        launch(decode(1), ends_s=10.0)
+        clock.at(25.0)  # the host launched until now; the device was idle from 10 on
+        launch(prefill((5, 0)), ends_s=27.0)
+        assert times(meter.finished()) == [10.0]
+        clock.at(27.0)
+        assert times(meter.finished()) == [17.0]
+
+    def test_a_step_launched_on_an_idle_device_lasts_from_its_start(
+        self, meter, clock, device, launch
+    ):
+        launch(decode(1), ends_s=10.0)
         clock.at(10.0)
         meter.finished()
         meter.started(None)
         clock.at(50.0)
-        meter.started(decode(2))
-        clock.at(58.0)
+        device.done_s = 50.0  # where an idle stream's mark is
+        launch(decode(2), ends_s=58.0)
         assert times(meter.finished()) == [8.0]
+
+    def test_it_waits_for_no_more_than_the_step_whose_result_was_handled(
+        self, meter, device, launch
+    ):
+        launch(decode(1), ends_s=10.0)
+        launch(decode(2), ends_s=20.0)
+        meter.finished()
+        assert device.waited_for == [10.0]
 
     def test_a_result_without_a_step_is_nothing(self, meter):
         assert meter.finished() == []
 
-    def test_steps_across_a_pause_are_left_out(self, meter, clock):
-        meter.started(decode(1))
-        meter.started(decode(2))
+    def test_steps_across_a_pause_are_left_out(self, meter, clock, launch):
+        launch(decode(1), ends_s=10.0)
+        launch(decode(2), ends_s=20.0)
         meter.forget()
         clock.at(1000.0)
         assert meter.finished() == []
 
-    def test_a_part_of_a_step_is_left_out(self, meter, clock):
-        meter.started(decode(1))
-        meter.started(prefill((5, 0)))
+    def test_a_step_after_a_pause_lasts_from_its_start(self, meter, device, launch):
+        launch(decode(1), ends_s=10.0)
+        meter.finished()
+        meter.forget()
+        device.done_s = 1000.0
+        launch(decode(2), ends_s=1007.0)
+        assert times(meter.finished()) == [7.0]
+
+    def test_a_part_of_a_step_is_left_out(self, meter, launch):
+        launch(decode(1), ends_s=10.0)
+        launch(prefill((5, 0)), ends_s=13.0)
         meter.skip()
         assert meter.busy_until_s(lambda _work: 2.0) == 2.0
-        clock.at(10.0)
         assert times(meter.finished()) == [10.0]
-        clock.at(13.0)
         assert meter.finished() == []

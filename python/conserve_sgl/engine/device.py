@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from conserve_sgl.emulation import Emulation
 from conserve_sgl.engine.host import current_platform, get_device_name
+from conserve_sgl.engine.metering import Mark
 from conserve_sgl.machine import cpu_name
 
-__all__ = ["device_name", "runs_behind"]
+__all__ = ["device_name", "marks_of", "runs_behind"]
 
 
 def runs_behind(device: str) -> bool:
@@ -17,6 +21,20 @@ def runs_behind(device: str) -> bool:
     It does not on a CPU, but for an emulated device, which is a CPU to SGLang and torch.
     """
     return device != "cpu" or _is_emulated()
+
+
+def marks_of(scheduler: Any) -> Callable[[], Mark] | None:
+    """What marks the ends of `scheduler`'s steps, or None where they do not overlap."""
+    if not (scheduler.enable_overlap and runs_behind(scheduler.device)):
+        return None
+    event_class, stream = scheduler.device_module.Event, scheduler.forward_stream
+
+    def mark() -> Mark:
+        event = event_class(enable_timing=True)
+        event.record(stream)
+        return event
+
+    return mark
 
 
 def device_name(device: str, index: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from conserve_sgl.engine.device import runs_behind
+from conserve_sgl.engine.device import marks_of
 from conserve_sgl.engine.host import NextBatchPlan, ScheduleBatch, Scheduler
 from conserve_sgl.engine.metering import StepMeter
 from conserve_sgl.policy.latency import StepSample
@@ -22,7 +22,7 @@ class MeteredScheduler(Scheduler):
 
     def __init__(self, server_args: Any, port_args: Any) -> None:
         super().__init__(server_args, port_args)
-        self._meter = StepMeter(overlapped=self.enable_overlap and runs_behind(self.device))
+        self._meter = StepMeter(marks_of(self))
         self._step_log = StepLog.of_environment() if self.tp_group.is_first_rank else StepLog()
 
     def get_next_batch_to_run(
@@ -31,6 +31,11 @@ class MeteredScheduler(Scheduler):
         plan = super().get_next_batch_to_run(running_batch, last_batch)
         self._write(self._meter.started(plan.batch_to_run))
         return plan
+
+    def run_batch(self, batch: ScheduleBatch, pp_proxy_tensors: Any = None) -> Any:
+        result = super().run_batch(batch, pp_proxy_tensors)
+        self._meter.launched()
+        return result
 
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
         super().process_batch_result(batch, result)

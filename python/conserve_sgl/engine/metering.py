@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from conserve_sgl.policy.latency import StepSample, StepWork
 
 if TYPE_CHECKING:
     from conserve_sgl.engine.host import ScheduleBatch
 
-__all__ = ["StepMeter", "work_of"]
+__all__ = ["Mark", "StepMeter", "work_of"]
 
 
 def work_of(batch: ScheduleBatch) -> StepWork:
@@ -27,12 +27,36 @@ def work_of(batch: ScheduleBatch) -> StepWork:
     return StepWork.of(prompts, (resident + new for new, resident in riding))
 
 
+class Mark(Protocol):
+    """The part of a timing event of the device that is used: `torch.cuda.Event`."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has got this far."""
+        ...
+
+    def elapsed_time(self, end: Any) -> float:
+        """Milliseconds from this mark to `end`, on the device's clock."""
+        ...
+
+
+class _Step:
+    """A step that was formed; it ends at a mark of the device once it is launched."""
+
+    __slots__ = ("begin", "end", "started_s", "work")
+
+    def __init__(self, work: StepWork, started_s: float, begin: Mark | None) -> None:
+        self.work: StepWork | None = work
+        self.started_s = started_s
+        self.begin = begin
+        self.end: Mark | None = None
+
+
 class StepMeter:
-    """Tells each step's seconds, from two calls of the scheduler.
+    """Tells each step's seconds, from three calls of the scheduler.
 
     `started(batch)` belongs at the end of every `get_next_batch_to_run`, with what it answers,
-    None included; `finished()` at the end of every `process_batch_result`. Both return the steps
-    whose time became known.
+    None included; `launched()` at the end of every `run_batch`; `finished()` at the end of every
+    `process_batch_result`. The first and the last return the steps whose time became known.
 
     What is measured is what a deadline feels: how much later the next token comes because of the
     step. Two cases:
@@ -41,51 +65,80 @@ class StepMeter:
       its time is from its own start to the next step's, planning and output included, or to the
       turn that found nothing to run.
     - overlapped (a GPU with overlap scheduling): step n runs on the device while the host handles
-      the result of n - 1. The result of n is handled when the device is done with it; its time is
-      from the later of its launch and the end of n - 1 to its own end. While the engine is busy
-      that is the device's time, and the host's where the host is slower.
+      the result of n - 1 and launches n + 1. Marks on the device's stream tell the ends apart: the
+      time of n is from the end of n - 1 to its own, on the device's clock, or from its own start
+      where there was nothing before it. Where the host is slower than the device, what launching
+      n takes so belongs to n. On the host's clock it would belong to the step before, whose result
+      is looked at only after that: decode steps before mixed ones then seem to take twice as long.
+
+    Args:
+        mark: marks the end of what is on the device's stream by now; None is serial.
+        clock: seconds, the host's.
     """
 
-    def __init__(self, *, overlapped: bool, clock: Callable[[], float] = time.monotonic) -> None:
-        self._overlapped = overlapped
+    def __init__(
+        self, mark: Callable[[], Mark] | None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._mark = mark
         self._clock = clock
-        self._in_flight: deque[tuple[StepWork | None, float]] = deque()
+        self._in_flight: deque[_Step] = deque()
         self._last_end_s = 0.0
+        self._last_end: Mark | None = None
 
     def started(self, batch: ScheduleBatch | None) -> list[StepSample]:
         """A step was formed and is about to run, or (None) there was nothing to run."""
         now_s = self._clock()
-        samples = [] if self._overlapped else self._closed(now_s)
+        samples = [] if self._mark is not None else self._closed(now_s)
         if batch is not None:
-            self._in_flight.append((work_of(batch), now_s))
+            begin = None
+            if self._mark is not None and self._last_end is None and not self._in_flight:
+                begin = self._mark()
+            self._in_flight.append(_Step(work_of(batch), now_s, begin))
+        elif not self._in_flight:
+            self._last_end = None  # what comes next does not follow what was last
         return samples
+
+    def launched(self) -> None:
+        """The step that was started last is on the device."""
+        if self._mark is not None and self._in_flight:
+            self._in_flight[-1].end = self._mark()
 
     def skip(self) -> None:
         """Do not learn from the step that was started last: only a part of it runs in it."""
-        _, started_s = self._in_flight.pop()
-        self._in_flight.append((None, started_s))
+        self._in_flight[-1].work = None
 
     def finished(self) -> list[StepSample]:
         """The oldest step's result has been handled."""
-        return self._closed(self._clock()) if self._overlapped else []
+        return self._closed(self._clock()) if self._mark is not None else []
 
     def busy_until_s(self, predict_s: Callable[[StepWork], float]) -> float:
         """When the steps in flight will be done, on this meter's clock; in the past if none are."""
         until_s = self._last_end_s
-        if self._overlapped:
-            for work, started_s in self._in_flight:
-                seconds = 0.0 if work is None else predict_s(work)
-                until_s = max(until_s, started_s) + seconds
+        if self._mark is not None:
+            for step in self._in_flight:
+                seconds = 0.0 if step.work is None else predict_s(step.work)
+                until_s = max(until_s, step.started_s) + seconds
         return until_s
 
     def forget(self) -> None:
         """Leave out the steps in flight: the engine was paused, or their batch was taken apart."""
         self._in_flight.clear()
+        self._last_end = None
 
     def _closed(self, now_s: float) -> list[StepSample]:
         if not self._in_flight:
             return []
-        work, started_s = self._in_flight.popleft()
-        seconds = now_s - max(started_s, self._last_end_s)
-        self._last_end_s = now_s
-        return [] if work is None else [StepSample(work, seconds)]
+        step = self._in_flight.popleft()
+        seconds = now_s - max(step.started_s, self._last_end_s)
+        if step.end is not None:
+            seconds = self._between(step.begin or self._last_end, step.end)
+        self._last_end_s, self._last_end = now_s, step.end
+        return [] if step.work is None else [StepSample(step.work, seconds)]
+
+    @staticmethod
+    def _between(begin: Mark | None, end: Mark) -> float:
+        """Seconds; 0, which nobody learns from, where the beginning is not known."""
+        if begin is None:
+            return 0.0
+        end.synchronize()  # right behind the step's own result, which has been handled
+        return begin.elapsed_time(end) / 1e3

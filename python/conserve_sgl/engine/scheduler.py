@@ -31,7 +31,7 @@ from conserve_sgl.checkpoint.checkpointer import Checkpointer
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.engine.adder import OfflinePurse, make_adder_class
 from conserve_sgl.engine.aside import Aside
-from conserve_sgl.engine.device import runs_behind
+from conserve_sgl.engine.device import marks_of
 from conserve_sgl.engine.hidden_states import with_flat_hidden_states
 from conserve_sgl.engine.host import (
     AbortReq,
@@ -116,7 +116,7 @@ class ConserveScheduler(Scheduler):
         super().__init__(server_args, port_args)
         # All is set up, and the parent has not been told yet that requests may come.
         self.latency = load_or_measure(self, self._counts)
-        self._meter = StepMeter(overlapped=self.enable_overlap and runs_behind(self.device))
+        self._meter = StepMeter(marks_of(self))
         self._step_policy = SlackBudget(
             self.latency,
             slo=self._slo,
@@ -491,10 +491,13 @@ class ConserveScheduler(Scheduler):
 
     def run_batch(self, batch: ScheduleBatch, pp_proxy_tensors: Any = None) -> Any:
         if not self._runs_in_slices(batch):
-            return super().run_batch(batch, pp_proxy_tensors)
+            result = super().run_batch(batch, pp_proxy_tensors)
+            self._meter.launched()
+            return result
         goes_on = batch is self._slices.suspended
         run = partial(super().run_batch, batch, pp_proxy_tensors)
         result = self._slices.run(batch, run, until_s=self._slices_end_s())
+        self._meter.launched()
         if goes_on or result is SUSPENDED:
             self._meter.skip()
         if result is SUSPENDED:

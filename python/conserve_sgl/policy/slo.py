@@ -28,6 +28,10 @@ _SAVING = 0.8
 """Share of that time that goes into a request's reserve until the reserve is full: offline work
 slows down for the first tokens of an answer and is not shut out by them."""
 
+_REFILL = 0.5
+"""Share of that time by which a reserve that was spent is filled again with every token. Offline rows
+go on meanwhile: moving them out of the batch and in again costs the host more than it gains."""
+
 _GAP_OBJECTIVES = 2.0
 _LEAST_GAP_S = 0.05
 """The longest gap where none is given: twice the objective, and never less than a reader's eye
@@ -160,7 +164,7 @@ class Pace(msgspec.Struct, frozen=True):
     @property
     def saving_s(self) -> float:
         """How long a step may take that fills a reserve again which online prompts have spent."""
-        return self.unloaded_s + (1 - _SAVING) * self._extra_s
+        return self.unloaded_s + (1 - _REFILL) * self._extra_s
 
     @property
     def _extra_s(self) -> float:
