@@ -55,7 +55,7 @@ MAY_IMPORT = {
     },
     # simulate/device.py: the step times of a device.
     "platform": {"emulation", "policy", "simulate", *_LEAVES},
-    "jobs": {"json_lines", "strict_yaml", *_LEAVES},
+    "jobs": {"json_lines", "shapes", "strict_yaml", *_LEAVES},
     # bench/micro.py times parts of the house.
     "bench": {
         "config",

@@ -77,7 +77,7 @@ def test_a_bad_configuration_ends_the_process_with_file_line_and_key(
     bad = tmp_path / "bad.yaml"
     bad.write_text("memory:\n  online_reserve: 25\n")
     monkeypatch.setenv(CONFIG_ENV, str(bad))
-    assert f"{bad}:2: memory.online_reserve: expected" in refused()
+    assert f"{bad}:2: memory.online_reserve: must be a number from 0 to 1" in refused()
     assert registered == []
 
 

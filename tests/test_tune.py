@@ -107,7 +107,17 @@ def test_servers_are_told_apart_by_their_whole_address(engine):
 
 @pytest.mark.parametrize(
     "url",
-    ["nonsense", "", "127.0.0.1:30000", "ftp://a", "http://", "http://a/v1", "http://a b"],
+    [
+        "nonsense",
+        "",
+        "127.0.0.1:30000",
+        "ftp://a",
+        "http://",
+        "http://a/v1",
+        "http://a b",
+        "http://[::1",
+        "http://x:99999999",
+    ],
 )
 def test_what_is_no_address_of_a_server_is_bad_input(engine, url):
     result = run("--endpoint", engine.url, "--endpoint", url, "--offline", "pause")

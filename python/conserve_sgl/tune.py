@@ -11,7 +11,7 @@ from rich.console import Console
 
 from conserve_sgl.errors import ServerError
 
-__all__ = ["tune"]
+__all__ = ["change", "tune"]
 
 _TIMEOUT = aiohttp.ClientTimeout(total=30)  # a scheduler answers between two steps
 
@@ -41,6 +41,20 @@ def tune(
         state = asyncio.run(_tune_one(url, numbers, api_key, admin_api_key))
         # No table: the address tells servers apart, and must not be cut.
         console.print(f"{url}: {_line(state)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def change(url: str, numbers: Mapping[str, float]) -> None:
+    """Change what `numbers` say on a server without keys, and show nothing.
+
+    Raises:
+        ServerError: it does not answer, or refuses.
+    """
+
+    async def tell() -> None:
+        async with aiohttp.ClientSession(timeout=_TIMEOUT) as session:
+            await _Server(session, url).change(numbers, None)
+
+    asyncio.run(tell())
 
 
 async def _tune_one(
@@ -96,7 +110,7 @@ def _refusal(url: str, response: aiohttp.ClientResponse) -> str:
 def _line(state: Mapping[str, Any]) -> str:
     slo = state["slo"]
     offline = "paused" if state["offline_paused"] else "runs"
-    batches = "held" if state["batches_held"] else "run"
+    batches = "held" if state.get("batches_held") else "run"
     waiting, running = state["offline_waiting"], state["offline_running"]
     starved = f", none for {state['offline_starved_s']:.0f} s because of {state['offline_bound']}"
     starved = starved if state["offline_starved_s"] >= 1 else ""

@@ -43,13 +43,17 @@ class Killable:
         (self.folder / "conserve.yaml").write_text(yaml.safe_dump({"batch": batch}))
 
     def start(self) -> None:
+        self.launch()
+        self.until(self._answers)
+
+    def launch(self) -> None:
+        """As `start`, but it may die before it answers."""
         port = free_port()
         argv = [sys.executable, str(ENGINE), str(port)]
         argv += [str(self.folder / "conserve.yaml"), str(self.answered)]
         self._process = ManagedProcess(argv, log_path=self.folder / "log", env=self._env)
         self._process.start()
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}/v1")
-        self.until(self._answers)
 
     def kill(self) -> None:
         if self._process is not None:
@@ -154,7 +158,7 @@ def test_a_line_that_ends_the_server_ends_two_of_them_and_no_more(killable):
     while killable.has_died_or_batch_is_over(batch_id):
         deaths += 1
         killable.kill()
-        killable.start()
+        killable.launch()
     assert deaths == 2
     batch = killable.batch(batch_id)
     assert batch["status"] == "completed"

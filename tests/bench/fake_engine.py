@@ -60,15 +60,8 @@ class FakeEngine:
             "arrivals_received": 4,
             "arrival_ms": {"p50": 1.5, "p99": 2.5},
             "on": True,
-            "offline_paused": False,
-            "batches_held": False,
-            "offline_starved_s": 0.0,
-            "offline_bound": "slo.tpot",
-            "offline_waiting": 0,
-            "offline_running": self.in_hand,
-            "slo": {"ttft": "1x", "tpot": "1x", "yield_ms": 5},
-            "told": self.told,
         }
+        state |= {"told": self.told} if self.told else {}
         return web.json_response({"internal_states": [{"conserve": state}]})
 
     async def flush_cache(self, _: web.Request) -> web.Response:

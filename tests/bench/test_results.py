@@ -147,3 +147,29 @@ def test_intervals_are_the_same_every_time(result: Make, record: Record) -> None
 
     assert one["TTFT P99"] == two["TTFT P99"]
     assert math.isnan(one["TPOT P50"].low)  # single tokens have none
+
+
+def test_a_line_has_the_figures_by_which_systems_are_compared(
+    result: Make, record: Record, offline: Record, tmp_path: Path
+) -> None:
+    good, slow = record(0.0, (0.1, 0.15)), record(0.0, (0.9, 0.95))
+    results = [
+        result((good,), name="base", kind="stock", load="online"),
+        result((offline(1.0, 5.0, 92),), name="alone", kind="stock", load="offline"),
+        result((good, slow, offline(1.0, 5.0, 32))),
+    ]
+
+    write_together(tmp_path, results, {"ours": 8.0})
+
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    base, alone, ours = lines
+    assert [line["system"] for line in lines] == ["base", "alone", "ours"]
+    assert base["offline_tok_s"] is None
+    assert alone["p99_ttft_ms"] is None
+    assert alone["share_of_ceiling"] is None
+    assert ours["slo_met_share"] == 0.5
+    assert ours["offline_tok_s"] == pytest.approx(4)
+    assert ours["share_of_offline_only"] == pytest.approx(0.4)
+    assert ours["share_of_ceiling"] == pytest.approx(0.5)
+    assert ours["p99_itl_ms"] == pytest.approx(50)
+    assert ours["system_config"]["name"] == "ours"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+
+from conserve_sgl.bench import slice_cost
 from conserve_sgl.bench.slice_cost import Measured, Met, table, yields
 
 
@@ -18,3 +21,27 @@ def test_arrivals_are_told_beside_offline_prefills_and_alone():
     assert "2 arrivals beside 4 offline prefills, 2 suspensions" in text
     assert "1.2 ms (P50), 4.0 ms (P99), 5.0 ms (longest); 64 layers" in text
     assert "25.0 ms (P50), 29.9 ms (P99), 30.0 ms (longest); alone: 10.0 ms (P50)" in text
+
+
+def test_arrivals_are_measured_alone_first_and_then_beside_offline_prefills(monkeypatch):
+    asked: list[tuple[int, bool]] = []
+    offline_began = threading.Event()
+
+    def seconds(_self: object, tokens: int, headers: dict | None = None) -> float:
+        asked.append((tokens, headers is not None))
+        if headers is not None:
+            offline_began.set()
+        elif len([1 for _, offline in asked if not offline]) > 3:
+            assert offline_began.wait(30)  # the first of those beside offline work
+        return 0.25
+
+    monkeypatch.setattr(slice_cost._Client, "seconds", seconds)
+    monkeypatch.setattr(slice_cost._Client, "slices", lambda _: {"suspensions": 1})
+    monkeypatch.setattr(slice_cost, "_LONGEST_PAUSE_S", 0.0)
+
+    met = slice_cost._Client("http://unused").interrupt(2048, arrivals=3)
+
+    assert (met.alone_s, met.beside_s) == ([0.25] * 3, [0.25] * 3)
+    assert asked[:3] == [(16, False)] * 3
+    assert met.offline_prompts == asked.count((2048, True)) >= 1
+    assert met.slices == {"suspensions": 1}

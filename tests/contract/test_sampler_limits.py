@@ -51,8 +51,8 @@ def embedding(**fields: Any) -> Any:
 
 def test_the_fields_that_are_looked_at_are_there():
     for record, names in (
-        (generate(), {"logprob_start_len", "top_logprobs_num", "priority", "session_params"}),
-        (embedding(), {"input_ids", "mm_inputs", "priority"}),
+        (generate(), {"logprob_start_len", "top_logprobs_num", "session_params"}),
+        (embedding(), {"input_ids", "mm_inputs"}),
         (sampling(), {"top_k", "min_new_tokens", "stop_token_ids", "logit_bias", "temperature"}),
     ):
         assert names <= {field.name for field in msgspec.structs.fields(record)}

@@ -255,7 +255,7 @@ def test_a_killed_server_goes_on_where_it_stopped(running):
 
 
 def test_a_server_that_was_told_to_stop_has_not_died_and_one_that_is_held_sends_nothing(running):
-    bodies = [chat_body(f"tale {i}", tokens=400) for i in range(20)]
+    bodies = [chat_body(f"tale {i}", tokens=60) for i in range(30)]
     with running.client() as client:
         batch_id = create(client, jsonl(CHAT, bodies)).id
         until(client, batch_id, lambda batch: batch.request_counts.completed >= 1)
@@ -266,14 +266,14 @@ def test_a_server_that_was_told_to_stop_has_not_died_and_one_that_is_held_sends_
     assert server.state()["batches_held"]
     with running.client() as client:
         done = client.batches.retrieve(batch_id).request_counts.completed
-        assert done < 20
+        assert done < 30
         server.generate("offline work that is no batch's", headers=OFFLINE)
         assert server.offline_accepted() == 1
         assert server.set_internal_state({"conserve_batches": 1})
         assert not server.state()["batches_held"]
         batch = until(client, batch_id, over)
-        assert batch.request_counts.to_dict() == {"total": 20, "completed": 20, "failed": 0}
-        assert server.offline_accepted() == 1 + 20 - done
+        assert batch.request_counts.to_dict() == {"total": 30, "completed": 30, "failed": 0}
+        assert server.offline_accepted() == 1 + 30 - done
         assert server.set_internal_state({"conserve_batches": 0})
         held = create(client, jsonl(CHAT, bodies[:2])).id
         until(client, held, lambda batch: batch.status == "in_progress")

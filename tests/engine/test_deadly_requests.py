@@ -64,6 +64,16 @@ def test_a_request_that_would_end_the_engine_is_its_own_400(plain_server, header
     plain_server.assert_idle_and_balanced()
 
 
+def test_a_priority_is_any_integer_of_64_bits(plain_server):
+    for priority in (2**63 - 1, -(2**63), 2**40, 0):
+        assert plain_server.generate("urgent", priority=priority)["text"]
+    for priority in (2**63, -(2**63) - 1, 10**30):
+        answer = plain_server.http.post("/generate", json={"text": "a", "priority": priority})
+        assert answer.status_code == 400
+        assert "priority" in answer.text
+    plain_server.assert_idle_and_balanced()
+
+
 @pytest.mark.parametrize(
     ("where", "name"),
     [

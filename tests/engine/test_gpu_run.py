@@ -14,12 +14,10 @@ from conserve_sgl.bench.gpu.page import page
 from conserve_sgl.bench.results import by_system, read_folder
 from conserve_sgl.profile.steps import read_steps
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1000)]
 
-SYSTEMS = {
-    *("online-only", "offline-only", "stock-priority"),
-    *("conserve", "conserve-50ms", "conserve-1.25x"),
-}
+SYSTEMS = {"online-only", "offline-only", "conserve", "conserve-50ms"}
+LIMIT_S = 900  # two servers, on a machine that may be busy
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +27,9 @@ def rehearsed(checkout: Path, shared_data: Path, tmp_path_factory) -> tuple[Path
     env = {**os.environ, "PYTHON": sys.executable, "OUT": str(folder / "out")}
     env["CONSERVE_BENCH_DATA"] = str(shared_data)
     script = checkout / "scripts" / "gpu" / "run.sh"
-    argv = [
-        script,
-        "--rehearse",
-        "--minutes",
-        "9",
-        "--results",
-        folder / "res",
-        "stock",
-        "conserve",
-    ]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=560)
+    options = ["--rehearse", "--minutes", f"{LIMIT_S / 60 - 1}", "--results", folder / "res"]
+    argv = [script, *options, "stock", "conserve"]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
 

@@ -90,8 +90,8 @@ def run(slices: LayerSlices, runner: Runner, batch, name: str = "first"):
     return slices.run(batch, run_batch, until_s=float("inf"))
 
 
-def accepts(slices: LayerSlices, batch) -> bool:
-    return slices.accepts(batch, lambda req: req.offline)
+def accepts(slices: LayerSlices, batch, *, fresh: bool = True) -> bool:
+    return slices.accepts(batch, lambda req: req.offline, fresh=fresh)
 
 
 def test_all_layers_run_once_and_the_forward_is_the_runner_s_again():
@@ -222,6 +222,15 @@ def test_a_load_from_host_memory_ends_before_the_batch_is_suspended():
     assert slices.suspended.hicache_consumer_index == -1
     run(slices, runner, slices.suspended)
     assert waited == [LAYERS - 1]
+
+
+def test_where_no_fresh_prefill_may_only_the_suspended_one_runs_in_slices():
+    runner = Runner()
+    slices = make_slices(runner, [1, 0, 1])
+    batch = make_batch()
+    assert not accepts(slices, batch, fresh=False)
+    run(slices, runner, batch)
+    assert accepts(slices, slices.suspended, fresh=False)
 
 
 def test_how_long_an_arrival_waited_is_kept():

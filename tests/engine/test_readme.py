@@ -42,7 +42,14 @@ def test_scripts_and_files_that_are_named_are_there(checkout, readme, commands):
 
 def test_commands_of_ours_exist(commands):
     ours = [command for command in commands if command[0] == "conserve"]
-    assert {command[1] for command in ours} == {"serve", "eval", "run-batch", "doctor", "tune"}
+    assert {command[1] for command in ours} == {
+        "serve",
+        "eval",
+        "run-batch",
+        "doctor",
+        "tune",
+        "simulate",
+    }
     for _, name, *_ in ours:
         help_text = subprocess.run(
             [sys.executable, "-m", "conserve_sgl.cli", name, "--help"], capture_output=True

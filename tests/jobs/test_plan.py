@@ -210,11 +210,11 @@ def test_template_kwargs_are_what_json_can_carry(folder, value):
     folder.data([GOOD])
     chat = [{"role": "user", "content": "x"}]
     task = {"prompt": None, "chat": chat, "chat_template_kwargs": {"budget": value}}
-    assert "chat_template_kwargs: budget" in plan_fault(folder.job(task=task))
+    assert "tasks[0].chat_template_kwargs.budget: " in plan_fault(folder.job(task=task))
     job = folder.job(
         tasks=None, lm_eval={"tasks": ["x"], "model_args": {"chat_template_kwargs": {"b": value}}}
     )
-    assert "chat_template_kwargs: b" in plan_fault(job)
+    assert "lm_eval.model_args.chat_template_kwargs.b: " in plan_fault(job)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from conserve_sgl.policy import (
 )
 from conserve_sgl.policy.budget import StepTimes
 from conserve_sgl.policy.slo import Factor, Seconds, Slo
-from policy.simulator import LinearTimes
+from support.simulated import LinearTimes
 
 ABSOLUTE = Slo(Seconds(1.0), Seconds(0.2))
 RELATIVE = Slo(Factor(1.5), Factor(1.5))

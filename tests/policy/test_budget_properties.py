@@ -24,7 +24,7 @@ from conserve_sgl.policy import (
     StepWork,
 )
 from conserve_sgl.policy.slo import Factor, Pace, Seconds, Slo
-from policy.simulator import Engine, Job, LinearTimes
+from support.simulated import Engine, Job, LinearTimes
 
 SLO = Slo(Seconds(1.5), Seconds(0.2))
 YIELD_S = 0.2

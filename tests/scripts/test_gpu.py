@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,32 @@ def test_a_second_run_on_a_fresh_machine_does_what_is_missing(run, tmp_path):
 def test_geometries_are_written_where_they_are_asked_for(run):
     _, commands = run("--rehearse", "qwen")
     assert json.dumps(commands).count("scripts/dummy_model.py") == 1
+
+
+def test_install_unpacks_the_kit_and_says_where_everything_is(checkout, tmp_path):
+    carried, site, record = tmp_path / "kit", tmp_path / "site", tmp_path / "record"
+    (carried / "ours").mkdir(parents=True)
+    (carried / "ours" / "conserve_sgl-0.1.0-py3-none-any.whl").touch()
+    (carried / "commit").write_text("abc123\n")
+    kit = tmp_path / "install.sh"
+    kit.write_text('mkdir -p "$2/lib-flashinfer" && echo "export PYTHONPATH=$2/lib" >"$2/env.sh"\n')
+    with tarfile.open(carried / "piece-00.tar", "w") as piece:
+        piece.add(kit, "install.sh")
+    python = tmp_path / "python"
+    python.write_text(RECORDER)
+    python.chmod(0o755)
+    env = {"PATH": os.environ["PATH"], "PYTHON": str(python), "RECORD": str(record)}
+    env["FAILS"] = "nothing fails"
+    script = checkout / "scripts" / "gpu" / "install.sh"
+    subprocess.run([script, carried, site], env=env, check=True, timeout=60)
+
+    shown = subprocess.run(
+        ["bash", "-c", f"source {site}/env.sh && env"], env=env, capture_output=True, text=True
+    ).stdout
+    said = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+    assert said["PYTHONPATH"] == f"{site}/ours:{site}/sglang/lib"
+    assert said["CONSERVE_COMMIT"] == "abc123"
+    assert said["CONSERVE_BENCH_DATA"] == f"{carried}/data"
+    assert said["TRITON_CACHE_DIR"] == f"{said['CONSERVE_KERNEL_CACHE']}/triton"
+    assert said["CONSERVE_FLASHINFER"] == f"{site}/sglang/lib-flashinfer"
+    assert "--no-index" in record.read_text().split("\t")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from conserve_sgl.policy import StepWork
 from conserve_sgl.policy.latency import StepSample
+from conserve_sgl.profile import Profile
 from conserve_sgl.simulate.device import Costs, Device
 from conserve_sgl.simulate.measured import with_steps
+from support.profiles import IDENTITY
 
 COSTS = Costs(least_s=6e-3, token_s=2.5e-5, pair_s=4e-9, row_s=2e-5, context_s=5e-8)
 
@@ -63,3 +69,21 @@ def make_device() -> Callable[..., Device]:
 @pytest.fixture(scope="session")
 def device(make_device) -> Device:
     return make_device()
+
+
+LLAMA = {"num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    """Of an engine that is as the small device, whose model has a configuration."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(LLAMA))
+    identity = msgspec.structs.replace(IDENTITY, model=str(model))
+    samples = tuple(StepSample(work, truth_s(work)) for work in grid()[::2])
+    now = datetime(2026, 11, 26, tzinfo=UTC)
+    found = Profile(identity=identity, measured_at=now, layers=32, samples=samples)
+    path = tmp_path / "profile.json"
+    path.write_bytes(msgspec.json.encode(found))
+    return path

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from conserve_sgl.bench.command import compare_folders
 from conserve_sgl.bench.results import by_system, read_folder
 from conserve_sgl.cli import app
+from conserve_sgl.errors import InputError
 from conserve_sgl.simulate.command import run_simulation
 from simulate.test_config import SMALL
 
@@ -114,6 +115,12 @@ def test_bad_input_ends_with_2_and_leaves_nothing(tmp_path):
     assert "give KEY=VALUE" in done.output
 
 
+def test_a_stream_of_nothing_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"online\.arrivals: no online request arrives within 4 s"):
+        simulated(tmp_path, changes={"online.arrivals.rate_per_s": "0.0001"})
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_window_without_requests_is_refused(tmp_path, shared_data):
     trace = shared_data / "azure_llm_2023_conv.csv"
     lengths = SMALL[SMALL.index("    kind: gamma") : SMALL.index("  duration_s: 4")]
@@ -121,5 +128,5 @@ def test_a_window_without_requests_is_refused(tmp_path, shared_data):
         f"    {{kind: azure, path: {trace}, offset_s: 1000000, max_prompt_tokens: 9, "
         "max_output_tokens: 9}\n"
     )
-    with pytest.raises(Exception, match="no request from 1000000"):
+    with pytest.raises(InputError, match="no request from 1000000"):
         simulated(tmp_path, SMALL.replace(lengths, azure))

@@ -11,9 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from conserve_sgl.cli import app
-from conserve_sgl.simulate.device import shipped_devices
+from conserve_sgl.profile import DIR_ENV
+from conserve_sgl.simulate.device import load_device, shipped_devices
 from conserve_sgl.simulate.engine import Host
 from simulate.test_command import KEYS
+from simulate.test_make import SERVED, log_of
 
 CHECKOUT = Path(__file__).parent.parent.parent
 PAGE = (CHECKOUT / "docs" / "simulate.md").read_text(encoding="utf-8")
@@ -46,6 +48,18 @@ def test_a_command_of_the_pages_runs(command, trace, tmp_path, monkeypatch):
     done = CliRunner().invoke(app, [*arguments, *short, "--systems", "conserve", "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert "conserve" in (out / "table.md").read_text()
+
+
+def test_the_command_of_the_page_makes_a_device(profile, tmp_path, monkeypatch):
+    (command,) = re.findall(r"^conserve device .*", PAGE, re.MULTILINE)
+    (tmp_path / "profiles").mkdir()
+    profile.rename(tmp_path / "profiles" / "a.json")
+    monkeypatch.setenv(DIR_ENV, str(tmp_path / "profiles"))
+    monkeypatch.chdir(tmp_path)
+    assert log_of(tmp_path, *SERVED).name in command
+    done = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert done.exit_code == 0, done.output
+    assert load_device(tmp_path / "mine.json").name == "mine"
 
 
 def test_the_page_lists_every_option_of_the_command():

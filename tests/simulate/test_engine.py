@@ -12,6 +12,7 @@ from conserve_sgl.bench.backlog import RandomPrompts
 from conserve_sgl.bench.metrics import Slo
 from conserve_sgl.config import ConserveConfig, SlicesConfig, SloConfig
 from conserve_sgl.policy import StepPlan, StepWork
+from conserve_sgl.policy.slo import Pace
 from conserve_sgl.simulate.device import StepTimes
 from conserve_sgl.simulate.engine import Engine, Host, Step
 from conserve_sgl.simulate.load import backlog_requests, online_requests
@@ -49,7 +50,7 @@ class Ticks:
     def draw_s(self, work: StepWork, repeated_context: int = 0) -> float:  # noqa: ARG002
         return 1.0 + 0.01 * work.prefill_tokens
 
-    def launch_s(self, work: StepWork) -> float:  # noqa: ARG002
+    def held_s(self, work: StepWork, seconds: float) -> float:  # noqa: ARG002
         return 0.0
 
 
@@ -100,13 +101,23 @@ class TestTheLoop:
 
     def test_launching_holds_the_host_and_the_step(self):
         class Slow(Ticks):
-            def launch_s(self, work: StepWork) -> float:
+            def held_s(self, work: StepWork, seconds: float) -> float:  # noqa: ARG002
                 return 1.5 if work.prefill_tokens else 0.0
 
         one = online(0.0, 10, 2)
         scheduler = StockScheduler(Limits())
         Engine(scheduler, Slow(), online=[one], host=NOW).run()
         assert one.token_times_s == pytest.approx([1.5, 2.5])
+
+    def test_a_cpu_runs_every_step_itself(self, make_device):
+        device = make_device(synchronous=True)
+        one, late = online(0.0, 2000, 50), online(0.01, 100, 2)
+        scheduler = StockScheduler(Limits())
+        Engine(scheduler, StepTimes(device), online=[one, late], host=NOW).run()
+        # The prompt that runs is over before anything is planned: the late one comes next.
+        prefill_s = StepTimes(device).mean_s(StepWork.of([(2000, 0)]))
+        own_s = StepTimes(device).mean_s(StepWork.of([(100, 0)]))
+        assert late.token_times_s[0] <= prefill_s + own_s + 0.01
 
 
 def _fields(host: Host) -> dict:
@@ -264,9 +275,10 @@ def test_the_policy_learns_the_device_as_it_goes(device):
 
 def test_a_policy_that_never_lets_work_run_is_told(device):
     class Idle:
+        pace = Pace()
+
         def plan(self, _view):
             return StepPlan(
-                online_prefill_tokens=0,
                 offline_prefill_tokens=0,
                 offline_admissions=0,
                 offline_decode_rows=0,
@@ -276,3 +288,12 @@ def test_a_policy_that_never_lets_work_run_is_told(device):
     load = Load(arrivals=(), duration_s=100.0, backlog=BACKLOG, in_flight=1)
     with pytest.raises(RuntimeError, match="no step is ever formed"):
         run_system(device, load, conserve=CONSERVE, make_policy=lambda *_: Idle())
+
+
+def test_prompts_that_begin_with_the_same_blocks_compute_them_once():
+    first, second = online_requests(
+        [Arrival(0.0, 250, 2, (1, 2), 100), Arrival(60.0, 230, 2, (1, 2, 3), 100)]
+    )
+    steps = run([first, second])
+    assert [tokens for tokens, _ in shapes(steps) if tokens] == [250, 30]
+    assert (first.record().cached_tokens, second.record().cached_tokens) == (0, 200)

@@ -93,7 +93,7 @@ class _Times:
     def draw_s(self, work: StepWork, repeated_context: int = 0) -> float:  # noqa: ARG002
         return self.seconds(work)
 
-    def launch_s(self, work: StepWork) -> float:  # noqa: ARG002
+    def held_s(self, work: StepWork, seconds: float) -> float:  # noqa: ARG002
         return 0.0
 
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import httpx
 import msgspec
-from rich.console import Console
 
 from conserve_sgl.bench.systems import SystemConfig
 from conserve_sgl.config import SloConfig
 from conserve_sgl.errors import ServerError
 from conserve_sgl.settings import slo_numbers
-from conserve_sgl.tune import tune
+from conserve_sgl.tune import change
 
 __all__ = ["SERVER_LOG", "STEPS", "ServerFiles", "empty_caches", "server_key", "turn_dial"]
 
@@ -43,8 +42,7 @@ def turn_dial(base_url: str, conserve: Mapping[str, Any]) -> None:
     """
     section = conserve.get("slo", {})
     slo = SloConfig(**{key: value for key, value in section.items() if key in _DIAL})
-    numbers = slo_numbers(ttft=slo.ttft, tpot=slo.tpot, yield_ms=slo.yield_ms)
-    tune([base_url], numbers, api_key=None, admin_api_key=None, console=Console(quiet=True))
+    change(base_url, slo_numbers(ttft=slo.ttft, tpot=slo.tpot, yield_ms=slo.yield_ms))
 
 
 def empty_caches(base_url: str) -> None:

@@ -14,6 +14,7 @@ __all__ = [
     "Harvest",
     "comparison",
     "markdown",
+    "ms",
     "results_markdown",
     "row",
     "summary_line",
@@ -66,11 +67,11 @@ def row(system: SystemResult, harvest: Harvest) -> Row:
     return {
         "system": system.name,
         "requests": "-" if online is None else f"{online.completed}/{online.sent}",
-        "TTFT P50": _ms(online and online.ttft_ms.median),
-        "TTFT P99": _ms(online and online.ttft_ms.p99),
-        "TPOT P50": _ms(online and online.tpot_ms.median),
-        "TPOT P99": _ms(online and online.tpot_ms.p99),
-        "ITL P99": _ms(online and online.itl_ms.p99),
+        "TTFT P50": ms(online and online.ttft_ms.median),
+        "TTFT P99": ms(online and online.ttft_ms.p99),
+        "TPOT P50": ms(online and online.tpot_ms.median),
+        "TPOT P99": ms(online and online.tpot_ms.p99),
+        "ITL P99": ms(online and online.itl_ms.p99),
         "SLO met": _percent(online and online.slo_attainment),
         "goodput": _number(online and online.request_goodput, ".2f", " req/s"),
         "offline in": _rate(offline and offline.input_tokens_per_s),
@@ -309,7 +310,8 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None or math.isnan(value) else f"{value:{form}}{unit}"
 
 
-def _ms(value: float | None) -> str:
+def ms(value: float | None) -> str:
+    """Milliseconds as a cell."""
     return _number(value, ",.0f" if value is None or value >= _EXACT_MS else ".1f", " ms")
 
 

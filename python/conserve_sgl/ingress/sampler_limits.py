@@ -54,8 +54,6 @@ def check_request(request: Any, vocab_size: int) -> None:
     _check_types(request, _NOT_A_CLIENT_S)
     _check_types(request.sampling_params, _FREE_FORM)
     _check_prompt(request, vocab_size)
-    if request.priority is not None:
-        _check_range("priority", request.priority, -_MOST_INT32, _MOST_INT32)
     if hasattr(request, "top_logprobs_num"):  # requests for embeddings have no logprobs
         _check_range("logprob_start_len", request.logprob_start_len, -1, _MOST_INT32)
         top = request.top_logprobs_num

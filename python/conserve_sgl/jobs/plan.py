@@ -17,6 +17,7 @@ import msgspec
 from conserve_sgl.errors import InputError, JobError
 from conserve_sgl.jobs.schema import ExactMatch, Job, JsonlTask, LoglikelihoodChoice
 from conserve_sgl.jobs.template import TemplateFault, compile_expression, compile_template
+from conserve_sgl.shapes import explain
 from conserve_sgl.strict_yaml import load_yaml
 
 __all__ = ["Line", "Plan", "PlannedTask", "expand", "lines", "make_plan"]
@@ -122,7 +123,8 @@ def _override(path: Path, job: Job, overrides: dict[str, object]) -> Job:
     try:
         return msgspec.convert(changed, Job)
     except msgspec.ValidationError as e:
-        raise InputError(path, f"with the options given: {e}") from e
+        fault = explain(e, Job, changed)
+        raise InputError(path, f"with the options given: {fault.reason}", key=fault.key) from e
 
 
 def expand(path: Path, key: str, text: str) -> str:

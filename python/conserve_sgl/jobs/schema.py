@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from typing import Annotated, Any, Literal
@@ -168,7 +167,6 @@ class JsonlTask(
             raise ValueError("chat: at least one message is needed")
         if self.chat_template_kwargs is not None and self.chat is None:
             raise ValueError("chat_template_kwargs: needs chat")
-        _finite("chat_template_kwargs", self.chat_template_kwargs or {})
         if self.id is not None:
             _compiles("id", compile_template, self.id)
         if isinstance(self.score, LoglikelihoodChoice):
@@ -194,9 +192,6 @@ class ModelArgs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     custom_prefix_token_id: Number | None = None
     chat_template_kwargs: dict[str, str | int | float | bool] = {}
 
-    def __post_init__(self) -> None:
-        _finite("chat_template_kwargs", self.chat_template_kwargs)
-
 
 # As numpy takes them.
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
@@ -207,7 +202,7 @@ class LmEval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     tasks: Annotated[list[str | dict[str, Any]], msgspec.Meta(min_length=1)]
     model: Literal["conserve"] = "conserve"
-    model_args: ModelArgs = msgspec.field(default_factory=ModelArgs)
+    model_args: ModelArgs = ModelArgs()
     num_fewshot: Number | None = None
     limit: Annotated[float, msgspec.Meta(gt=0, le=MOST_INT32)] | None = None
     samples: dict[str, list[Number]] | None = None
@@ -306,14 +301,6 @@ def _unique(key: str, values: list[str]) -> None:
     for value in values:
         if values.count(value) > 1:
             raise ValueError(f"{key}: {value!r} is given twice")
-
-
-def _finite(key: str, values: dict[str, str | int | float | bool]) -> None:
-    for name, value in values.items():
-        # JSON has no infinity, and parsers of it no number of 23 digits.
-        is_finite = not isinstance(value, float) or math.isfinite(value)
-        if not is_finite or (type(value) is int and abs(value) > _MOST_INT64):
-            raise ValueError(f"{key}: {name}: is a number that JSON cannot carry")
 
 
 # An escape of any dialect, and a range that begins or ends with one.

@@ -368,12 +368,15 @@ def _shapes(
     yield from rows_alone
     for tokens in _token_counts(room):
         alone = _shape(mean_s, launch_s, backlog, tokens, 0)
-        yield alone
+        least_launch_s = alone.launch_s
         for beside in rows_alone:
             mixed = _shape(mean_s, launch_s, backlog, tokens, beside.rows)
-            # Else two steps do the same, and sooner.
             if mixed.seconds < alone.seconds + beside.seconds:
                 yield mixed
+            else:
+                # Two steps do the same, and sooner; let them be no more work for the host either.
+                least_launch_s = min(least_launch_s, mixed.launch_s - beside.launch_s)
+        yield msgspec.structs.replace(alone, launch_s=max(least_launch_s, 0.0))
 
 
 def _shape(
@@ -441,4 +444,4 @@ def _costs_of_chunk(mean_s: MeanTime, new: int, done: int, room: Room) -> Iterab
         yield mean_s(StepWork.of([(new, done)] * count)) / count
     for rows in {1, min(16, room.rows), min(128, room.rows)}:
         decode = StepWork(decode_rows=rows, decode_context=rows * (done + new))
-        yield mean_s(decode.plus_prompt(new, done)) - mean_s(decode)
+        yield max(mean_s(decode.plus_prompt(new, done)) - mean_s(decode), 0.0)

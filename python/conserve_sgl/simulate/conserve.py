@@ -74,7 +74,7 @@ class ConserveScheduler(StockScheduler):
         self.latency = latency
         self.layers = layers
         self.slo = config.slo.objectives()
-        self.policy: Policy = policy or make_budget(config, latency)
+        self.policy = policy or make_budget(config, latency)
         self.slices_enabled = config.slices.enabled
         self.can_mix = True
         self.queue: deque[Request] = deque()
@@ -152,7 +152,8 @@ class ConserveScheduler(StockScheduler):
         """Whether the engine is to run `batch` slice by slice."""
         if batch is self.suspended:
             return True
-        if not self.plan.in_slices or self.suspended is not None or batch.rows:
+        fresh = self.slices_enabled and self.plan.in_slices
+        if not fresh or self.suspended is not None or batch.rows:
             return False
         if not batch.chunks or any(chunk.request.online for chunk in batch.chunks):
             return False
@@ -205,8 +206,7 @@ class ConserveScheduler(StockScheduler):
         assert self.plan is not None
         self._move_offline_chunk()
         self._load_ahead(now_s)
-        batch = self.prefill(now_s)
-        return batch or self._or_go_on() or self.decode(now_s)
+        return self.prefill(now_s) or self._or_go_on() or self.decode(now_s)
 
     def _move_offline_chunk(self) -> None:
         tokens = self.plan.offline_prefill_tokens
@@ -221,9 +221,9 @@ class ConserveScheduler(StockScheduler):
         plan, chunks = self.plan, []
         mixes = plan.mix or self.options.mixed_chunk
         if mixes:
-            self._sit_out(plan.offline_decode_rows)
-        riding = len(self.running) if mixes else 0
-        left = self.limits.chunk_tokens - riding
+            # A chunk of an online prompt goes with online rows alone.
+            self._sit_out(0 if self.view.online_prompts else plan.offline_decode_rows)
+        left = self.limits.chunk_tokens - (len(self.running) if mixes else 0)
         purse = plan.offline_prefill_tokens
         may_chunk = self.chunk is None and self.aside_chunk is None
         if self.chunk is not None:
@@ -260,11 +260,10 @@ class ConserveScheduler(StockScheduler):
     def _row_for(self, chunks: list[Chunk]) -> bool:
         if self.rows_held + len(chunks) < self.limits.rows:
             return True
-        victims = [*self.parked, *(row for row in self.running if not row.online)]
-        if not victims:
-            return False
-        self.preempt(victims[0])
-        return True
+        victim = self._cheapest()
+        if victim is not None:
+            self.preempt(victim)
+        return victim is not None
 
     def _online_fits(self, request: Request, chunks: list[Chunk], left: int) -> bool:
         """KV that offline requests hold, or may ask for, counts as free; they give way."""

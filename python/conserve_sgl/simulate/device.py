@@ -22,6 +22,7 @@ import bisect
 import random
 from collections.abc import Sequence
 from importlib import resources
+from math import inf
 from pathlib import Path
 from typing import Annotated
 
@@ -92,6 +93,7 @@ class Device(_Record, kw_only=True):
         decode_graph_rows: rows of the captured decode graphs, rising; a batch is padded to the
             next of them, and one beyond the last runs eagerly. Empty: no graphs.
         prefill_graph_tokens: the largest prefill that runs in a graph; 0: none does.
+        synchronous: a CPU: the host runs every step itself, and does nothing else meanwhile.
         launch_s: of each kind of step (prefill, decode, mixed) what launching it takes the host.
         eager_layer_s: what launching one layer takes the host outside of a graph: a sliced prefill
             takes no less.
@@ -116,6 +118,7 @@ class Device(_Record, kw_only=True):
     copy_bytes_per_s: Positive
     decode_graph_rows: Graphs = ()
     prefill_graph_tokens: Natural = 0
+    synchronous: bool = False
     launch_s: tuple[NotNegative, NotNegative, NotNegative] = (0.0, 0.0, 0.0)
     eager_layer_s: NotNegative = 0.0
     repeated_read: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
@@ -159,10 +162,10 @@ def check_step(step: StepSample, key: str) -> None:
         ValueError: `step` cannot have been measured; names `key` and the field.
     """
     work = step.work
-    if not 0 < step.seconds < float("inf"):
+    if not 0 < step.seconds < inf:
         raise ValueError(f"{key}: a step takes a time above 0, not {step.seconds} s")
     for field, value in msgspec.structs.asdict(work).items():
-        if not 0 <= value < float("inf"):
+        if not 0 <= value < inf:
             raise ValueError(f"{key}: {field} is {value}")
     if not (work.prefill_tokens or work.decode_rows):
         raise ValueError(f"{key}: a step of nothing")
@@ -243,6 +246,10 @@ class StepTimes:
     def launch_s(self, work: StepWork) -> float:
         """Seconds that launching a step takes the host."""
         return self.device.launch_s[work.kind]
+
+    def held_s(self, work: StepWork, seconds: float) -> float:
+        """How long the host is held by a step that takes the device `seconds`."""
+        return seconds if self.device.synchronous else self.launch_s(work)
 
     def measure_s(self, work: StepWork) -> float:
         """Seconds that one such step takes among its like: the device's or the host's, whichever

@@ -28,8 +28,8 @@ from conserve_sgl.simulate.stock import StockScheduler
 
 __all__ = ["Engine", "Host", "Step"]
 
-
 _LONGEST_REST_S = 60.0
+"""That a policy may let work wait on an idle device; more is a fault of it."""
 
 
 class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -128,9 +128,7 @@ class Engine:
     def _arrive(self, now_s: float) -> None:
         self._announce(now_s)
         while self._entering and self._entering[0][0] <= now_s:
-            entered_s, _, request = heapq.heappop(self._entering)
-            request.entered_s = entered_s
-            self.scheduler.add(request)
+            self.scheduler.add(heapq.heappop(self._entering)[2])
 
     def _next_arrival_s(self) -> float:
         return self._entering[0][0] if self._entering else inf
@@ -182,7 +180,7 @@ class Engine:
     def _launch(self, batch: Batch) -> None:
         batch.began_s = max(self.now_s, self._free_s)
         seconds = self.times.draw_s(batch.work, batch.repeated_context)
-        self.now_s += self.times.launch_s(batch.work)
+        self.now_s += self.times.held_s(batch.work, seconds)
         batch.ends_s = self._free_s = max(batch.began_s + seconds, self.now_s)
         self._note(batch, batch.began_s)
 

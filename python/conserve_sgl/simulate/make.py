@@ -56,7 +56,7 @@ def make_device(
     for log in logs:
         samples += _steps_of(log, found)
     identity = found.identity
-    on_gpu = "cpu" not in identity.device.lower() and "threads" not in identity.device
+    on_gpu = not identity.device.endswith("threads")  # as `engine/profiling.py` names a CPU
     graphs = on_gpu and "disabled" not in identity.graphs
     device = Device(
         name=name,
@@ -71,6 +71,7 @@ def make_device(
         copy_bytes_per_s=copy_bytes_per_s,
         decode_graph_rows=_GRAPH_ROWS if graphs else (),
         prefill_graph_tokens=_GRAPH_TOKENS if graphs else 0,
+        synchronous=not on_gpu,
         # Without overlap the host's part is in every time, and nothing hides it.
         launch_s=launch_times(samples, _DECODE_LAUNCH_S)
         if on_gpu and identity.overlap

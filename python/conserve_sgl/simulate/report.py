@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from conserve_sgl.bench.results import SystemResult
-from conserve_sgl.bench.tables import Harvest, markdown, row
+from conserve_sgl.bench.tables import Harvest, markdown, ms, row
 from conserve_sgl.simulate.config import Simulation
 from conserve_sgl.simulate.simulation import Simulated
 
@@ -58,8 +58,7 @@ def _row(simulated: Simulated, harvest: Harvest) -> dict[str, str]:
     for column, text in row(system, harvest).items():
         if column == "ITL P99" and system.online is not None:
             itl = system.online.itl_ms
-            cells |= {"ITL P50": f"{itl.median:,.0f} ms"}
-            cells |= {"ITL P99": text, "longest": f"{itl.max:,.0f} ms"}
+            cells |= {"ITL P50": ms(itl.median), "ITL P99": text, "longest": ms(itl.max)}
         elif column == "ITL P99":
             cells |= dict.fromkeys(("ITL P50", "ITL P99", "longest"), "-")
         elif column not in _LEFT_OUT:

@@ -20,12 +20,13 @@ class Request:
 
     Attributes:
         blocks: names of the prompt's first blocks, of `block_tokens` each; equal names, equal KV.
-        entered_s: when the scheduler got it.
         resident: tokens of it that have KV, blocks that it shares included.
         shared: of these, tokens in blocks.
         launched, read: tokens of the answer whose step was launched, and whose result was handled.
         epoch: how often it gave way: results of steps before are not its any more.
-        checkpointed: tokens whose KV outlives giving way.
+        checkpointed: tokens whose KV outlived giving way, on the host.
+        cached: prompt tokens that were found when it was first admitted.
+        ready_s: when what it has on the host is on the device; 0 while no copy was begun.
     """
 
     online: bool
@@ -35,7 +36,6 @@ class Request:
     blocks: Sequence[Hashable] = ()
     block_tokens: int = 0
 
-    entered_s: float = 0.0
     resident: int = 0
     shared: int = 0
     launched: int = 0
@@ -148,7 +148,3 @@ class Batch:
                     repeated += row.block_tokens
                 seen.add(key)
         return repeated
-
-    @property
-    def is_prefill(self) -> bool:
-        return bool(self.chunks)

@@ -94,7 +94,7 @@ def run_system(
         conserve: the configuration of conserve; None: stock SGLang with the flags `stock`.
         hicache: whether conserve keeps checkpoints on the host.
         host: what happens beside the device.
-        make_policy: a policy instead of conserve's own.
+        make_policy: a policy instead of conserve's own; it has a `pace`, as `SlackBudget` does.
         on_step, on_time: see `Engine`.
     """
     times = StepTimes(device, load.seed)

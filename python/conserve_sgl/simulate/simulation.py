@@ -15,6 +15,7 @@ from conserve_sgl.bench.environment import Environment, environment
 from conserve_sgl.bench.metrics import OnlineSummary, Slo
 from conserve_sgl.bench.results import Result, Run, SystemResult
 from conserve_sgl.config import SloConfig
+from conserve_sgl.errors import InputError
 from conserve_sgl.policy.latency import StepKind
 from conserve_sgl.policy.slo import Factor, Seconds
 from conserve_sgl.simulate.ceiling import BacklogMean, Ceiling, OnlineRequest, Room, ceiling
@@ -56,6 +57,9 @@ class Simulator:
             lead_s=offline.lead_s,
             seed=simulation.seed,
         )
+        if not self.load.arrivals:
+            reason = f"no online request arrives within {online.duration_s:g} s"
+            raise InputError(simulation.path, reason, key="online.arrivals")
         here = environment()
         gpu = f"{simulation.device.gpu} (simulated)"
         self.environment: Environment = msgspec.structs.replace(here, gpus=(gpu,))

@@ -375,10 +375,11 @@ def test_the_jobs_limit_replaces_a_tasks_of_another_name(server, job, console, n
 )
 @pytest.mark.filterwarnings("ignore")
 def test_generation_that_would_fail_every_question_is_refused(server, job, console, generation):
-    with pytest.raises(InputError, match=r"lm_eval\.tasks: (answers|cannot be loaded): "):
+    with pytest.raises(InputError, match=r"lm_eval\.tasks(: (answers|cannot)|\[0\])"):
         run_job(job(answers(**generation)), console=console)
-    with pytest.raises(InputError, match=r"lm_eval\.gen_kwargs: answers: "):
+    with pytest.raises(InputError, match=r"lm_eval\.gen_kwargs(: answers|\.)") as e:
         run_job(job(ANSWERS, gen_kwargs=generation), console=console)
+    assert "`" not in str(e.value)  # as msgspec puts it
     assert server.requests == []
 
 

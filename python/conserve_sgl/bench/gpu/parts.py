@@ -18,7 +18,7 @@ __all__ = ["PARTS", "Part", "Setting", "part_named"]
 
 LLAMA, QWEN = "llama8b", "qwen7b"
 _GEOMETRY = {LLAMA: "llama-3.1-8b", QWEN: "qwen2.5-7b"}
-_REHEARSED = 3  # of the systems of a part
+_REHEARSED = 2  # of the systems of a part
 _BENCH_RESERVE_S = 8.0  # a benchmark ends so long before its part is cut off
 
 Argv = list[str]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import msgspec
@@ -10,6 +11,7 @@ import msgspec
 from conserve_sgl.bench.environment import Environment
 from conserve_sgl.bench.gpu.parts import PARTS, Setting
 from conserve_sgl.bench.gpu.state import States
+from conserve_sgl.bench.metrics import Distribution
 from conserve_sgl.bench.results import SystemResult, by_system, read_folder
 from conserve_sgl.bench.tables import markdown
 from conserve_sgl.errors import InputError
@@ -70,13 +72,9 @@ def _row(system: SystemResult, offline_only: float | None) -> dict[str, str]:
         "system": system.name,
         "s": f"{run.window_s:g}" if repeats == 1 else f"{repeats} x {run.window_s:g}",
         "requests": f"{online.completed}/{online.sent}" if online else "-",
-        "TTFT P50 / P99": f"{online.ttft_ms.median:.0f} / {online.ttft_ms.p99:.0f}"
-        if online
-        else "-",
-        "TPOT P50 / P99": f"{online.tpot_ms.median:.1f} / {online.tpot_ms.p99:.1f}"
-        if online
-        else "-",
-        "ITL P99 / max": f"{online.itl_ms.p99:.0f} / {online.itl_ms.max:.0f}" if online else "-",
+        "TTFT P50 / P99": _pair(online and online.ttft_ms, "median", "p99", 0),
+        "TPOT P50 / P99": _pair(online and online.tpot_ms, "median", "p99", 1),
+        "ITL P99 / max": _pair(online and online.itl_ms, "p99", "max", 0),
         "SLO met": f"{online.slo_attainment:.1%}" if online else "-",
         "offline in + out = tok/s": "-"
         if offline is None
@@ -86,6 +84,12 @@ def _row(system: SystemResult, offline_only: float | None) -> dict[str, str]:
         "idle": "-" if system.idle_share is None else f"{system.idle_share:.0%}",
         "start": f"{run.ready_s:.0f} s",
     }
+
+
+def _pair(of: Distribution | None, one: str, other: str, digits: int) -> str:
+    if of is None or math.isnan(of.median):
+        return "-"
+    return f"{getattr(of, one):.{digits}f} / {getattr(of, other):.{digits}f}"
 
 
 def _costs(setting: Setting) -> list[str]:

@@ -15,6 +15,7 @@ from lm_eval.api.group import Group
 from conserve_sgl.errors import InputError, JobError
 from conserve_sgl.jobs.lm_eval.model import generate_body
 from conserve_sgl.jobs.schema import ModelArgs, Sampling
+from conserve_sgl.shapes import explain
 
 __all__ = ["prepared"]
 
@@ -71,7 +72,11 @@ def _check(kwargs: dict[str, Any], args: ModelArgs) -> None:
     params = generate_body([], kwargs, args.max_gen_toks)["sampling_params"]
     params["seed"] = params.pop("sampling_seed", None)
     known = {key: value for key, value in params.items() if key in Sampling.__struct_fields__}
-    msgspec.convert(known, Sampling)  # msgspec.ValidationError is a ValueError
+    try:
+        msgspec.convert(known, Sampling)
+    except msgspec.ValidationError as e:
+        fault = explain(e, Sampling, known)
+        raise ValueError(f"{fault.key}: {fault.reason}" if fault.key else fault.reason) from e
 
 
 def _key(own: dict[str, Any], given: dict[str, Any]) -> str:
