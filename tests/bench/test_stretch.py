@@ -95,3 +95,9 @@ def test_only_counters_with_a_unit_of_time_are_divided() -> None:
         "slo.yield_ms": 5.0,
     }
     assert device_counters(shown, 1.0) == shown
+
+
+def test_a_count_of_time_stays_a_count() -> None:
+    """Of which a run tells what was added within the window."""
+    (number,) = device_counters({"checkpoint.checkpoint_ns": 402}, 4.0).values()
+    assert (type(number), number) == (int, 100)

@@ -64,11 +64,18 @@ def device_record(record: RequestRecord, scale: float) -> RequestRecord:
 
 
 def device_counters(counters: Mapping[str, int | float], scale: float) -> dict[str, int | float]:
-    """The numbers that a server showed; those whose name has a unit of time are divided."""
+    """The numbers that a server showed; those whose name has a unit of time are divided.
+
+    A whole number stays one: it is counted up, and its growth within a window is what is told.
+    """
     return {
-        name: number / scale if scale != 1 and _is_time(name) else number
+        name: _divided(number, scale) if scale != 1 and _is_time(name) else number
         for name, number in counters.items()
     }
+
+
+def _divided(number: int | float, scale: float) -> int | float:
+    return round(number / scale) if isinstance(number, int) else number / scale
 
 
 def _is_time(name: str) -> bool:
