@@ -29,8 +29,8 @@ _SAVING = 0.8
 slows down for the first tokens of an answer and is not shut out by them."""
 
 _REFILL = 0.5
-"""Share of that time by which a reserve that was spent is filled again with every token. Offline rows
-go on meanwhile: moving them out of the batch and in again costs the host more than it gains."""
+"""Share of that time by which a reserve that was spent is filled again with every token. Offline
+rows go on meanwhile: moving them out of the batch and in again costs more than it gains."""
 
 _GAP_OBJECTIVES = 2.0
 _LEAST_GAP_S = 0.05
