@@ -115,8 +115,8 @@ class ConserveScheduler(Scheduler):
     def __init__(self, server_args: Any, port_args: Any) -> None:
         super().__init__(server_args, port_args)
         # All is set up, and the parent has not been told yet that requests may come.
-        self.latency = load_or_measure(self, self._counts)
         self._meter = StepMeter(marks_of(self))
+        self.latency = load_or_measure(self, self._counts)
         self._step_policy = SlackBudget(
             self.latency,
             slo=self._slo,
