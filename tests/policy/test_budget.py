@@ -203,7 +203,7 @@ class TestBesideOnlineRows:
         budget = make_budget()
         rows = msgspec.structs.replace(VIEW, **spent, offline_decoding=Rows(64, 6400))
         budget.plan(rows)
-        assert budget.plan(rows).bound_s == pytest.approx(0.039 + 0.5 * (0.2 - 0.039))
+        assert budget.plan(rows).bound_s == pytest.approx(0.039 + 0.35 * (0.2 - 0.039))
 
     def test_no_gap_is_planned_longer_than_twice_the_objective(self):
         assert plan(**{**self.ROWS, **due(60)}).bound_s == pytest.approx(0.4)

@@ -47,7 +47,7 @@ class TestPace:
 
     def test_a_step_that_fills_it_again_takes_more_than_online_work_alone(self):
         pace = Pace(tpot_s=0.1, unloaded_s=0.04, reserve_s=0.18)
-        assert pace.saving_s == pytest.approx(0.04 + 0.5 * 0.06)
+        assert pace.saving_s == pytest.approx(0.04 + 0.35 * 0.06)
 
     @given(
         tpot_s=st.floats(0, 10),

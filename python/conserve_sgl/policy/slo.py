@@ -28,7 +28,7 @@ _SAVING = 0.8
 """Share of that time that goes into a request's reserve until the reserve is full: offline work
 slows down for the first tokens of an answer and is not shut out by them."""
 
-_REFILL = 0.5
+_REFILL = 0.65
 """Share of that time by which a reserve that was spent is filled again with every token. Offline
 rows go on meanwhile: moving them out of the batch and in again costs more than it gains."""
 
