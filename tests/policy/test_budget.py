@@ -350,3 +350,55 @@ class TestBounds:
     )
     def test_named(self, view, bound):
         assert plan(**view).bound is bound
+
+
+class TestOutcomes:
+    """What online requests got moves what offline work may use."""
+
+    ROWS: ClassVar = {"online_decoding": Rows(3, 300), **due(60)}
+    IN_TIME: ClassVar = {"ttft_s": 0.5, "tpot_s": 0.1}
+
+    def test_a_late_answer_costs_time_to_spare(self):
+        budget = make_budget()
+        assert budget.pace.aim == 0.9
+        budget.plan(msgspec.structs.replace(VIEW, **self.ROWS, offline_waiting=0))
+        budget.online_ended(ttft_s=0.5, tpot_s=0.21)
+        budget.plan(msgspec.structs.replace(VIEW, **self.ROWS, offline_waiting=0))
+        assert budget.pace.aim == pytest.approx(0.85)
+
+    def test_a_late_first_token_shortens_the_steps_that_an_arrival_may_meet(self):
+        slo = Slo(Seconds(0.4), Seconds(5.0))
+        budget = make_budget(slo=slo)
+        view = msgspec.structs.replace(VIEW, **self.ROWS)
+        assert budget.plan(view).bound_s == pytest.approx(0.18)
+        budget.online_ended(ttft_s=0.41, tpot_s=None)
+        assert budget.plan(view).bound_s == pytest.approx(0.95 * 0.18)
+
+    def test_what_is_late_anyhow_leaves_something_to_offline_work(self):
+        budget = make_budget()
+        for _ in range(100):
+            budget.online_ended(ttft_s=9.0, tpot_s=9.0)
+        budget.plan(msgspec.structs.replace(VIEW, **self.ROWS, offline_waiting=0))
+        assert budget.pace.aim == 0.5
+
+    def test_requests_in_time_change_nothing(self):
+        budget = make_budget()
+        budget.plan(msgspec.structs.replace(VIEW, **self.ROWS, offline_waiting=0))
+        before = budget.pace
+        budget.online_ended(**self.IN_TIME)
+        budget.plan(msgspec.structs.replace(VIEW, **self.ROWS, offline_waiting=0))
+        assert budget.pace == before
+
+    def test_a_relative_objective_is_not_judged_by_a_single_request(self):
+        budget = make_budget(slo=RELATIVE)
+        budget.plan(msgspec.structs.replace(VIEW, **self.ROWS, offline_waiting=0))
+        budget.online_ended(ttft_s=9.0, tpot_s=9.0)
+        budget.plan(msgspec.structs.replace(VIEW, **self.ROWS, offline_waiting=0))
+        assert budget.pace.aim == 0.9
+
+    def test_other_objectives_begin_anew(self):
+        budget = make_budget()
+        for _ in range(10):
+            budget.online_ended(ttft_s=9.0, tpot_s=9.0)
+        budget.aim_at(ABSOLUTE, yield_s=0.1)
+        assert budget.pace.aim == 0.9

@@ -79,8 +79,9 @@ def in_time(job: Job) -> bool:
 def test_online_requests_are_in_time_beside_offline_work_as_they_are_alone(
     rate_per_s, points, can_mix
 ):
-    """At most one in a hundred more is late, two and a half where prompts take a third of the time: an answer
-    that lives longer beside offline work meets more prompts of others, which nothing holds up."""
+    """At most one in a hundred more is late, two and a half where prompts take a third of the time:
+    an answer that lives longer beside offline work meets more prompts of others, which nothing
+    holds up."""
     late_alone = late_beside = sent = 0
     for seed in range(12):
         alone, beside = (online_jobs(seed, n=40, rate_per_s=rate_per_s) for _ in range(2))
@@ -113,6 +114,9 @@ class Stock:
     """What SGLang does without a policy: prompts first and whole, then all rows."""
 
     pace = Pace()
+
+    def online_ended(self, *, ttft_s: float, tpot_s: float | None) -> None:
+        pass
 
     def plan(self, view: StepView) -> StepPlan:  # noqa: ARG002
         return StepPlan(

@@ -12,7 +12,7 @@ from conserve_sgl.policy import Backlog, OfflineQueue
 if TYPE_CHECKING:  # the tests of this file need no SGLang
     from conserve_sgl.engine.host import Req, ScheduleBatch
 
-__all__ = ["OfflineLedger"]
+__all__ = ["OfflineLedger", "is_aborted"]
 
 _CLOSE_STEPS = 32
 _WINDOW_S = 60.0
@@ -27,6 +27,11 @@ _COUNTS = (
     "offline_rows_parked",
     "offline_chunks_parked",
 )
+
+
+def is_aborted(req: Req) -> bool:
+    """Whether a request that is finished was aborted: its client left, or asked for it."""
+    return req.finished_reason.to_json()["type"] == "abort"
 
 
 class OfflineLedger:
@@ -80,7 +85,7 @@ class OfflineLedger:
         item = self._queue.settle(req, served_tokens(req))
         if item is None:
             return
-        if not req.finished() or req.finished_reason.to_json()["type"] == "abort":
+        if not req.finished() or is_aborted(req):
             self.counts["offline_aborted"] += 1
             return
         self.counts["offline_finished"] += 1

@@ -19,11 +19,22 @@ _PROMPTS_SEEN = 32
 class OnlineClock:
     """When an online request arrived and got its first token; `time.monotonic` seconds."""
 
-    __slots__ = ("arrived_s", "first_s")
+    __slots__ = ("arrived_s", "ended", "first_s")
 
     def __init__(self, arrived_s: float) -> None:
         self.arrived_s = arrived_s
         self.first_s: float | None = None
+        self.ended = False
+
+    def end(self, now_s: float, tokens: int) -> tuple[float, float | None] | None:
+        """Time to first token and time per token after it, of a request that ends now with so many
+        tokens; None the second time, and the latter None where there is but one token."""
+        if self.ended:
+            return None
+        self.ended = True
+        first_s = now_s if self.first_s is None else self.first_s
+        tpot_s = (now_s - first_s) / (tokens - 1) if tokens > 1 else None
+        return first_s - self.arrived_s, tpot_s
 
 
 class RowCount:

@@ -48,7 +48,7 @@ from conserve_sgl.engine.host import (
 )
 from conserve_sgl.engine.inbox import ArrivalInbox
 from conserve_sgl.engine.invariants import with_parked_rows
-from conserve_sgl.engine.ledger import OfflineLedger
+from conserve_sgl.engine.ledger import OfflineLedger, is_aborted
 from conserve_sgl.engine.memory import KvMemory
 from conserve_sgl.engine.metering import StepMeter, work_of
 from conserve_sgl.engine.metrics import Exporter
@@ -268,6 +268,7 @@ class ConserveScheduler(Scheduler):
             return
         self._note_online_prefill(batch)
         super().process_batch_result(batch, result)
+        self._note_online_ends(batch)
         self._learn(self._meter.finished())
         # Nothing here that ranks see differently, such as arrivals: their trees must stay alike.
         tight = bool(self.waiting_queue or self._view.online_prompts)
@@ -276,6 +277,15 @@ class ConserveScheduler(Scheduler):
     def _note_online_prefill(self, batch: ScheduleBatch) -> None:
         if batch.forward_mode.is_extend() and not all(map(self.is_offline, batch.reqs)):
             self._slices.online_prefill_took(time.monotonic() - batch.launch_ts)
+
+    def _note_online_ends(self, batch: ScheduleBatch) -> None:
+        now_s = time.monotonic()
+        for req in batch.reqs:
+            if not req.finished() or self.is_offline(req) or is_aborted(req):
+                continue
+            got = req.online_clock.end(now_s, len(req.output_ids))
+            if got is not None:  # a request that ended may be in the step in flight, too
+                self._step_policy.online_ended(ttft_s=got[0], tpot_s=got[1])
 
     def _learn(self, steps: list[StepSample]) -> None:
         for step in steps:

@@ -26,8 +26,9 @@ from typing import Protocol
 import msgspec
 
 from conserve_sgl.policy.latency import StepWork
+from conserve_sgl.policy.margin import Margin
 from conserve_sgl.policy.memory import OnlineReserve
-from conserve_sgl.policy.slo import Pace, Slo
+from conserve_sgl.policy.slo import AIM, Pace, Seconds, Slo
 from conserve_sgl.policy.starvation import Bound
 from conserve_sgl.policy.step import Rows, StepPlan, StepView
 
@@ -54,6 +55,11 @@ granted, before it is better to wait for slack."""
 
 _FULL_SHARE = 0.9
 """Share of the longest gap from which on slack does not grow worth waiting for."""
+
+_LEAST_AIM = 0.5
+_LEAST_WAIT = 0.25
+"""Shares of the time to spare, and of the wait that an arrival is allowed, that are left to offline
+work however many online requests were late: where they are late anyhow, nothing else would run."""
 
 _STALL_KEPT = 0.999
 """What remains, with every token of the online rows, of the longest time that online prompts took
@@ -152,7 +158,21 @@ class SlackBudget:
     def aim_at(self, slo: Slo, *, yield_s: float) -> None:
         """Plan for other objectives from here on; what was learnt of the demand stays."""
         self._slo, self._yield_s = slo, yield_s
+        self._tpot_margin = Margin(most=AIM, least=_LEAST_AIM)
+        self._ttft_margin = Margin(most=1.0, least=_LEAST_WAIT)
         self._set_pace()
+
+    def online_ended(self, *, ttft_s: float, tpot_s: float | None) -> None:
+        """Take in what an online request got; `tpot_s` is None for an answer of one token.
+
+        Absolute objectives only: what a relative one is of varies from request to request, alone
+        as beside offline work.
+        """
+        if isinstance(self._slo.ttft, Seconds):
+            self._ttft_margin.saw(late=ttft_s > self._slo.ttft.seconds)
+        tpot = self._slo.tpot
+        if isinstance(tpot, Seconds) and tpot_s is not None and self._unloaded_s < tpot.seconds:
+            self._tpot_margin.saw(late=tpot_s > tpot.seconds)
 
     def plan(self, view: StepView) -> StepPlan:
         """See `Policy.plan`."""
@@ -194,7 +214,12 @@ class SlackBudget:
     def _set_pace(self) -> None:
         tpot_s = self._slo.tpot_s(self._unloaded_s)
         reserve_s = tpot_s + self._longest_stall_s
-        self.pace = Pace(tpot_s=tpot_s, unloaded_s=self._unloaded_s, reserve_s=reserve_s)
+        self.pace = Pace(
+            tpot_s=tpot_s,
+            unloaded_s=self._unloaded_s,
+            reserve_s=reserve_s,
+            aim=self._tpot_margin.share,
+        )
 
     # ------------------------------------------------------------ the step's bound
 
@@ -213,6 +238,7 @@ class SlackBudget:
             min(view.online_late_s - begins_s, self.pace.saving_s),
         )
         beside_s = self._slo.beside_s(self._typical_prefill_s, online_s)
+        beside_s *= self._ttft_margin.share
         arrival_s = max(beside_s, self._least_s(view.online_decoding))
         return _Step(online, min(left_s, gap_s), gap_s, arrival_s)
 

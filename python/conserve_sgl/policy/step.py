@@ -11,6 +11,7 @@ from typing import Protocol
 
 import msgspec
 
+from conserve_sgl.policy.slo import Pace
 from conserve_sgl.policy.starvation import Bound
 
 __all__ = ["Policy", "Prompt", "Rows", "StepPlan", "StepView"]
@@ -144,8 +145,17 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Policy(Protocol):
-    """Plans steps. May keep state of its own between steps; must not block."""
+    """Plans steps. May keep state of its own between steps; must not block.
+
+    `pace` says when the tokens of online rows are due, from one plan to the next.
+    """
+
+    pace: Pace
 
     def plan(self, view: StepView) -> StepPlan:
         """Decide what may run in the step that `view` describes."""
+        ...
+
+    def online_ended(self, *, ttft_s: float, tpot_s: float | None) -> None:
+        """An online request ended, and got this; `tpot_s` is None for an answer of one token."""
         ...

@@ -122,7 +122,17 @@ class ConserveScheduler(StockScheduler):
 
     def handle(self, batch: Batch, now_s: float) -> list[Request]:
         self._learn(batch, now_s)
-        return super().handle(batch, now_s)
+        ended = super().handle(batch, now_s)
+        for request in ended:
+            if request.online:
+                self._tell(request)
+        return ended
+
+    def _tell(self, request: Request) -> None:
+        times_s = request.token_times_s
+        gaps = len(times_s) - 1
+        tpot_s = (times_s[-1] - times_s[0]) / gaps if gaps else None
+        self.policy.online_ended(ttft_s=times_s[0] - request.due_s, tpot_s=tpot_s)
 
     def _learn(self, batch: Batch, now_s: float) -> None:
         seconds = now_s - max(batch.planned_s, self._last_end_s)
