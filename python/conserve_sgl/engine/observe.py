@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import chain, islice
 from math import inf
+from typing import TYPE_CHECKING
 
-from conserve_sgl.engine.host import Req, ScheduleBatch
 from conserve_sgl.policy import Prompt, Rows
 from conserve_sgl.policy.slo import Pace, Slo
+
+if TYPE_CHECKING:  # the tests of this file need no SGLang
+    from conserve_sgl.engine.host import Req, ScheduleBatch
 
 __all__ = ["OnlineClock", "RowCount", "rest_of_prompt", "waiting_prompts"]
 

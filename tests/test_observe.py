@@ -1,0 +1,67 @@
+"""What the scheduler sums up of its requests. No engine here."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from conserve_sgl.engine.observe import OnlineClock, RowCount
+from conserve_sgl.policy.slo import Pace
+
+PACE = Pace(tpot_s=0.1, unloaded_s=0.04, reserve_s=0.18)
+
+
+def row(*, offline: bool = False, seqlen: int = 100, tokens: int = 1, first_s: float | None = 5.0):
+    clock = OnlineClock(4.0)
+    clock.first_s = first_s
+    return SimpleNamespace(
+        offline=offline,
+        seqlen=seqlen,
+        output_ids=[0] * tokens,
+        online_clock=clock,
+        finished=lambda: False,
+    )
+
+
+def count_of(*rows, in_flight: int = 0) -> RowCount:
+    count = RowCount(PACE, 10.0, lambda req: req.offline)
+    count.add(rows, in_flight)
+    return count
+
+
+def test_rows_are_counted_by_class_with_the_token_in_flight():
+    count = count_of(row(seqlen=10), row(seqlen=20), row(offline=True, seqlen=30), in_flight=1)
+    assert (count.online.count, count.online.context_tokens) == (2, 32)
+    assert (count.offline.count, count.offline.context_tokens) == (1, 31)
+
+
+def test_the_earliest_token_is_due_first():
+    late, early = row(tokens=20), row(tokens=10)
+    assert count_of(late, early).online_due_s == PACE.next_due_s(5.0, 10)[0]
+    assert count_of(late, early).online_late_s == PACE.next_due_s(5.0, 10)[1]
+
+
+def test_a_first_token_in_flight_comes_now():
+    assert count_of(row(tokens=0, first_s=None)).online_due_s == PACE.next_due_s(10.0, 1)[0]
+
+
+def test_the_first_token_that_was_read_is_remembered():
+    fresh = row(tokens=1, first_s=None)
+    count_of(fresh)
+    assert fresh.online_clock.first_s == 10.0
+
+
+class TestEnds:
+    def test_a_request_got_its_first_token_and_then_the_others(self):
+        clock = OnlineClock(4.0)
+        clock.first_s = 4.5
+        assert clock.end(6.5, 11) == pytest.approx((0.5, 0.2))
+
+    def test_an_answer_of_one_token_has_no_time_between(self):
+        assert OnlineClock(4.0).end(4.7, 1) == (pytest.approx(0.7), None)
+
+    def test_it_is_told_once(self):
+        clock = OnlineClock(4.0)
+        assert clock.end(5.0, 1) is not None
+        assert clock.end(5.0, 1) is None
