@@ -238,7 +238,7 @@ def test_an_online_prompt_gets_kv_from_offline_rows_in_the_same_step(server):
         offline = pool.submit(
             server.generate_all,
             LONG_PROMPTS[:8],
-            sampling_params={"max_new_tokens": 700, "ignore_eos": True},
+            sampling_params={"max_new_tokens": 400, "ignore_eos": True},
             headers=OFFLINE,
         )
         before = server.state()["offline_preempted"]

@@ -244,6 +244,19 @@ class TestBesideOnlineRows:
         )
         assert granted.offline_decode_rows == decodes < fits
 
+    @pytest.mark.parametrize(
+        ("late_s", "decode", "rows"),
+        [
+            (1.0, 45, 64),  # 37 fit into 150 ms, 45 into 174
+            (1.0, 60, 37),  # too few of them fit
+            (0.16, 45, 37),  # online rows would be late
+        ],
+    )
+    def test_rows_stay_where_most_of_them_fit_and_none_is_late(self, late_s, decode, rows):
+        online = {"online_decoding": Rows(3, 300), **due(0.15, late_s)}
+        granted = plan(**online, offline_decoding=Rows(decode, 100 * decode))
+        assert granted.offline_decode_rows == rows
+
     def test_nothing_is_admitted_while_others_sit_out(self):
         rows = {"offline_decoding": Rows(40, 4000), "offline_parked": Rows(30, 3000)}
         assert plan(**self.ROWS, **rows).offline_admissions == 0

@@ -38,6 +38,9 @@ _ROWS_KEPT_SHARE = 0.9
 """Offline rows beyond what decodes now come back only when they are at least a tenth more: moving
 rows in and out of the batch costs, and the slack of two steps is never quite the same."""
 
+_ROWS_STAY_SHARE = 0.75
+"""And rows that decode stay where three quarters of them fit and none would be late for it."""
+
 _FLOOR_STEPS = 2.0
 """An offline step may take twice the time of one row's step whatever `yield_s` says: below that
 there is little left to bound, and offline work would run at small batches."""
@@ -92,12 +95,14 @@ class _Step(msgspec.Struct, frozen=True):
     Args:
         online: the online rows that decode.
         slack_s: until their next token is due.
+        late_s: until it is late, their reserve spent.
         gap_s: the longest gap; infinite without online rows.
         arrival_s: what an arrival may have to wait for the step.
     """
 
     online: StepWork
     slack_s: float
+    late_s: float
     gap_s: float
     arrival_s: float
 
@@ -225,7 +230,7 @@ class SlackBudget:
 
     def _measure(self, view: StepView) -> _Step:
         if not view.online_decoding.count:
-            return _Step(StepWork(), inf, inf, self._idle_bound_s(view))
+            return _Step(StepWork(), inf, inf, inf, self._idle_bound_s(view))
         online = _decode(view.online_decoding)
         online_s = self._times.predict_s(online)
         if not self._unloaded_s:
@@ -233,14 +238,12 @@ class SlackBudget:
             self._set_pace()
         gap_s = self._slo.longest_gap_s(self.pace.tpot_s)
         begins_s = max(view.now_s, view.free_at_s)
-        left_s = max(
-            view.online_due_s - begins_s,
-            min(view.online_late_s - begins_s, self.pace.saving_s),
-        )
+        late_s = view.online_late_s - begins_s
+        left_s = max(view.online_due_s - begins_s, min(late_s, self.pace.saving_s))
         beside_s = self._slo.beside_s(self._typical_prefill_s, online_s)
         beside_s *= self._ttft_margin.share
         arrival_s = max(beside_s, self._least_s(view.online_decoding))
-        return _Step(online, min(left_s, gap_s), gap_s, arrival_s)
+        return _Step(online, min(left_s, gap_s), min(late_s, gap_s), gap_s, arrival_s)
 
     def _idle_bound_s(self, view: StepView) -> float:
         allowance_s = self._slo.ttft_allowance_s(self._typical_prefill_s)
@@ -268,10 +271,19 @@ class SlackBudget:
         fit = self._most_rows(step, resident, context)
         if not view.online_present:
             fit = max(fit, 1)  # whatever the model says: nobody else would ever run
+        if fit < decoding.count and self._may_stay(step, fit, decoding):
+            fit = decoding.count
         keeps = decoding.count <= fit < resident
         if keeps and fit * _ROWS_KEPT_SHARE < decoding.count:
             return decoding.count
         return view.max_rows if fit == resident else fit
+
+    def _may_stay(self, step: _Step, fit: int, decoding: Rows) -> bool:
+        """Whether all rows that decode go on, although only `fit` of them do within the bound."""
+        if fit < _ROWS_STAY_SHARE * decoding.count:
+            return False
+        all_of_them = _with_rows(step.online, decoding.count, decoding.mean_context_tokens)
+        return self._times.upper_s(all_of_them) <= min(step.late_s, step.arrival_s)
 
     def _most_rows(self, step: _Step, at_most: int, context: int) -> int:
         """The most rows of `context` tokens, up to `at_most`, whose step stays in the bound."""
