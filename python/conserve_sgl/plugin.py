@@ -222,14 +222,17 @@ def _after_sigterm(_result: None, handler: Any, *_args: Any, **_kwargs: Any) -> 
     manager.asyncio_tasks.add(asyncio.ensure_future(manager.set_internal_state(ends)))
 
 
-def verify(hooks: Sequence[_Hook]) -> None:
-    """Check that every one of `hooks` is in place in this process.
+def verify(hooks: Sequence[_Hook] | None = None) -> None:
+    """Check that every one of `hooks` is in place in this process; None: those of a server with
+    the configuration that the environment names.
 
     Raises:
         HookError: naming each target whose hook did not take.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry
 
+    if hooks is None:
+        hooks = _hooks(ConserveConfig.from_environment() or ConserveConfig())
     missing = [
         hook.target
         for hook in hooks

@@ -58,7 +58,12 @@ def test_an_arrival_with_time_to_spare_is_yielded_to_once_the_objective_is_tight
     assert before["suspensions"] == 0
 
     tune(server, "--ttft", "1ms")
-    assert server.state()["slo"] == {"ttft": "1ms", "tpot": "2x", "yield_ms": 0.1}
+    assert server.state()["slo"] == {
+        "ttft": "1ms",
+        "tpot": "2x",
+        "longest_gap": None,
+        "yield_ms": 0.1,
+    }
     while server.state()["slices"]["suspensions"] == 0:
         beside_a_prefill()
     server.assert_idle_and_balanced()
