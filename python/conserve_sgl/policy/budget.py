@@ -56,6 +56,11 @@ _DEAR = 1.1
 """How much more a prompt token may cost than in the largest step of this shape that could ever be
 granted, before it is better to wait for slack."""
 
+_PATIENCE_S = 2.0
+"""How long offline prompts wait for slack. Then one chunk may be dear, and spend the reserve of
+online rows, though not their objective: beside short answers there is always a row that has just
+begun."""
+
 _FULL_SHARE = 0.9
 """Share of the longest gap from which on slack does not grow worth waiting for."""
 
@@ -158,6 +163,7 @@ class SlackBudget:
         self._typical_prefill_s = 0.0
         self._unloaded_s = 0.0
         self._planned_prefill_s = self._stalled_s = self._longest_stall_s = 0.0
+        self._fed_s = 0.0
         self.aim_at(slo, yield_s=yield_s)
 
     def aim_at(self, slo: Slo, *, yield_s: float) -> None:
@@ -192,7 +198,7 @@ class SlackBudget:
         if view.online_arriving and not view.online_decoding.count:
             return self._plan(view, step, rows=0, bound=Bound.ARRIVAL)
         rows = self._rows_that_fit(view, step)
-        chunk = _Chunk() if view.offline_suspended else self._chunk_that_fits(view, step, rows)
+        chunk = _Chunk() if view.offline_suspended else self._next_chunk(view, step, rows)
         if view.online_decoding.count and (chunk.rides or not chunk.tokens):
             self._online_rows_run(step)
         return self._plan(view, step, rows=rows, chunk=chunk)
@@ -298,20 +304,31 @@ class SlackBudget:
 
     # ----------------------------------------------------------- offline prompts
 
-    def _chunk_that_fits(self, view: StepView, step: _Step, rows: int) -> _Chunk:
+    def _next_chunk(self, view: StepView, step: _Step, rows: int) -> _Chunk:
         """Offline prompt tokens of the step."""
-        if view.online_arriving or not (view.offline_waiting or view.offline_chunk):
+        if not (view.offline_waiting or view.offline_chunk):
+            self._fed_s = view.now_s
             return _Chunk()
+        if view.online_arriving:
+            return _Chunk()
+        patient = view.now_s - self._fed_s < _PATIENCE_S
+        chunk = self._chunk_that_fits(view, step, rows, patient=patient)
+        if chunk.tokens:
+            self._fed_s = view.now_s
+        return chunk
+
+    def _chunk_that_fits(self, view: StepView, step: _Step, rows: int, *, patient: bool) -> _Chunk:
         resident = view.offline_chunk.resident_tokens if view.offline_chunk else 0
         if not view.online_decoding.count:
             return self._alone(view, step, resident)
         decoding = min(rows, view.offline_decoding.count + view.offline_parked.count)
         context = view.offline_decoding.mean_context_tokens
         base = _with_rows(step.online, decoding, context)
-        best = self._cheaper(view, base, resident, step.slack_s, step.arrival_s)
+        slack_s = step.slack_s if patient else step.late_s
+        best = self._cheaper(view, base, resident, slack_s, step.arrival_s)
         if best.tokens < self._smallest_chunk:
             return _Chunk()
-        if step.slack_s < _FULL_SHARE * step.gap_s:
+        if patient and slack_s < _FULL_SHARE * step.gap_s:
             could = self._cheaper(view, base, resident, step.gap_s, step.arrival_s)
             if best.each_s > _DEAR * could.each_s:
                 return _Chunk()
