@@ -54,7 +54,7 @@ def test_it_works_from_a_clean_environment(wheel: Path, checkout: Path, tmp_path
     assert _run(conserve, "--version", cwd=tmp_path).stdout.startswith("conserve-sgl ")
     doctor = _run(conserve, "doctor", cwd=tmp_path)
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
-    assert "conserve in every process" in doctor.stdout
+    assert "conserve would be in every process" in doctor.stdout
     missing = _run(conserve, "eval", "no.yaml", cwd=tmp_path)
     assert missing.returncode == 2
     assert "no.yaml" in missing.stderr
