@@ -117,12 +117,12 @@ class CheckpointConfig(_Section):
 
     Args:
         enabled: False computes a request that gave way again, as SGLang does.
-        stride_tokens: a running request enters the radix tree this often when nothing presses;
-            what came after its last checkpoint is the most that giving way can lose.
+        stride_tokens: the most by which a running request grows between two checkpoints; fewer
+            where computing a token again is dear or requests give way often.
     """
 
     enabled: bool = True
-    stride_tokens: Count = 128
+    stride_tokens: Count = 1024
 
 
 class SlicesConfig(_Section):

@@ -43,7 +43,12 @@ from conserve_sgl.checkpoint.host_copies import HostCopies
 from conserve_sgl.checkpoint.ownership import check_ownership, is_asked_for
 from conserve_sgl.checkpoint.penalties import restore_penalties
 from conserve_sgl.config import CheckpointConfig
-from conserve_sgl.policy.checkpointing import CheckpointPlan, CheckpointView, plan_checkpoints
+from conserve_sgl.policy.checkpointing import (
+    CheckpointPlan,
+    CheckpointView,
+    Risk,
+    plan_checkpoints,
+)
 from conserve_sgl.policy.victims import Candidate, choose_victims
 
 __all__ = ["Checkpointer"]
@@ -82,6 +87,9 @@ class Checkpointer:
         config: of the operator.
         max_total_tokens: KV tokens of the device pool.
         is_offline: tells an offline request; no other is touched.
+
+    Attributes:
+        token_s: seconds that computing a token of a request again takes; the same on all ranks.
     """
 
     def __init__(
@@ -112,6 +120,8 @@ class Checkpointer:
         self._in_host: WeakKeyDictionary[Req, int] = WeakKeyDictionary()
         self._shared: WeakKeyDictionary[Req, int] = WeakKeyDictionary()
         self._counts = Counter(dict.fromkeys(_COUNTS, 0))
+        self._risk = Risk()
+        self.token_s = 0.0
         self._bytes_per_token = self._measure_bytes_per_token()
 
     def _measure_bytes_per_token(self) -> int:
@@ -128,21 +138,25 @@ class Checkpointer:
             check_ownership(filter(self._is_offline, batch.reqs), self._tree)
         # The prompts of a prefill batch may be between two chunks; SGLang inserts those.
         decoded = batch.reqs if batch.forward_mode.is_decode() else batch.decoding_reqs or ()
-        offline = [req for req in decoded if self._is_offline(req) and self._may_checkpoint(req)]
-        if not offline:
+        offline = list(filter(self._is_offline, decoded))
+        if not (self.enabled and offline):
             return
+        self._risk.grew(len(offline))
         plan = self._plan(online_tight)
         budget = plan.budget_tokens
         for req in offline:
             if budget <= 0:
                 return
-            if req.seqlen - 1 - req.kv.cache_protected_len >= plan.stride_tokens:
+            due = req.seqlen - 1 - req.kv.cache_protected_len >= plan.stride_tokens
+            if due and self._may_checkpoint(req):
                 budget -= self._checkpoint(req, req.seqlen - 1)
 
     def _plan(self, online_tight: bool) -> CheckpointPlan:
         return plan_checkpoints(
             CheckpointView(
                 stride_tokens=self._stride_tokens,
+                token_s=self.token_s,
+                risk=self._risk.per_token,
                 page_tokens=self._page,
                 free_kv_tokens=self._allocator.available_size() + self._tree.evictable_size(),
                 total_kv_tokens=self._total_tokens,
@@ -258,7 +272,9 @@ class Checkpointer:
 
         Also for requests that SGLang itself took out of the engine. Idempotent until the resume.
         """
-        self._suspended.setdefault(req, req.kv.kv_committed_len or req.seqlen - 1)
+        if req not in self._suspended:
+            self._risk.gave_way()
+            self._suspended[req] = req.kv.kv_committed_len or req.seqlen - 1
 
     def release(self, req: Req) -> None:
         """Release the row and KV of `req`, which nobody else holds."""

@@ -15,7 +15,7 @@ from typing import Any
 from conserve_sgl.engine.host import AddReqResult, PrefillAdder, Req
 from conserve_sgl.engine.memory import KvMemory
 
-__all__ = ["OfflinePurse", "make_adder_class"]
+__all__ = ["ConserveAdder", "OfflinePurse"]
 
 
 class OfflinePurse:
@@ -29,6 +29,9 @@ class OfflinePurse:
         may_chunk: whether an offline prompt may be admitted in part. One at a time: SGLang tracks
             a single chunked request, and we put aside a single one.
         is_offline: tells an offline request.
+
+    Attributes:
+        found_no_kv: whether the pool, without its reserve, held no room for one of them.
     """
 
     def __init__(
@@ -47,109 +50,115 @@ class OfflinePurse:
         self.online_waits = online_waits
         self.may_chunk = may_chunk
         self.is_offline = is_offline
+        self.found_no_kv = False
 
 
-def make_adder_class(purse: OfflinePurse) -> type[PrefillAdder]:
-    """The adder class of one pass; SGLang constructs it with arguments of its own."""
+class ConserveAdder(PrefillAdder):
+    """The adder of one pass.
 
-    class ConserveAdder(PrefillAdder):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self._offline_needs = sum(
-                self._get_running_request_total_token_offset(req)
-                for req in self.running_batch.reqs
-                if purse.is_offline(req)
-            )
-            self._offline_claim = 0
-            self._claim(self._offline_needs + self._reclaimable)
+    Args:
+        purse: what offline requests may use; charged with what they do.
+        args, kwargs: those that SGLang constructs its own adder with.
+    """
 
-        def _claim(self, tokens: int) -> None:
-            """To online admissions, what offline requests hold or may still need is free."""
-            self.memory_budget.total_offset += self._offline_claim - tokens
-            self._offline_claim = tokens
+    def __init__(self, purse: OfflinePurse, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._purse = purse
+        self._offline_needs = sum(
+            self._get_running_request_total_token_offset(req)
+            for req in self.running_batch.reqs
+            if self._purse.is_offline(req)
+        )
+        self._offline_claim = 0
+        self._claim(self._offline_needs + self._reclaimable)
 
-        def add_chunked_req(self, req: Req) -> Req | None:
-            if not purse.is_offline(req):
-                self._make_room(len(req.full_untruncated_fill_ids) - req.prefix_len)
-                return super().add_chunked_req(req)
-            with self._purse_as_limit():
-                return super().add_chunked_req(req)
+    def _claim(self, tokens: int) -> None:
+        """To online admissions, what offline requests hold or may still need is free."""
+        self.memory_budget.total_offset += self._offline_claim - tokens
+        self._offline_claim = tokens
 
-        def add_one_req(
-            self, req: Req, has_chunked_req: bool, truncation_align_size: int | None
-        ) -> AddReqResult:
-            new_tokens = len(req.full_untruncated_fill_ids) - req.prefix_len - req.host_hit_length
-            if not purse.is_offline(req):
-                # The cached prefix counts too: admission locks it, and it is free no longer.
-                cached_tokens = req.prefix_len + req.host_hit_length
-                self._make_room(new_tokens, cached_tokens)
+    def add_chunked_req(self, req: Req) -> Req | None:
+        if not self._purse.is_offline(req):
+            self._make_room(len(req.full_untruncated_fill_ids) - req.prefix_len)
+            return super().add_chunked_req(req)
+        with self._purse_as_limit():
+            return super().add_chunked_req(req)
+
+    def add_one_req(
+        self, req: Req, has_chunked_req: bool, truncation_align_size: int | None
+    ) -> AddReqResult:
+        new_tokens = len(req.full_untruncated_fill_ids) - req.prefix_len - req.host_hit_length
+        if not self._purse.is_offline(req):
+            # The cached prefix counts too: admission locks it, and it is free no longer.
+            cached_tokens = req.prefix_len + req.host_hit_length
+            self._make_room(new_tokens, cached_tokens)
+            verdict = super().add_one_req(req, has_chunked_req, truncation_align_size)
+            if verdict is AddReqResult.NO_TOKEN and self._now_fits(req, cached_tokens):
+                self.req_states = None
                 verdict = super().add_one_req(req, has_chunked_req, truncation_align_size)
-                if verdict is AddReqResult.NO_TOKEN and self._now_fits(req, cached_tokens):
-                    self.req_states = None
-                    verdict = super().add_one_req(req, has_chunked_req, truncation_align_size)
-                return verdict
-            if not self._offline_fits(new_tokens):
-                return AddReqResult.OTHER
-            with self._purse_as_limit():
-                verdict = super().add_one_req(req, has_chunked_req, truncation_align_size)
-            # NO_TOKEN would shut admission to online requests too (`batch_is_full`).
-            return AddReqResult.OTHER if verdict is AddReqResult.NO_TOKEN else verdict
+            return verdict
+        if not self._offline_fits(new_tokens):
+            return AddReqResult.OTHER
+        with self._purse_as_limit():
+            verdict = super().add_one_req(req, has_chunked_req, truncation_align_size)
+        if verdict is not AddReqResult.NO_TOKEN:
+            return verdict
+        self._purse.found_no_kv = True
+        return AddReqResult.OTHER  # NO_TOKEN would shut admission to online requests too
 
-        def _make_room(self, new_tokens: int, cached_tokens: int = 0) -> None:
-            """Get the KV of the next chunk from offline requests, as far as it is not free."""
-            if self._offline_claim:
-                chunk = min(new_tokens, self.rem_chunk_tokens)
-                self._get(cached_tokens + self.ceil_paged_tokens(chunk + 1))
+    def _make_room(self, new_tokens: int, cached_tokens: int = 0) -> None:
+        """Get the KV of the next chunk from offline requests, as far as it is not free."""
+        if self._offline_claim:
+            chunk = min(new_tokens, self.rem_chunk_tokens)
+            self._get(cached_tokens + self.ceil_paged_tokens(chunk + 1))
 
-        def _now_fits(self, req: Req, cached_tokens: int) -> bool:
-            """Whether offline requests gave way for all that `req` may ever need.
+    def _now_fits(self, req: Req, cached_tokens: int) -> bool:
+        """Whether offline requests gave way for all that `req` may ever need.
 
-            Without a prefix cache SGLang admits a request with `ignore_eos` by another account,
-            to which what offline requests hold is not free until it is.
-            """
-            rest = req.sampling_params.max_new_tokens - len(req.output_ids)
-            new_tokens = len(req.full_untruncated_fill_ids) - cached_tokens
-            needed = cached_tokens + self.ceil_paged_tokens(new_tokens + max(rest, 0) + 1)
-            missing = needed + self._admitted - purse.memory.free_tokens
-            return 0 < missing <= self._reclaimable and self._get(needed)
+        Without a prefix cache SGLang admits a request with `ignore_eos` by another account,
+        to which what offline requests hold is not free until it is.
+        """
+        rest = req.sampling_params.max_new_tokens - len(req.output_ids)
+        new_tokens = len(req.full_untruncated_fill_ids) - cached_tokens
+        needed = cached_tokens + self.ceil_paged_tokens(new_tokens + max(rest, 0) + 1)
+        missing = needed + self._admitted - self._purse.memory.free_tokens
+        return 0 < missing <= self._reclaimable and self._get(needed)
 
-        def _get(self, tokens: int) -> bool:
-            enough = purse.memory.make_room(self.running_batch, self._admitted + tokens)
-            # What gave way is free now. If that is not enough, SGLang's own account decides.
-            self._claim(self._offline_needs + self._reclaimable if enough else 0)
-            return enough
+    def _get(self, tokens: int) -> bool:
+        enough = self._purse.memory.make_room(self.running_batch, self._admitted + tokens)
+        # What gave way is free now. If that is not enough, SGLang's own account decides.
+        self._claim(self._offline_needs + self._reclaimable if enough else 0)
+        return enough
 
-        @property
-        def _admitted(self) -> int:
-            return int(self.memory_budget.current_offset)
+    @property
+    def _admitted(self) -> int:
+        return int(self.memory_budget.current_offset)
 
-        @property
-        def _reclaimable(self) -> int:
-            return purse.memory.offers(self.running_batch) if purse.online_waits else 0
+    @property
+    def _reclaimable(self) -> int:
+        return self._purse.memory.offers(self.running_batch) if self._purse.online_waits else 0
 
-        def _offline_fits(self, new_tokens: int) -> bool:
-            if purse.tokens <= 0:
-                return False
-            may_chunk = purse.may_chunk and self.new_chunked_req is None
-            return may_chunk or self.ceil_paged_tokens(new_tokens) <= self._chunk_limit()
+    def _offline_fits(self, new_tokens: int) -> bool:
+        if self._purse.tokens <= 0:
+            return False
+        may_chunk = self._purse.may_chunk and self.new_chunked_req is None
+        return may_chunk or self.ceil_paged_tokens(new_tokens) <= self._chunk_limit()
 
-        def _chunk_limit(self) -> int:
-            return min(self.rem_chunk_tokens, purse.tokens)
+    def _chunk_limit(self) -> int:
+        return min(self.rem_chunk_tokens, self._purse.tokens)
 
-        @contextmanager
-        def _purse_as_limit(self):
-            """Within, SGLang sees a step of the purse's size, and a pool without the KV that is
-            offline's already or reserved to online. What it used is then charged."""
-            outer, self.rem_chunk_tokens = self.rem_chunk_tokens, self._chunk_limit()
-            before = self.rem_chunk_tokens
-            withheld = self._offline_claim + purse.kv_reserve_tokens
-            self.memory_budget.total_offset += withheld
-            try:
-                yield
-            finally:
-                self.memory_budget.total_offset -= withheld
-                used = before - self.rem_chunk_tokens
-                purse.tokens -= used
-                self.rem_chunk_tokens = outer - used
-
-    return ConserveAdder
+    @contextmanager
+    def _purse_as_limit(self):
+        """Within, SGLang sees a step of the purse's size, and a pool without the KV that is
+        offline's already or reserved to online. What it used is then charged."""
+        outer, self.rem_chunk_tokens = self.rem_chunk_tokens, self._chunk_limit()
+        before = self.rem_chunk_tokens
+        withheld = self._offline_claim + self._purse.kv_reserve_tokens
+        self.memory_budget.total_offset += withheld
+        try:
+            yield
+        finally:
+            self.memory_budget.total_offset -= withheld
+            used = before - self.rem_chunk_tokens
+            self._purse.tokens -= used
+            self.rem_chunk_tokens = outer - used

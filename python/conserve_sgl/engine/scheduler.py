@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from http import HTTPStatus
@@ -29,7 +30,7 @@ from msgspec.structs import asdict, replace
 
 from conserve_sgl.checkpoint.checkpointer import Checkpointer
 from conserve_sgl.config import ConserveConfig
-from conserve_sgl.engine.adder import OfflinePurse, make_adder_class
+from conserve_sgl.engine.adder import ConserveAdder, OfflinePurse
 from conserve_sgl.engine.aside import Aside
 from conserve_sgl.engine.device import marks_of
 from conserve_sgl.engine.hidden_states import with_flat_hidden_states
@@ -63,6 +64,7 @@ from conserve_sgl.engine.observe import (
 from conserve_sgl.engine.offline_item import offline_item
 from conserve_sgl.engine.profiling import load_or_measure
 from conserve_sgl.engine.ranks import from_rank_zero, int_of_rank_zero
+from conserve_sgl.engine.shortage import Shortage
 from conserve_sgl.engine.slices import SUSPENDED, LayerSlices
 from conserve_sgl.errors import IncompatibleError, SettingError
 from conserve_sgl.ingress.arrival import arrival_endpoint
@@ -71,7 +73,6 @@ from conserve_sgl.policy import (
     OnlineReserve,
     PriorityRule,
     Rows,
-    ServiceClass,
     SlackBudget,
     Starvation,
     StepPlan,
@@ -117,6 +118,7 @@ class ConserveScheduler(Scheduler):
         # All is set up, and the parent has not been told yet that requests may come.
         self._meter = StepMeter(marks_of(self))
         self.latency = load_or_measure(self, self._counts)
+        self._checkpoints.token_s = self.latency.prompt_token_s()
         self._step_policy = SlackBudget(
             self.latency,
             slo=self._slo,
@@ -150,6 +152,8 @@ class ConserveScheduler(Scheduler):
         self._view = StepView(now_s=time.monotonic())
         self._plan = _NO_PLAN
         self._rows_decoded = True
+        self._shortage = Shortage()
+        self._purse: OfflinePurse | None = None
         self._counts = self._ledger.counts
         self._always_mixes = False
         self._config = config
@@ -212,7 +216,7 @@ class ConserveScheduler(Scheduler):
 
     def is_offline(self, req: Req) -> bool:
         """Whether `req` is offline work: the tokenizer process stamped its priority."""
-        return self._rule.class_of(req.priority) is ServiceClass.OFFLINE
+        return self._rule.is_offline(req.priority)
 
     def ingest_requests(self, stop_at_pause: bool = False) -> list:
         if self._inbox is not None:
@@ -281,7 +285,7 @@ class ConserveScheduler(Scheduler):
     def _note_online_ends(self, batch: ScheduleBatch) -> None:
         now_s = time.monotonic()
         for req in batch.reqs:
-            if not req.finished() or self.is_offline(req) or is_aborted(req):
+            if self.is_offline(req) or not req.finished() or is_aborted(req):
                 continue
             got = req.online_clock.end(now_s, len(req.output_ids))
             if got is not None:  # a request that ended may be in the step in flight, too
@@ -363,18 +367,17 @@ class ConserveScheduler(Scheduler):
 
     # ----------------------------------------------------- the plan, for prefill
 
-    def get_prefill_adder_class(self) -> type[PrefillAdder]:
+    def get_prefill_adder_class(self) -> Callable[..., PrefillAdder]:
         plan = self._plan
-        return make_adder_class(
-            OfflinePurse(
-                tokens=plan.offline_prefill_tokens,
-                kv_reserve_tokens=plan.kv_reserve_tokens,
-                memory=self._memory,
-                online_waits=bool(self._view.online_prompts),
-                may_chunk=self.chunked_req is None and self._aside.chunk is None,
-                is_offline=self.is_offline,
-            )
+        self._purse = OfflinePurse(
+            tokens=plan.offline_prefill_tokens,
+            kv_reserve_tokens=plan.kv_reserve_tokens,
+            memory=self._memory,
+            online_waits=bool(self._view.online_prompts),
+            may_chunk=self.chunked_req is None and self._aside.chunk is None,
+            is_offline=self.is_offline,
         )
+        return partial(ConserveAdder, self._purse)
 
     def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> NextBatchPlan:
         plan = self._plan
@@ -393,12 +396,15 @@ class ConserveScheduler(Scheduler):
             self._memory.make_rows(running_batch, 1)
         if not self._chunk_finds_kv(running_batch):
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
-        suspended = self._slices.suspended is not None
-        candidates = self._offline_queue.take(0 if suspended else plan.offline_admissions)
+        free_tokens = self._memory.free_tokens - plan.kv_reserve_tokens
+        candidates = self._offline_queue.take(self._admissions(running_batch, free_tokens))
         not_yet = self._waiting_for_kv(candidates, running_batch)
         self.waiting_queue.extend(req for req in candidates if req not in not_yet)
+        self._purse = None
         try:
             prefill = super().get_new_batch_prefill(running_batch)
+            if candidates and self._purse is not None:
+                self._shortage.note(free_tokens, found_no_kv=self._purse.found_no_kv)
             if prefill.batch_to_run is not None:
                 self._checkpoints.admitted(prefill.batch_to_run, lagging=self.enable_overlap)
             return self._or_go_on(prefill)
@@ -409,6 +415,13 @@ class ConserveScheduler(Scheduler):
                     self.waiting_queue.append(req)
             self._offline_queue.give_back(r for r in waiting if self.is_offline(r))
             self._offline_queue.give_back(not_yet)
+
+    def _admissions(self, running_batch: ScheduleBatch, free_tokens: int) -> int:
+        """How many offline requests to try; none where they would find no KV, as a step ago."""
+        if self._slices.suspended is not None or not self._plan.offline_admissions:
+            return 0
+        short = not running_batch.is_empty() and self._shortage.lasts(free_tokens)
+        return 0 if short else self._plan.offline_admissions
 
     def _hold_offline(self, running_batch: ScheduleBatch) -> None:
         """Take rows and KV from all offline requests, and their place in the queue if they end."""

@@ -389,6 +389,7 @@ class SlackBudget:
         bound: Bound | None = None,
     ) -> StepPlan:
         room = min(view.max_rows - view.offline_resident, view.free_rows, view.offline_waiting)
+        room = min(room, chunk.tokens // self._smallest_chunk + 1)  # looking at one has its price
         # A request that is admitted while others sit out would only hold KV.
         admits = chunk.tokens > 0 and rows >= view.max_rows
         return StepPlan(

@@ -1,21 +1,27 @@
 """How often, and how much of, the running offline requests is checkpointed in a step.
 
-A checkpoint costs a little host time and, with HiCache, a copy to host memory. What it saves is
-recomputation when the request gives way. So it is made rarely while memory is plentiful, often
-while memory runs short, and not at all in a step that online requests wait for or while the copy
-engine is behind, unless memory is about to run out.
+A checkpoint costs host time, for which a GPU may have to wait, and, with HiCache, a copy to host
+memory. What it saves is recomputation when the request gives way. So its stride is the one that
+costs least: long where a token is computed in microseconds and requests hardly ever give way, short
+where a token takes milliseconds, requests give way all the time, or memory runs short. None is made
+in a step that online requests wait for or while the copy engine is behind, unless memory is about
+to run out.
 """
 
 from __future__ import annotations
 
+from math import sqrt
+
 import msgspec
 
-__all__ = ["CheckpointPlan", "CheckpointView", "plan_checkpoints"]
+__all__ = ["CheckpointPlan", "CheckpointView", "Risk", "plan_checkpoints"]
 
-# Shares of the KV pool that are free, or can be made free at once.
-_PLENTY_FREE = 0.5
-_SHORT_FREE = 0.1
-_SHORTEST_STRIDE = 8  # the stride shrinks to its eighth, never below a page
+_CHECKPOINT_S = 0.6e-3
+"""Host seconds of a checkpoint: 0.4 to 0.7 ms on servers with and without a GPU
+(docs/kv-checkpoints.md)."""
+
+_SHORT_FREE = 0.1  # share of the KV pool that is free, or can be made free at once
+_SHORT_STRIDE = 8  # the stride then shrinks to its eighth, never below a page
 _BACKLOG_SHARE = 1 / 16  # of the KV pool may wait for the copy engine
 _TOKENS_PER_STEP_STRIDES = 8  # a step checkpoints at most this many strides
 
@@ -24,7 +30,9 @@ class CheckpointView(msgspec.Struct, frozen=True, kw_only=True):
     """What decides about checkpoints. All counts are KV tokens.
 
     Args:
-        stride_tokens: the configured stride.
+        stride_tokens: the longest stride, as configured.
+        token_s: seconds that computing a token again takes.
+        risk: that a request gives way before it has grown by a token, 0 to 1.
         page_tokens: KV page of the engine; checkpoints end on page boundaries.
         free_kv_tokens: free, or evictable from the radix tree.
         total_kv_tokens: size of the device pool.
@@ -33,6 +41,8 @@ class CheckpointView(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     stride_tokens: int
+    token_s: float
+    risk: float
     page_tokens: int
     free_kv_tokens: int
     total_kv_tokens: int
@@ -56,7 +66,7 @@ def plan_checkpoints(view: CheckpointView) -> CheckpointPlan:
     """The stride and the budget of this step."""
     free = view.free_kv_tokens / max(view.total_kv_tokens, 1)
     short = free <= _SHORT_FREE
-    stride = _stride(view, free)
+    stride = _stride(view, short=short)
     behind = view.backlog_tokens > view.total_kv_tokens * _BACKLOG_SHARE
     if behind or (view.online_tight and not short):
         return CheckpointPlan(stride_tokens=stride, budget_tokens=0)
@@ -64,8 +74,39 @@ def plan_checkpoints(view: CheckpointView) -> CheckpointPlan:
     return CheckpointPlan(stride_tokens=stride, budget_tokens=budget)
 
 
-def _stride(view: CheckpointView, free: float) -> int:
-    """The configured stride down to its eighth, in proportion to the memory that is left."""
-    share = (free - _SHORT_FREE) / (_PLENTY_FREE - _SHORT_FREE)
-    share = min(max(share, 1 / _SHORTEST_STRIDE), 1.0)
-    return max(round(view.stride_tokens * share), view.page_tokens)
+def _stride(view: CheckpointView, *, short: bool) -> int:
+    """The stride n that costs least: a checkpoint in n tokens, and half of n computed again, on
+    average, where a request gives way. That is c / n + risk * token_s * n / 2 for each token."""
+    lost_s = view.risk * view.token_s
+    pays = sqrt(2 * _CHECKPOINT_S / lost_s) if lost_s > 0 else float(view.stride_tokens)
+    stride = min(pays, view.stride_tokens) / (_SHORT_STRIDE if short else 1)
+    return max(round(stride), view.page_tokens)
+
+
+class Risk:
+    """How often requests gave way lately, for each token by which they grew.
+
+    Counted in tokens, not in time: ranks that run the same steps know the same.
+    """
+
+    _KEPT_TOKENS = 1 << 16
+    _FIRST = (1.0, 4096.0)  # as if one had given way so long ago, before anything is known
+
+    def __init__(self) -> None:
+        self._times, self._tokens = self._FIRST
+
+    def grew(self, tokens: int) -> None:
+        """Requests grew by so many tokens together."""
+        self._tokens += tokens
+        if self._tokens > self._KEPT_TOKENS:
+            self._tokens /= 2
+            self._times /= 2
+
+    def gave_way(self) -> None:
+        """A request gave way."""
+        self._times += 1
+
+    @property
+    def per_token(self) -> float:
+        """The risk of one token, 0 to 1."""
+        return min(self._times / self._tokens, 1.0)

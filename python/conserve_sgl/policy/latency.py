@@ -289,6 +289,11 @@ class LatencyModel:
         """
         return self.predict_s(work) * layers / self.layers
 
+    def prompt_token_s(self) -> float:
+        """Seconds of one more token of a prompt of some hundred tokens."""
+        long, short = StepWork.of([(1024, 0)]), StepWork.of([(512, 0)])
+        return (self.predict_s(long) - self.predict_s(short)) / 512
+
     def prefill_tokens_within_s(
         self,
         budget_s: float,

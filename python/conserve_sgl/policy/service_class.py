@@ -53,10 +53,13 @@ class PriorityRule(msgspec.Struct, frozen=True):
 
     def class_of(self, priority: int | None) -> ServiceClass:
         """The class that `priority` stands for; None is the default, hence online."""
+        return ServiceClass.OFFLINE if self.is_offline(priority) else ServiceClass.ONLINE
+
+    def is_offline(self, priority: int | None) -> bool:
+        """Whether it stands for offline work: asked of every row several times a step."""
         if priority is None:
-            return ServiceClass.ONLINE
-        behind = priority - self.default if self.low_values_first else self.default - priority
-        return ServiceClass.OFFLINE if behind > 0 else ServiceClass.ONLINE
+            return False
+        return priority > self.default if self.low_values_first else priority < self.default
 
     def stamp(self, priority: int | None, service_class: ServiceClass) -> int:
         """The value that a request of `service_class` carries from the door on.
