@@ -309,10 +309,14 @@ class TestArrivals:
 
 class TestAdmission:
     def test_bounded_by_rows_and_by_what_waits(self):
-        assert plan().offline_admissions == 50
-        assert plan(free_rows=7).offline_admissions == 7
-        assert plan(offline_decoding=Rows(10, 1000), max_rows=15).offline_admissions == 5
+        large = {"chunk_tokens": 1024, "interruptible": True}
+        assert plan(**large).offline_admissions == 50
+        assert plan(**large, free_rows=7).offline_admissions == 7
+        assert plan(offline_decoding=Rows(10, 1000), max_rows=14).offline_admissions == 4
         assert plan(offline_waiting=3).offline_admissions == 3
+
+    def test_no_more_are_tried_than_could_fill_the_chunk(self):
+        assert plan(chunk_tokens=64).offline_admissions == 64 // 16 + 1
         assert plan(offline_decoding=Rows(20, 2000), max_rows=15).offline_admissions == 0
 
     def test_without_offline_work_nothing_is_granted(self):

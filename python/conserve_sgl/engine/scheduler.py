@@ -79,7 +79,7 @@ from conserve_sgl.policy import (
     StepView,
     most_offline_rows,
 )
-from conserve_sgl.policy.latency import StepKind, StepSample
+from conserve_sgl.policy.latency import StepKind, StepSample, prompt_token_s
 from conserve_sgl.profile.steps import StepLog
 from conserve_sgl.settings import OfflineWork, Settings, is_setting
 
@@ -118,7 +118,7 @@ class ConserveScheduler(Scheduler):
         # All is set up, and the parent has not been told yet that requests may come.
         self._meter = StepMeter(marks_of(self))
         self.latency = load_or_measure(self, self._counts)
-        self._checkpoints.token_s = self.latency.prompt_token_s()
+        self._checkpoints.token_s = prompt_token_s(self.latency.predict_s)
         self._step_policy = SlackBudget(
             self.latency,
             slo=self._slo,

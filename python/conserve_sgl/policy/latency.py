@@ -31,6 +31,7 @@ __all__ = [
     "StepKind",
     "StepSample",
     "StepWork",
+    "prompt_token_s",
 ]
 
 PREFILL_KNEE_TOKENS = 128
@@ -289,11 +290,6 @@ class LatencyModel:
         """
         return self.predict_s(work) * layers / self.layers
 
-    def prompt_token_s(self) -> float:
-        """Seconds of one more token of a prompt of some hundred tokens."""
-        long, short = StepWork.of([(1024, 0)]), StepWork.of([(512, 0)])
-        return (self.predict_s(long) - self.predict_s(short)) / 512
-
     def prefill_tokens_within_s(
         self,
         budget_s: float,
@@ -396,6 +392,12 @@ class LatencyModel:
         """
         stored = msgspec.json.decode(text, type=_Stored)
         return cls(stored.samples, layers=stored.layers)
+
+
+def prompt_token_s(predict_s: Callable[[StepWork], float]) -> float:
+    """Seconds of one more token of a prompt of some hundred tokens, to a latency model."""
+    long, short = StepWork.of([(1024, 0)]), StepWork.of([(512, 0)])
+    return (predict_s(long) - predict_s(short)) / 512
 
 
 MAX_CHUNK_TOKENS = 1 << 20

@@ -22,7 +22,8 @@ from conserve_sgl.policy import (
     StepView,
     YieldMode,
 )
-from conserve_sgl.policy.latency import LatencyModel
+from conserve_sgl.policy.checkpointing import Risk, stride_that_pays
+from conserve_sgl.policy.latency import LatencyModel, prompt_token_s
 from conserve_sgl.simulate.request import Batch, Chunk, Request
 from conserve_sgl.simulate.stock import Limits, StockOptions, StockScheduler
 from conserve_sgl.simulate.view import observe
@@ -87,6 +88,12 @@ class ConserveScheduler(StockScheduler):
         self.plan: StepPlan | None = None
         self.view: StepView | None = None
         self._copy_s = copy_s
+        stride = stride_that_pays(
+            config.checkpoint.stride_tokens,
+            token_s=prompt_token_s(latency.predict_s),
+            risk=Risk().per_token,
+        )
+        self._stride = max(round(stride), 1)
         self._in_flight: Batch | None = None
         self._last_end_s = -inf
         self._layer_s = 0.0
@@ -398,8 +405,7 @@ class ConserveScheduler(StockScheduler):
         """Tokens of a request whose KV is on the host."""
         if self._copy_s is None or not self.config.checkpoint.enabled or not request.read:
             return 0
-        stride = self.config.checkpoint.stride_tokens
-        return request.prompt_tokens + request.read // stride * stride
+        return request.prompt_tokens + request.read // self._stride * self._stride
 
     def _lost(self, request: Request) -> int:
         return max(request.resident - max(self._kept(request), request.shared), 0)
