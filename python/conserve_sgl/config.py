@@ -51,11 +51,14 @@ class OfflineConfig(_Section):
         retry_after_s: seconds that a 429 asks the client to wait at least.
         no_deadline_share: share of offline service that jobs without a deadline get while jobs
             with one wait.
+        min_share: share of the device's time that offline work gets beside online rows, whatever
+            their objectives leave.
     """
 
     queue_requests: Count = 4096
     retry_after_s: Count = 5
     no_deadline_share: Share = 0.1
+    min_share: Share = 0.0
 
 
 class SloConfig(_Section):

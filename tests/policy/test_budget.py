@@ -65,6 +65,7 @@ def make_budget(
     margin: float = 1.0,
     reserve: float = 0.25,
     times: StepTimes | None = None,
+    min_share: float = 0.0,
 ) -> SlackBudget:
     return SlackBudget(
         times or LinearTimes(margin=margin),
@@ -72,6 +73,7 @@ def make_budget(
         yield_s=yield_s,
         reserve=OnlineReserve(at_most=reserve),
         smallest_chunk=16,
+        min_share=min_share,
     )
 
 
@@ -419,3 +421,43 @@ class TestOutcomes:
             budget.online_ended(ttft_s=9.0, tpot_s=9.0)
         budget.aim_at(ABSOLUTE, yield_s=0.1)
         assert budget.pace.aim == 0.9
+
+
+class TestLeastShare:
+    """No slack for 200 steps of 0.1 s, and an objective that cannot be met."""
+
+    def served_s(self, min_share: float) -> float:
+        """Seconds of the steps that offline prompts got, of 1 ms a token."""
+        budget = make_budget(min_share=min_share)
+        tokens = 0
+        for step in range(200):
+            view = msgspec.structs.replace(VIEW, now_s=NOW + 0.1 * step, **self.at(0.1 * step))
+            tokens += budget.plan(view).offline_prefill_tokens
+        return tokens / 1000
+
+    def at(self, s: float) -> dict[str, Any]:
+        late = {"online_due_s": NOW + s - 1.0, "online_late_s": NOW + s - 1.0}
+        return {"online_decoding": Rows(3, 300), **late}
+
+    def test_without_it_nothing_runs_that_would_make_tokens_later(self):
+        assert self.served_s(0.0) == 0.0
+
+    @pytest.mark.parametrize("share", [0.02, 0.1, 0.5])
+    def test_offline_work_gets_its_share_of_the_time(self, share):
+        assert self.served_s(share) == pytest.approx(share * 20.0, rel=0.2)
+
+    def test_what_fits_the_slack_counts(self):
+        budget = make_budget(min_share=0.1)
+        plenty = msgspec.structs.replace(VIEW, online_decoding=Rows(3, 300), **due(10.0))
+        for step in range(20):
+            budget.plan(msgspec.structs.replace(plenty, now_s=NOW + 0.1 * step))
+        late = msgspec.structs.replace(VIEW, now_s=NOW + 2.0, **self.at(2.0))
+        assert budget.plan(late).offline_prefill_tokens == 0
+
+    def test_nothing_is_earned_while_there_is_no_offline_work(self):
+        budget = make_budget(min_share=0.5)
+        none = msgspec.structs.replace(VIEW, offline_waiting=0, **self.at(0.0))
+        for step in range(20):
+            budget.plan(msgspec.structs.replace(none, now_s=NOW + 0.1 * step))
+        late = msgspec.structs.replace(VIEW, now_s=NOW + 2.0, **self.at(2.0))
+        assert budget.plan(late).offline_prefill_tokens == 0

@@ -125,6 +125,7 @@ class ConserveScheduler(Scheduler):
             yield_s=self._config.slo.yield_ms / 1000,
             reserve=OnlineReserve(at_most=self._config.memory.online_reserve),
             smallest_chunk=max(self.page_size, 32),
+            min_share=self._config.offline.min_share,
         )
         self._biased = False
         self._starvation = Starvation()

@@ -11,6 +11,9 @@ What bounds a step depends on who would wait for it:
     online prompts wait      they run as SGLang runs them, whole and first, whatever the objectives;
                              nothing offline beside them
 
+`offline.min_share` is above all of it but the last: what offline work has earned by it and did not
+get, a step may take beside online rows.
+
 The shape of a step is chosen by what it costs on this engine, which only the latency model knows.
 Offline rows join the rows that decode, as many as fit. Offline prompts ride in the same step, or
 get a step of their own between two decode steps, whichever computes a token in less time within the
@@ -25,6 +28,7 @@ from typing import Protocol
 
 import msgspec
 
+from conserve_sgl.policy.floor import Floor
 from conserve_sgl.policy.latency import StepWork
 from conserve_sgl.policy.margin import Margin
 from conserve_sgl.policy.memory import OnlineReserve
@@ -146,6 +150,7 @@ class SlackBudget:
         reserve: sizes the KV that offline admissions leave free.
         smallest_chunk: prompt tokens below which a chunk is not worth a step: the step's constant
             cost would outweigh it. At least a page.
+        min_share: share of the time that offline work gets in any case.
     """
 
     def __init__(
@@ -156,10 +161,12 @@ class SlackBudget:
         yield_s: float,
         reserve: OnlineReserve,
         smallest_chunk: int,
+        min_share: float = 0.0,
     ) -> None:
         self._times = times
         self._reserve = reserve
         self._smallest_chunk = smallest_chunk
+        self._floor = Floor(min_share)
         self._typical_prefill_s = 0.0
         self._unloaded_s = 0.0
         self._planned_prefill_s = self._stalled_s = self._longest_stall_s = 0.0
@@ -189,6 +196,7 @@ class SlackBudget:
         """See `Policy.plan`."""
         self._stalled_s += 0.0 if view.rows_decoded else self._planned_prefill_s
         self._planned_prefill_s = 0.0
+        self._floor.earn(view.now_s, waits=bool(view.offline_waiting or view.offline_resident))
         step = self._measure(view)
         if view.online_prompts:
             self._online_prefill_runs(view)
@@ -201,6 +209,8 @@ class SlackBudget:
         chunk = _Chunk() if view.offline_suspended else self._next_chunk(view, step, rows)
         if view.online_decoding.count and (chunk.rides or not chunk.tokens):
             self._online_rows_run(step)
+        if self._floor.owed_s:
+            self._floor.spend(self._offline_s(view, step, rows, chunk))
         return self._plan(view, step, rows=rows, chunk=chunk)
 
     # -------------------------------------------------------- what online work takes
@@ -249,7 +259,12 @@ class SlackBudget:
         beside_s = self._slo.beside_s(self._typical_prefill_s, online_s)
         beside_s *= self._ttft_margin.share
         arrival_s = max(beside_s, self._least_s(view.online_decoding))
-        return _Step(online, min(left_s, gap_s), min(late_s, gap_s), gap_s, arrival_s)
+        slack_s, late_s = min(left_s, gap_s), min(late_s, gap_s)
+        if self._floor.owed_s:
+            earned_s = online_s + self._floor.owed_s
+            slack_s, late_s = max(slack_s, earned_s), max(late_s, earned_s)
+            gap_s, arrival_s = max(gap_s, earned_s), max(arrival_s, earned_s)
+        return _Step(online, slack_s, late_s, gap_s, arrival_s)
 
     def _idle_bound_s(self, view: StepView) -> float:
         allowance_s = self._slo.ttft_allowance_s(self._typical_prefill_s)
@@ -263,6 +278,13 @@ class SlackBudget:
     def _least_s(self, rows: Rows) -> float:
         one_row = StepWork(decode_rows=1, decode_context=rows.mean_context_tokens)
         return _LEAST_STEPS * self._times.upper_s(one_row)
+
+    def _offline_s(self, view: StepView, step: _Step, rows: int, chunk: _Chunk) -> float:
+        """What of the step is offline work's."""
+        decoding = min(rows, view.offline_decoding.count + view.offline_parked.count)
+        base = _with_rows(step.online, decoding, view.offline_decoding.mean_context_tokens)
+        rows_s = self._times.predict_s(base) - self._times.predict_s(step.online)
+        return rows_s + (chunk.each_s * chunk.tokens if chunk.tokens else 0.0)
 
     # -------------------------------------------------------------- offline rows
 

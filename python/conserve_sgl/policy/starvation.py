@@ -33,9 +33,9 @@ _REMEDIES = {
     Bound.ONLINE_PROMPTS: "online prompts have waited all along, and go first: this server is full",
     Bound.ARRIVAL: "online requests are announced all the time, and none gets as far as its prompt",
     Bound.TTFT: "a step with offline work would keep an arrival waiting longer than slo.ttft "
-    "allows; a larger slo.ttft, or a faster step, makes room",
+    "allows; a larger slo.ttft, or a faster step, makes room, and offline.min_share takes it",
     Bound.TPOT: "the online rows have no time to spare within slo.tpot; a larger slo.tpot, or "
-    "fewer online requests at a time, makes room",
+    "fewer online requests at a time, makes room, and offline.min_share takes it",
     Bound.GAP: "no step with offline work is shorter than slo.longest_gap; a larger one makes room",
     Bound.YIELD: "no offline step is shorter than slo.yield_ms; a larger one makes room",
 }

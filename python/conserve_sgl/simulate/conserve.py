@@ -43,6 +43,7 @@ def make_budget(config: ConserveConfig, latency: LatencyModel) -> SlackBudget:
         yield_s=config.slo.yield_ms / 1000,
         reserve=OnlineReserve(at_most=config.memory.online_reserve),
         smallest_chunk=SMALLEST_CHUNK_TOKENS,
+        min_share=config.offline.min_share,
     )
 
 
