@@ -55,10 +55,17 @@ class Kernel:
         rows: requests that may run at a time.
         config: of the Checkpointer.
         host_ratio: size of HiCache's host pool over the device pool; None is without HiCache.
+        token_s: what computing a token would take; with little, copies to the host do not pay.
     """
 
     def __init__(
-        self, *, kv_tokens: int, rows: int, config: CheckpointConfig, host_ratio: float | None
+        self,
+        *,
+        kv_tokens: int,
+        rows: int,
+        config: CheckpointConfig,
+        host_ratio: float | None,
+        token_s: float = 1e-4,
     ) -> None:
         args = ServerArgs(
             model_path="dummy",
@@ -103,6 +110,7 @@ class Kernel:
         self.checkpoints = Checkpointer(
             self.tree, config, max_total_tokens=kv_tokens, is_offline=lambda _req: True
         )
+        self.checkpoints.token_s = token_s
 
     @property
     def kv(self) -> torch.Tensor:

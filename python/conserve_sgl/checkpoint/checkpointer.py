@@ -28,6 +28,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -40,6 +41,7 @@ from conserve_sgl.checkpoint.host import (
     release_req,
 )
 from conserve_sgl.checkpoint.host_copies import HostCopies
+from conserve_sgl.checkpoint.host_writes import HostWrites
 from conserve_sgl.checkpoint.ownership import check_ownership, is_asked_for
 from conserve_sgl.checkpoint.penalties import restore_penalties
 from conserve_sgl.config import CheckpointConfig
@@ -47,6 +49,7 @@ from conserve_sgl.policy.checkpointing import (
     CheckpointPlan,
     CheckpointView,
     Risk,
+    copies_pay,
     plan_checkpoints,
 )
 from conserve_sgl.policy.victims import Candidate, choose_victims
@@ -123,6 +126,9 @@ class Checkpointer:
         self._risk = Risk()
         self.token_s = 0.0
         self._bytes_per_token = self._measure_bytes_per_token()
+        self._writes: HostWrites | None = None
+        if self._host is not None:
+            self._writes = HostWrites(tree_cache, is_offline=is_offline, pays=self.copies_pay)
 
     def _measure_bytes_per_token(self) -> int:
         pool = self._allocator.get_kvcache()
@@ -142,6 +148,8 @@ class Checkpointer:
         if not (self.enabled and offline):
             return
         self._risk.grew(len(offline))
+        if self._host is not None and not self.copies_pay():
+            return  # a request that gives way enters the tree as it does
         plan = self._plan(online_tight)
         budget = plan.budget_tokens
         for req in offline:
@@ -171,6 +179,14 @@ class Checkpointer:
             return 0
         queued = sum(len(op.device_indices) for op in self._host.write_queue)
         return queued + sum(ack.num_tokens for ack in self._host.ack_write_queue)
+
+    def copies_pay(self) -> bool:
+        """Whether all KV of offline requests is copied to the host as it comes."""
+        return copies_pay(
+            token_s=self.token_s,
+            risk=self._risk.per_token,
+            token_bytes=self._bytes_per_token,
+        )
 
     def _may_checkpoint(self, req: Req) -> bool:
         return (
@@ -247,14 +263,15 @@ class Checkpointer:
 
         Args:
             urgent: its memory is needed in this step. What came after the last checkpoint is then
-                given to the tree only if most of the request is in the host already: a page is
-                pinned to the device while it is copied.
+                copied to the host only if most of the request is there already: a page is pinned to
+                the device while it is copied. The tree has it as long as nobody needs the room.
         """
         new_tokens = req.kv.kv_committed_len - req.kv.cache_protected_len
-        pins = self._host is not None and urgent and self._in_host.get(req, 0) < new_tokens
+        copies = not urgent or self._in_host.get(req, 0) >= new_tokens
         self.gave_way(req)
-        if self._may_checkpoint(req) and not pins:
-            self._checkpoint(req, min(req.owned_kv_len(), req.seqlen))
+        if self._may_checkpoint(req):
+            with nullcontext() if self._writes is None else self._writes.decided(copies):
+                self._checkpoint(req, min(req.owned_kv_len(), req.seqlen))
         self._copies.pin(req)
         self.release(req)
 

@@ -2,7 +2,7 @@
 
 from sglang.srt.managers.cache_controller import HiCacheController
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch, release_req
-from sglang.srt.mem_cache.base_prefix_cache import DecLockRefParams
+from sglang.srt.mem_cache.base_prefix_cache import DecLockRefParams, InsertParams, InsertResult
 from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_serving
@@ -12,6 +12,8 @@ __all__ = [
     "BatchedPenalizerOrchestrator",
     "DecLockRefParams",
     "HiCacheController",
+    "InsertParams",
+    "InsertResult",
     "NodeId",
     "Req",
     "ScheduleBatch",

@@ -5,7 +5,7 @@ memory. What it saves is recomputation when the request gives way. So its stride
 costs least: long where a token is computed in microseconds and requests hardly ever give way, short
 where a token takes milliseconds, requests give way all the time, or memory runs short. None is made
 in a step that online requests wait for or while the copy engine is behind, unless memory is about
-to run out.
+to run out. Nor are there any copies while they would take more than they are likely to save.
 """
 
 from __future__ import annotations
@@ -14,11 +14,25 @@ from math import sqrt
 
 import msgspec
 
-__all__ = ["CheckpointPlan", "CheckpointView", "Risk", "plan_checkpoints", "stride_that_pays"]
+__all__ = [
+    "CheckpointPlan",
+    "CheckpointView",
+    "Risk",
+    "copies_pay",
+    "plan_checkpoints",
+    "stride_that_pays",
+]
 
 _CHECKPOINT_S = 0.6e-3
 """Host seconds of a checkpoint: 0.4 to 0.7 ms on servers with and without a GPU
 (docs/kv-checkpoints.md)."""
+
+_COPY_BYTES_PER_S = 17e9
+"""At which copies to the host take the device's time: one of 128 KB held up the step after it by
+7.5 us on an H100 (docs/kv-checkpoints.md)."""
+
+_LIFE_TOKENS = 512
+"""By which a request may grow, and give way, after its KV was copied."""
 
 _SHORT_FREE = 0.1  # share of the KV pool that is free, or can be made free at once
 _SHORT_STRIDE = 8  # the stride then shrinks to its eighth, never below a page
@@ -85,6 +99,17 @@ def stride_that_pays(longest: int, *, token_s: float, risk: float) -> float:
     for each token."""
     lost_s = risk * token_s
     return min(sqrt(2 * _CHECKPOINT_S / lost_s), longest) if lost_s > 0 else longest
+
+
+def copies_pay(*, token_s: float, risk: float, token_bytes: float) -> bool:
+    """Whether to copy the KV of a token to the host is likely to save more than it takes.
+
+    Args:
+        token_s: seconds that computing the token again takes.
+        risk: that a request gives way before it has grown by a token.
+        token_bytes: of KV in all layers.
+    """
+    return min(risk * _LIFE_TOKENS, 1.0) * token_s >= token_bytes / _COPY_BYTES_PER_S
 
 
 class Risk:

@@ -90,6 +90,8 @@ class Device(_Record, kw_only=True):
         costs: see there.
         kv_bytes_per_token: of all layers.
         copy_bytes_per_s: between host and device memory, one way.
+        copy_holds_s: what the step after a copy to the host is held up by each token of it. Of the
+            emulated device only.
         decode_graph_rows: rows of the captured decode graphs, rising; a batch is padded to the
             next of them, and one beyond the last runs eagerly. Empty: no graphs.
         prefill_graph_tokens: the largest prefill that runs in a graph; 0: none does.
@@ -116,6 +118,7 @@ class Device(_Record, kw_only=True):
     costs: Costs
     kv_bytes_per_token: Positive
     copy_bytes_per_s: Positive
+    copy_holds_s: NotNegative = 0.0
     decode_graph_rows: Graphs = ()
     prefill_graph_tokens: Natural = 0
     synchronous: bool = False

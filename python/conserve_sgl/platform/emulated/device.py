@@ -83,10 +83,12 @@ class EmulatedDevice:
         layer_s = self._times.draw_layer_s(work)
         self._run(layers, layer_s, self.spec.eager_layer_s, before_layer)
 
-    def copy(self, tokens: int, layers: float) -> None:
+    def copy(self, tokens: int, layers: float, *, to_host: bool = False) -> None:
         """Launch the copy of the KV of so many tokens and layers between device and host."""
-        seconds = self.spec.copy_s(tokens) * layers / self.spec.layers
-        self.queue.copy(seconds * self._scale)
+        share = layers / self.spec.layers * self._scale
+        self.queue.copy(self.spec.copy_s(tokens) * share)
+        if to_host:
+            self.queue.hold(self.spec.copy_holds_s * tokens * share)
 
     def _run(
         self,

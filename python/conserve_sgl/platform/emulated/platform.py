@@ -90,4 +90,6 @@ def _copy_in_time(
 ) -> None:
     """`transfer_kv_direct`, and as long as the real KV takes; keys and values of each layer."""
     transfer_kv_direct(src_layers, dst_layers, src_indices, dst_indices, page_size)
-    the_device().copy(len(src_indices), len(src_layers) / 2)
+    device, layers = the_device(), len(src_layers) / 2
+    # SGLang copies all layers at once to the host, and one after the other from it.
+    device.copy(len(src_indices), layers, to_host=layers == device.spec.layers)

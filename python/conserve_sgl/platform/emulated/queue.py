@@ -49,6 +49,10 @@ class DeviceQueue:
         """Launch a copy on the current stream; it runs beside computations."""
         self._put(seconds, not_before_s=-inf)
 
+    def hold(self, seconds: float) -> None:
+        """What is computed next begins so much later."""
+        self.free_s = max(self._clock(), self.free_s) + seconds
+
     def _put(self, seconds: float, *, not_before_s: float) -> float:
         stream = self.current
         begin_s = max(self._clock(), stream.done_s, not_before_s)
