@@ -28,9 +28,12 @@ from conserve_sgl.checkpoint.ownership import check_ownership
 from conserve_sgl.config import CheckpointConfig
 from conserve_sgl.platform import hicache
 
-__all__ = ["Kernel", "make_request", "next_token"]
+__all__ = ["OFFLINE", "ONLINE", "Kernel", "make_request", "next_token"]
 
 _VOCAB = 50_000
+OFFLINE, ONLINE = -1, 0  # priorities
+TOKEN_BYTES = 8
+"""Keys and values of one float each."""
 
 
 def next_token(fingerprint: float) -> int:
@@ -44,7 +47,7 @@ def _fingerprint(tokens: array) -> float:
 
 def make_request(rid: str, prompt: list[int], output_tokens: int) -> Req:
     sampling = SamplingParams(max_new_tokens=output_tokens)
-    return Req(rid, "", array("q", prompt), sampling, priority=-1)
+    return Req(rid, "", array("q", prompt), sampling, priority=OFFLINE)
 
 
 class Kernel:
@@ -108,7 +111,11 @@ class Kernel:
         self.kv_tokens = kv_tokens
         self.last_waits_for = -1  # the load that the last prefill waits for
         self.checkpoints = Checkpointer(
-            self.tree, config, max_total_tokens=kv_tokens, is_offline=lambda _req: True
+            self.tree,
+            config,
+            max_total_tokens=kv_tokens,
+            token_bytes=TOKEN_BYTES,
+            is_offline=lambda req: req.priority == OFFLINE,
         )
         self.checkpoints.token_s = token_s
 

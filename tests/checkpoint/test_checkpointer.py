@@ -11,7 +11,7 @@ from conserve_sgl.config import CheckpointConfig
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from checkpoint.kernel import Kernel, make_request
+    from checkpoint.kernel import ONLINE, Kernel, make_request
 
 STRIDE = 8
 CHECKPOINTED = CheckpointConfig(stride_tokens=STRIDE)
@@ -23,8 +23,11 @@ def kernel(
     *,
     kv_tokens: int = 400,
     host_ratio: float | None = None,
+    token_s: float = 1e-4,
 ) -> Kernel:
-    return Kernel(kv_tokens=kv_tokens, rows=8, config=config, host_ratio=host_ratio)
+    return Kernel(
+        kv_tokens=kv_tokens, rows=8, config=config, host_ratio=host_ratio, token_s=token_s
+    )
 
 
 def prompt(i: int) -> list[int]:
@@ -187,6 +190,84 @@ def test_memory_that_is_needed_now_is_not_pinned_by_a_copy():
     assert free == engine.kv_tokens
 
 
+CHEAP_S = 1e-10
+"""To compute a token again takes less than to copy its KV."""
+
+
+def on_host(engine: Kernel) -> int:
+    host = engine.tree.cache_controller.mem_pool_host
+    return host.size - host.available_size()
+
+
+def test_where_copies_do_not_pay_nothing_is_copied_while_requests_run():
+    engine = kernel(host_ratio=3, token_s=CHEAP_S)
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    decode(engine, req, 3 * STRIDE)
+    assert on_host(engine) == 0
+    state = engine.checkpoints.state()
+    assert (state["checkpoints"], state["host_full"], state["backlog_tokens"]) == (0, 0, 0)
+
+
+def test_where_copies_do_not_pay_a_prefix_is_copied_once_it_is_shared():
+    engine = kernel(host_ratio=3, token_s=CHEAP_S)
+    assert engine.prefill(make_request("a", prompt(0), 100))
+    assert on_host(engine) == 0
+    assert engine.prefill(make_request("b", prompt(1), 100))
+    assert on_host(engine) == len(SHARED)
+
+
+def test_where_copies_do_not_pay_a_request_is_copied_when_it_gives_way():
+    engine = kernel(host_ratio=3, token_s=CHEAP_S)
+    req = gone_from_the_device(engine)
+    assert on_host(engine) == req.seqlen - 1
+    assert engine.prefill(req)
+    assert engine.checkpoints.state()["recomputed_tokens"] == 0
+    decode(engine, req, 10)
+    assert list(req.output_ids) == run_alone(0, len(req.output_ids))
+
+
+def test_where_copies_do_not_pay_memory_that_is_needed_now_keeps_kv_until_somebody_takes_it():
+    engine = kernel(host_ratio=3, token_s=CHEAP_S)
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    decode(engine, req, STRIDE + 3)
+    engine.checkpoints.give_way(req, urgent=True)
+    assert on_host(engine) == 0
+    free = engine.allocator.available_size() + engine.tree.evictable_size()
+    assert free == engine.kv_tokens
+    assert engine.prefill(req)
+    assert engine.checkpoints.state()["recomputed_tokens"] == 0
+    engine.checkpoints.give_way(req, urgent=True)
+    engine.evict(10_000)
+    assert engine.prefill(req)
+    assert engine.checkpoints.state()["recomputed_tokens"] > 0
+    decode(engine, req, 10)
+    assert list(req.output_ids) == run_alone(0, len(req.output_ids))
+
+
+def test_copies_pay_once_requests_give_way_often():
+    dear_enough_s = 8 / 17e9 * 2  # to copy 8 bytes takes half of that
+    engine = kernel(host_ratio=3, token_s=dear_enough_s)
+    assert not engine.checkpoints.copies_pay()
+    for i in range(6):
+        req = make_request(str(i), prompt(i), 100)
+        assert engine.prefill(req)
+        engine.checkpoints.give_way(req, urgent=True)
+    assert engine.checkpoints.copies_pay()
+    req = make_request("next", prompt(7), 100)
+    assert engine.prefill(req)
+    assert on_host(engine) > 0
+
+
+def test_kv_of_online_requests_is_copied_as_sglang_does():
+    engine = kernel(host_ratio=3, token_s=CHEAP_S)
+    req = make_request("online", prompt(0), 100)
+    req.priority = ONLINE
+    assert engine.prefill(req)
+    assert on_host(engine) == len(prompt(0))
+
+
 def test_the_backlog_of_the_copy_engine_is_seen():
     engine = kernel(host_ratio=3)
     req = make_request("a", prompt(0), 100)
@@ -315,12 +396,14 @@ def test_a_flush_forgets_what_was_pinned():
     assert engine.checkpoints.state()["restored_tokens"] == 0
 
 
+@pytest.mark.parametrize("token_s", [1e-4, CHEAP_S], ids=["copies pay", "they do not"])
 @pytest.mark.parametrize("host_ratio", [None, 3, 1.1], ids=["tree", "host", "small host"])
 @pytest.mark.parametrize("seed", range(4))
-def test_random_lives_end_with_the_tokens_of_a_run_alone(seed, host_ratio):
+def test_random_lives_end_with_the_tokens_of_a_run_alone(seed, host_ratio, token_s):
     """A dozen requests in a pool for a few; each preempted when memory ends, and at random."""
     chance = random.Random(seed)
-    engine = kernel(kv_tokens=chance.choice([170, 260, 400]), host_ratio=host_ratio)
+    kv_tokens = chance.choice([170, 260, 400])
+    engine = kernel(kv_tokens=kv_tokens, host_ratio=host_ratio, token_s=token_s)
     tokens = 60
     waiting = [make_request(str(i), prompt(i), tokens) for i in range(12)]
     running: list = []

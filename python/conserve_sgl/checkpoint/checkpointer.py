@@ -89,6 +89,7 @@ class Checkpointer:
         tree_cache: the scheduler's; a cache that shares no prefixes turns checkpoints off.
         config: of the operator.
         max_total_tokens: KV tokens of the device pool.
+        token_bytes: KV of a token, in all layers.
         is_offline: tells an offline request; no other is touched.
 
     Attributes:
@@ -101,6 +102,7 @@ class Checkpointer:
         config: CheckpointConfig,
         *,
         max_total_tokens: int,
+        token_bytes: int,
         is_offline: Callable[[Req], bool],
     ) -> None:
         self._tree = tree_cache
@@ -125,16 +127,10 @@ class Checkpointer:
         self._counts = Counter(dict.fromkeys(_COUNTS, 0))
         self._risk = Risk()
         self.token_s = 0.0
-        self._bytes_per_token = self._measure_bytes_per_token()
+        self._token_bytes = token_bytes
         self._writes: HostWrites | None = None
         if self._host is not None:
             self._writes = HostWrites(tree_cache, is_offline=is_offline, pays=self.copies_pay)
-
-    def _measure_bytes_per_token(self) -> int:
-        pool = self._allocator.get_kvcache()
-        return int(sum(pool.get_kv_size_bytes())) // (
-            pool.size + pool.page_size
-        )  # one page is padding
 
     # ------------------------------------------------------- while requests run
 
@@ -185,7 +181,7 @@ class Checkpointer:
         return copies_pay(
             token_s=self.token_s,
             risk=self._risk.per_token,
-            token_bytes=self._bytes_per_token,
+            token_bytes=self._token_bytes,
         )
 
     def _may_checkpoint(self, req: Req) -> bool:
@@ -209,7 +205,7 @@ class Checkpointer:
         new_tokens = req.kv.cache_protected_len - before
         self._counts["checkpoints"] += 1
         self._counts["checkpointed_tokens"] += new_tokens
-        self._counts["checkpointed_bytes"] += new_tokens * self._bytes_per_token
+        self._counts["checkpointed_bytes"] += new_tokens * self._token_bytes
         self._note_host_copy(req)
         return new_tokens
 

@@ -12,7 +12,7 @@ from conserve_sgl.engine.host import current_platform, get_device_name
 from conserve_sgl.engine.metering import Mark
 from conserve_sgl.machine import cpu_name
 
-__all__ = ["device_name", "marks_of", "runs_behind"]
+__all__ = ["device_name", "kv_token_bytes", "marks_of", "runs_behind"]
 
 
 def runs_behind(device: str) -> bool:
@@ -44,6 +44,14 @@ def device_name(device: str, index: int) -> str:
     if device != "cpu":
         return get_device_name(index) or device
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def kv_token_bytes(pool: Any) -> int:
+    """Bytes of a token's KV in all layers of `pool`, a KVCache, or in those of the model whose
+    device is emulated."""
+    if _is_emulated():
+        return current_platform.kv_token_bytes()
+    return int(sum(pool.get_kv_size_bytes())) // (pool.size + pool.page_size)  # a page is padding
 
 
 def _is_emulated() -> bool:

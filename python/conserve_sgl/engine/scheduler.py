@@ -32,7 +32,7 @@ from conserve_sgl.checkpoint.checkpointer import Checkpointer
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.engine.adder import ConserveAdder, OfflinePurse
 from conserve_sgl.engine.aside import Aside
-from conserve_sgl.engine.device import marks_of
+from conserve_sgl.engine.device import kv_token_bytes, marks_of
 from conserve_sgl.engine.hidden_states import with_flat_hidden_states
 from conserve_sgl.engine.host import (
     AbortReq,
@@ -188,6 +188,7 @@ class ConserveScheduler(Scheduler):
             self.tree_cache,
             self._config.checkpoint,
             max_total_tokens=self.max_total_num_tokens,
+            token_bytes=kv_token_bytes(self.token_to_kv_pool_allocator.get_kvcache()),
             is_offline=self.is_offline,
         )
         self._memory = KvMemory(

@@ -46,6 +46,10 @@ class EmulatedPlatform(CpuPlatform):
     def get_device_name(self, device_id: int = 0) -> str:  # noqa: ARG002
         return the_device().name
 
+    def kv_token_bytes(self) -> int:
+        """Of the device's model; the pool itself is small."""
+        return round(the_device().spec.kv_bytes_per_token)
+
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """As on a CPU; the model keeps its depth, its vocabulary and its context, nothing else.
 
