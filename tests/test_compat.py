@@ -24,6 +24,7 @@ STOCK = {
     "enable_pdmux": False,
     "dllm_algorithm": None,
     "chunked_prefill_size": None,
+    "prefill_decode_interval": None,
     "tokenizer_worker_num": 1,
     "smg_grpc_mode": False,
     "grpc_port": None,
@@ -44,6 +45,7 @@ REFUSED = [
     pytest.param("dllm_algorithm", "LowConfidence", id="diffusion models"),
     pytest.param("chunked_prefill_size", -1, id="no chunked prefill"),
     pytest.param("chunked_prefill_size", 0, id="chunks of nothing"),
+    pytest.param("prefill_decode_interval", 8, id="decode steps between prefills"),
     pytest.param("tokenizer_worker_num", 2, id="several tokenizer workers"),
     pytest.param("smg_grpc_mode", True, id="the gateway's gRPC"),
     pytest.param("grpc_port", 30001, id="SGLang's own gRPC"),
@@ -55,6 +57,7 @@ ACCEPTED = [
     pytest.param({"enable_lora": False}, id="LoRA switched off"),
     pytest.param({"attn_dp_size": None}, id="no DP attention"),
     pytest.param({"chunked_prefill_size": 8192}, id="a chunk size"),
+    pytest.param({"prefill_decode_interval": 0}, id="no steps between prefills"),
 ]
 
 

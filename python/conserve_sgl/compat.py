@@ -74,6 +74,13 @@ _REFUSED = (
         "without chunks an offline prompt is one long step that nothing can interrupt",
     ),
     _Refusal(
+        "prefill_decode_interval",
+        "--prefill-decode-interval",
+        _unless(None, 0),
+        "between two prefills it forms no prefill batch at all, online prompts or suspended ones; "
+        "slo.tpot says what they may take from the rows that decode",
+    ),
+    _Refusal(
         "tokenizer_worker_num",
         "--tokenizer-worker-num",
         _unless(1),

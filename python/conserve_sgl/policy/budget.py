@@ -103,6 +103,7 @@ class _Step(msgspec.Struct, frozen=True):
 
     Args:
         online: the online rows that decode.
+        online_s: what a step of them alone takes.
         slack_s: until their next token is due.
         late_s: until it is late, their reserve spent.
         gap_s: the longest gap; infinite without online rows.
@@ -110,6 +111,7 @@ class _Step(msgspec.Struct, frozen=True):
     """
 
     online: StepWork
+    online_s: float
     slack_s: float
     late_s: float
     gap_s: float
@@ -226,7 +228,7 @@ class SlackBudget:
 
     def _online_rows_run(self, step: _Step) -> None:
         """A token of the online rows would have taken so long without offline work."""
-        taken_s = self._times.predict_s(step.online) + self._stalled_s
+        taken_s = step.online_s + self._stalled_s
         self._longest_stall_s = max(self._stalled_s, _STALL_KEPT * self._longest_stall_s)
         self._stalled_s = 0.0
         self._unloaded_s = _follow(self._unloaded_s, taken_s, _UNLOADED)
@@ -246,7 +248,7 @@ class SlackBudget:
 
     def _measure(self, view: StepView) -> _Step:
         if not view.online_decoding.count:
-            return _Step(StepWork(), inf, inf, inf, self._idle_bound_s(view))
+            return _Step(StepWork(), 0.0, inf, inf, inf, self._idle_bound_s(view))
         online = _decode(view.online_decoding)
         online_s = self._times.predict_s(online)
         if not self._unloaded_s:
@@ -264,7 +266,7 @@ class SlackBudget:
             earned_s = online_s + self._floor.owed_s
             slack_s, late_s = max(slack_s, earned_s), max(late_s, earned_s)
             gap_s, arrival_s = max(gap_s, earned_s), max(arrival_s, earned_s)
-        return _Step(online, slack_s, late_s, gap_s, arrival_s)
+        return _Step(online, online_s, slack_s, late_s, gap_s, arrival_s)
 
     def _idle_bound_s(self, view: StepView) -> float:
         allowance_s = self._slo.ttft_allowance_s(self._typical_prefill_s)
@@ -283,7 +285,7 @@ class SlackBudget:
         """What of the step is offline work's."""
         decoding = min(rows, view.offline_decoding.count + view.offline_parked.count)
         base = _with_rows(step.online, decoding, view.offline_decoding.mean_context_tokens)
-        rows_s = self._times.predict_s(base) - self._times.predict_s(step.online)
+        rows_s = self._times.predict_s(base) - step.online_s
         return rows_s + (chunk.each_s * chunk.tokens if chunk.tokens else 0.0)
 
     # -------------------------------------------------------------- offline rows
@@ -360,13 +362,13 @@ class SlackBudget:
         self, view: StepView, base: StepWork, resident: int, slack_s: float, arrival_s: float
     ) -> _Chunk:
         """Of a chunk that rides with the rows of `base` and one between two of their steps."""
-        base_s = self._times.upper_s(base)
         between = _Chunk()
         if view.rows_decoded:  # a gap holds one prefill at most, and the rows' own step
-            budget_s = min(slack_s - base_s, arrival_s)
+            budget_s = min(slack_s - self._times.upper_s(base), arrival_s)
             between = self._chunk(view, resident, budget_s, StepWork(), 0.0)
         if not view.can_mix:
             return between
+        base_s = self._times.predict_s(base)
         riding = self._chunk(view, resident, min(slack_s, arrival_s), base, base_s)
         return riding if riding.each_s <= between.each_s else between
 
@@ -377,7 +379,8 @@ class SlackBudget:
         tokens = min(tokens, view.chunk_tokens)
         if tokens <= 0:
             return _Chunk()
-        took_s = self._times.upper_s(base.plus_prompt(tokens, resident)) - base_s
+        # In the mean: the margins of the two kinds of step differ, and would count as a cost.
+        took_s = self._times.predict_s(base.plus_prompt(tokens, resident)) - base_s
         return _Chunk(tokens, rides=base.decode_rows > 0, each_s=max(took_s, 0.0) / tokens)
 
     def _alone(self, view: StepView, step: _Step, resident: int) -> _Chunk:
