@@ -38,7 +38,7 @@ DEVICE = Device(
     kv_bytes_per_token=KV_BYTES,
     # A resume of 8,191 tokens, 4,607 of them on the host: 43 ms against 45 ms for 1,024.
     copy_bytes_per_s=40e9,
-    # The third run: 279 copies of 800 tokens and more (docs/kv-checkpoints.md).
+    # The third run: 416 copies of 800 tokens and more (docs/kv-checkpoints.md).
     copy_holds_s=7.5e-6,
     decode_graph_rows=(1, 2, 4, 8, 12, *range(16, 257, 8)),
     prefill_graph_tokens=8192,
