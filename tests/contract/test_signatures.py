@@ -98,6 +98,7 @@ SIGNATURES_BY_MODULE = {
     },
     "sglang.srt.mem_cache.unified_radix_cache": {
         "UnifiedRadixCache.checkpoint": "(self, req, *, up_to, **kwargs)",
+        "UnifiedRadixCache.insert": "(self, params)",
         "UnifiedRadixCache.supports_prefix_sharing": "(self)",
         "UnifiedRadixCache.evictable_size": "(self)",
         "UnifiedRadixCache.inc_host_lock_ref": "(self, node_id)",

@@ -19,6 +19,7 @@ _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler."
 _ADDER = "sglang.srt.managers.schedule_policy:PrefillAdder."
 _BATCH = "sglang.srt.managers.schedule_batch:ScheduleBatch."
 _CHECKER = "sglang.srt.managers.scheduler_components.invariant_checker:SchedulerInvariantChecker."
+_CORE = "sglang.srt.mem_cache.unified_cache.unified_tree_core:UnifiedTreeCore."
 _TREE = "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache."
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager:TokenizerManager."
 
@@ -216,6 +217,18 @@ RELIED = [
         "3a20fa5c0617352c",
         "Checkpointer._checkpoint: what moves to the tree, where the lock and cache_protected_len "
         "end up, and that an unfinished request may be inserted again and again",
+    ),
+    Relied(
+        _CORE + "_inc_hit_count_and_check",
+        "ee042b6f6227e923",
+        "HostWrites: a node is written once it has write_through_threshold hits; the compiled core "
+        "of SGLang does the same",
+    ),
+    Relied(
+        _CORE + "_build_backup_kv_action",
+        "f6914f4e94b5bd3e",
+        "HostWrites: what is written takes the nodes above it along, so that a request that gives "
+        "way is written whole",
     ),
     Relied(
         _TREE + "_execute_and_commit_kv_backup",
