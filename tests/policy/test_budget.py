@@ -423,6 +423,15 @@ class TestOutcomes:
         assert budget.pace.aim == 0.9
 
 
+def test_late_requests_show_in_the_margins():
+    budget = make_budget()
+    before = budget.margins
+    budget.online_ended(ttft_s=2.0, tpot_s=0.1)  # of objectives of 1 s and 0.2 s
+    after = budget.margins
+    assert after["ttft"] < before["ttft"]
+    assert after["tpot"] == before["tpot"]
+
+
 class TestLeastShare:
     """No slack for 200 steps of 0.1 s, and an objective that cannot be met."""
 

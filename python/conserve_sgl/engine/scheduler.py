@@ -668,6 +668,7 @@ class ConserveScheduler(Scheduler):
             "offline_bound": str(self._plan.bound),
             "batches_held": self._settings.batches_held,
             "slo": asdict(self._settings.slo),
+            "margins": self._step_policy.margins,
             "checkpoint": self._checkpoints.state(),
             "latency": self._latency_state(),
             "arrivals_received": 0 if self._inbox is None else self._inbox.received,

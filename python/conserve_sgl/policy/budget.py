@@ -194,6 +194,12 @@ class SlackBudget:
         if isinstance(tpot, Seconds) and tpot_s is not None and self._unloaded_s < tpot.seconds:
             self._tpot_margin.saw(late=tpot_s > tpot.seconds)
 
+    @property
+    def margins(self) -> dict[str, float]:
+        """Of the time to spare by each objective, the share that offline work may use; outcomes
+        move it."""
+        return {"ttft": self._ttft_margin.share, "tpot": self._tpot_margin.share}
+
     def plan(self, view: StepView) -> StepPlan:
         """See `Policy.plan`."""
         self._stalled_s += 0.0 if view.rows_decoded else self._planned_prefill_s
