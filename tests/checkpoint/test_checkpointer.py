@@ -260,6 +260,12 @@ def test_copies_pay_once_requests_give_way_often():
     assert on_host(engine) > 0
 
 
+def test_without_checkpoints_all_is_copied_as_sglang_does():
+    engine = kernel(CheckpointConfig(enabled=False), host_ratio=3, token_s=CHEAP_S)
+    assert engine.prefill(make_request("a", prompt(0), 100))
+    assert on_host(engine) == len(prompt(0))
+
+
 def test_kv_of_online_requests_is_copied_as_sglang_does():
     engine = kernel(host_ratio=3, token_s=CHEAP_S)
     req = make_request("online", prompt(0), 100)

@@ -129,7 +129,7 @@ class Checkpointer:
         self.token_s = 0.0
         self._token_bytes = token_bytes
         self._writes: HostWrites | None = None
-        if self._host is not None:
+        if self.enabled and self._host is not None:
             self._writes = HostWrites(tree_cache, is_offline=is_offline, pays=self.copies_pay)
 
     # ------------------------------------------------------- while requests run
