@@ -47,7 +47,7 @@ def _online_stream(server, until) -> list[str]:
 
 
 def test_offline_tokens_are_those_of_a_run_alone(server):
-    sampling = {"max_new_tokens": 96}
+    sampling = {"max_new_tokens": 192}
     alone = [server.generate(p, sampling_params=sampling)["text"] for p in LONG_PROMPTS]
     online_alone = [server.generate(p)["text"] for p in SHORT_PROMPTS]
     server.assert_idle_and_balanced()
@@ -59,7 +59,7 @@ def test_offline_tokens_are_those_of_a_run_alone(server):
         online = _online_stream(server, offline.done)
         assert offline.result() == alone
 
-    assert len(online) > 1
+    assert len(online) > 4
     assert online == [online_alone[i % len(SHORT_PROMPTS)] for i in range(len(online))]
     server.assert_idle_and_balanced()
 
