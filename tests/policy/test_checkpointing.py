@@ -112,6 +112,10 @@ def test_what_holds_checkpoints_back(changes, writes):
 
 def test_a_step_writes_a_few_strides_at_most():
     assert plan_checkpoints(view()).budget_tokens == 8 * 128
+    long = plan_checkpoints(view(stride_tokens=1024))
+    assert long.budget_tokens == 8 * long.stride_tokens
+    short = plan_checkpoints(view(stride_tokens=1024, token_s=CPU_S, risk=OFTEN))
+    assert (short.stride_tokens, short.budget_tokens) == (6, 8 * 128)
 
 
 def test_a_pool_of_no_size_divides_nothing_by_zero():

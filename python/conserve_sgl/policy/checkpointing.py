@@ -38,6 +38,7 @@ _SHORT_FREE = 0.1  # share of the KV pool that is free, or can be made free at o
 _SHORT_STRIDE = 8  # the stride then shrinks to its eighth, never below a page
 _BACKLOG_SHARE = 1 / 16  # of the KV pool may wait for the copy engine
 _TOKENS_PER_STEP_STRIDES = 8  # a step checkpoints at most this many strides
+_STEP_STRIDE = 128  # of so many tokens where they are shorter, so that all rows get their turn
 
 
 class CheckpointView(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,7 +85,7 @@ def plan_checkpoints(view: CheckpointView) -> CheckpointPlan:
     behind = view.backlog_tokens > view.total_kv_tokens * _BACKLOG_SHARE
     if behind or (view.online_tight and not short):
         return CheckpointPlan(stride_tokens=stride, budget_tokens=0)
-    budget = max(stride, view.stride_tokens) * _TOKENS_PER_STEP_STRIDES
+    budget = max(stride, min(view.stride_tokens, _STEP_STRIDE)) * _TOKENS_PER_STEP_STRIDES
     return CheckpointPlan(stride_tokens=stride, budget_tokens=budget)
 
 
