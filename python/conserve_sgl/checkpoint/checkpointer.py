@@ -28,7 +28,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -119,7 +118,11 @@ class Checkpointer:
             and not get_serving().strip_thinking_cache
         )
         self._host = _host_cache(tree_cache)
-        self._copies = HostCopies(tree_cache, self._host if self.enabled else None)
+        copied_to = self._host if self.enabled else None
+        self._copies = HostCopies(tree_cache, copied_to)
+        self._writes = HostWrites(
+            tree_cache, copied_to, is_offline=is_offline, pays=self.copies_pay
+        )
         self._check = is_asked_for() and tree_cache.supports_prefix_sharing()
         self._suspended: WeakKeyDictionary[Req, int] = WeakKeyDictionary()
         self._in_host: WeakKeyDictionary[Req, int] = WeakKeyDictionary()
@@ -128,9 +131,6 @@ class Checkpointer:
         self._risk = Risk()
         self.token_s = 0.0
         self._token_bytes = token_bytes
-        self._writes: HostWrites | None = None
-        if self.enabled and self._host is not None:
-            self._writes = HostWrites(tree_cache, is_offline=is_offline, pays=self.copies_pay)
 
     # ------------------------------------------------------- while requests run
 
@@ -266,7 +266,7 @@ class Checkpointer:
         copies = not urgent or self._in_host.get(req, 0) >= new_tokens
         self.gave_way(req)
         if self._may_checkpoint(req):
-            with nullcontext() if self._writes is None else self._writes.decided(copies):
+            with self._writes.decided(copies):
                 self._checkpoint(req, min(req.owned_kv_len(), req.seqlen))
         self._copies.pin(req)
         self.release(req)

@@ -12,7 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from conserve_sgl.checkpoint.host import InsertParams, InsertResult, UnifiedRadixCache
+from conserve_sgl.checkpoint.host import (
+    HiCacheController,
+    InsertParams,
+    InsertResult,
+    UnifiedRadixCache,
+)
 
 __all__ = ["HostWrites"]
 
@@ -24,7 +29,8 @@ class HostWrites:
     """Decides for each insertion into `tree`, from here on.
 
     Args:
-        tree: a radix cache whose policy is `write_through`.
+        tree: a radix cache, with the policy `write_through` where it has a host.
+        host: HiCache's controller; without one nothing is ever copied.
         is_offline: tells an offline request, or its insertion, by its priority.
         pays: whether copying all KV of offline requests does.
     """
@@ -32,6 +38,7 @@ class HostWrites:
     def __init__(
         self,
         tree: UnifiedRadixCache,
+        host: HiCacheController | None,
         *,
         is_offline: Callable[[Any], bool],
         pays: Callable[[], bool],
@@ -40,8 +47,9 @@ class HostWrites:
         self._is_offline = is_offline
         self._pays = pays
         self._decided: bool | None = None
-        self._insert = tree.insert
-        tree.insert = self.insert
+        if host is not None:
+            self._insert = tree.insert
+            tree.insert = self.insert
 
     def insert(self, params: InsertParams) -> InsertResult:
         """`UnifiedRadixCache.insert`, which copies what it adds, or does not."""

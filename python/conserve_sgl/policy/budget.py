@@ -289,9 +289,7 @@ class SlackBudget:
 
     def _offline_s(self, view: StepView, step: _Step, rows: int, chunk: _Chunk) -> float:
         """What of the step is offline work's."""
-        decoding = min(rows, view.offline_decoding.count + view.offline_parked.count)
-        base = _with_rows(step.online, decoding, view.offline_decoding.mean_context_tokens)
-        rows_s = self._times.predict_s(base) - step.online_s
+        rows_s = self._times.predict_s(_decoding(view, step, rows)) - step.online_s
         return rows_s + (chunk.each_s * chunk.tokens if chunk.tokens else 0.0)
 
     # -------------------------------------------------------------- offline rows
@@ -351,9 +349,7 @@ class SlackBudget:
         resident = view.offline_chunk.resident_tokens if view.offline_chunk else 0
         if not view.online_decoding.count:
             return self._alone(view, step, resident)
-        decoding = min(rows, view.offline_decoding.count + view.offline_parked.count)
-        context = view.offline_decoding.mean_context_tokens
-        base = _with_rows(step.online, decoding, context)
+        base = _decoding(view, step, rows)
         slack_s = step.slack_s if patient else step.late_s
         best = self._cheaper(view, base, resident, slack_s, step.arrival_s)
         if best.tokens < self._smallest_chunk:
@@ -443,6 +439,12 @@ def _follow(average: float, new: float, weight: float) -> float:
 
 def _decode(rows: Rows) -> StepWork:
     return StepWork(decode_rows=rows.count, decode_context=rows.context_tokens)
+
+
+def _decoding(view: StepView, step: _Step, rows: int) -> StepWork:
+    """The online rows, and up to `rows` offline ones that decode or sit out."""
+    offline = min(rows, view.offline_decoding.count + view.offline_parked.count)
+    return _with_rows(step.online, offline, view.offline_decoding.mean_context_tokens)
 
 
 def _with_rows(work: StepWork, rows: int, context: int) -> StepWork:
