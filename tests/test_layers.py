@@ -181,6 +181,43 @@ def test_only_the_plugin_registers_hooks(file):
         assert not ast.unparse(call.func).endswith(("HookRegistry.register", "plugin_hook"))
 
 
+THE_HOSTS = {"policy", "invariant_checker", "batch_result_processor", "waiting_queue"}
+"""What `ConserveScheduler` assigns to of SGLang's own; tests/contract knows that they are."""
+
+
+def scheduler_class() -> tuple[ast.Module, ast.ClassDef]:
+    tree = ast.parse((PACKAGE / "engine" / "scheduler.py").read_text(encoding="utf-8"))
+    (found,) = (node for node in tree.body if isinstance(node, ast.ClassDef))
+    return tree, found
+
+
+def methods_of(node: ast.ClassDef) -> set[str]:
+    return {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+
+
+def test_the_scheduler_overrides_and_leaves_the_rest_to_objects_that_it_holds():
+    _, scheduler = scheduler_class()
+    assigned = {
+        node.attr
+        for node in ast.walk(scheduler)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }
+    assert assigned >= THE_HOSTS
+    assert len(assigned - THE_HOSTS) <= 15
+    assert len(methods_of(scheduler)) <= 25
+
+
+def test_the_table_of_the_scheduler_names_what_it_overrides():
+    tree, scheduler = scheduler_class()
+    _, table = (ast.get_docstring(tree) or "").split("What is overridden of SGLang")
+    rows = re.findall(r"^    (\w+) {2,}", table.split("Where an offline request")[0], re.MULTILINE)
+    assert len(rows) == len(set(rows))
+    assert set(rows) == methods_of(scheduler) - {"is_offline"}
+
+
 LIGHT = [
     "conserve_sgl",
     "conserve_sgl.policy",

@@ -26,12 +26,10 @@ SIGNATURES_BY_MODULE = {
     "sglang.srt.managers.scheduler": {
         "Scheduler.init_ipc_channels": "(self, port_args)",
         "Scheduler.init_running_status": "(self)",
-        "Scheduler.init_chunked_prefill": "(self)",
         "Scheduler.init_schedule_policy": "(self)",
         "Scheduler.init_invariant_checker": "(self)",
         "Scheduler.init_batch_result_processor": "(self)",
         "Scheduler.collect_inflight_reqs": "(self)",
-        "Scheduler.init_metrics_reporter": "(self)",
         "Scheduler.ingest_requests": "(self, stop_at_pause=False)",
         "Scheduler._add_request_to_queue": "(self, req, is_retracted=False)",
         "Scheduler._release_aborted_request": "(self, req)",
@@ -301,7 +299,9 @@ def test_every_name_that_is_taken_from_sglang_is_there(part):
 
 OVERRIDERS = {
     ("engine/scheduler.py", "ConserveScheduler"): "sglang.srt.managers.scheduler:Scheduler",
-    ("engine/scheduler.py", "_OnlineFirst"): "sglang.srt.managers.schedule_policy:SchedulePolicy",
+    ("engine/waiting_order.py", "OnlineFirst"): (
+        "sglang.srt.managers.schedule_policy:SchedulePolicy"
+    ),
     ("engine/adder.py", "ConserveAdder"): "sglang.srt.managers.schedule_policy:PrefillAdder",
     ("engine/hidden_states.py", "_Processor"): (
         "sglang.srt.managers.scheduler_components.batch_result_processor"
@@ -365,12 +365,18 @@ def test_every_attribute_of_the_host_that_is_read_is_there(ours, theirs):
 
 @pytest.mark.parametrize(("ours", "theirs"), OVERRIDERS.items(), ids=OVERRIDER_IDS)
 def test_no_attribute_of_ours_has_a_name_of_the_host_s_by_chance(ours, theirs):
-    taken_on_purpose = {"policy", "invariant_checker", "waiting_queue", "chunked_req"}
-    taken_on_purpose |= {"is_mixed_chunk", "batch_result_processor"}
+    taken_on_purpose = {"policy", "invariant_checker", "batch_result_processor", "waiting_queue"}
     taken_on_purpose |= {"rem_chunk_tokens", "req_states"}
-    taken_on_purpose |= {"processed_tokens_counter", "_pending_chunked_abort_req"}
     assigned = uses_of_self(class_in(*ours), ast.Store)
     assert assigned & attributes_of(resolve(theirs)) <= taken_on_purpose
+
+
+@pytest.mark.parametrize("part", ["admission", "observe", "sliced_step"])
+def test_the_scheduler_has_what_the_parts_of_ours_read_and_change_of_it(part):
+    host = class_in(f"engine/{part}.py", "_Host")
+    fields = {n.target.id for n in host.body if isinstance(n, ast.AnnAssign)}
+    assert fields
+    assert fields <= attributes_of(resolve("sglang.srt.managers.scheduler:Scheduler"))
 
 
 REQUEST_ATTRIBUTES = (

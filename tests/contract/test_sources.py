@@ -36,25 +36,25 @@ RELIED = [
     Relied(
         _SCHEDULER + "get_next_batch_to_run",
         "34f30fd4dfb13d74",
-        "ConserveScheduler.get_next_batch_to_run, _observe and _move_offline_chunk: a finished "
-        "prefill is merged and the chunked request stashed before get_new_batch_prefill, and "
-        "decode runs only when that gives no batch",
+        "ConserveScheduler.get_next_batch_to_run, Observer.look and Admission.move_offline_chunk: "
+        "a finished prefill is merged and the chunked request stashed before "
+        "get_new_batch_prefill, and decode runs only when that gives no batch",
     ),
     Relied(
         _SCHEDULER + "get_new_batch_prefill",
         "a8b9a7a4fee3e50e",
-        "ConserveScheduler.get_new_batch_prefill: waiting_queue holds offline candidates within",
+        "Admission.form: waiting_queue holds offline candidates within",
     ),
     Relied(
         _SCHEDULER + "_get_new_batch_prefill_raw",
         "09e8cf03a4d0c1bb",
-        "ConserveScheduler.get_new_batch_prefill and engine/adder.py: order of admission, "
+        "Admission.form and engine/adder.py: order of admission, "
         "batch_is_full, how the adder's verdicts end the loop, how chunked_req is set",
     ),
     Relied(
         _SCHEDULER + "update_running_batch",
         "6962823239da9a89",
-        "ConserveScheduler.update_running_batch and _free_kv_for: rows that sit out leave first, "
+        "ConserveScheduler.update_running_batch: rows that sit out leave first, "
         "and KV is freed so that SGLang does not retract online rows",
     ),
     Relied(
@@ -70,7 +70,7 @@ RELIED = [
     Relied(
         _SCHEDULER + "_release_aborted_request",
         "29bcfe53df66e3d4",
-        "ConserveScheduler._refuse",
+        "Intake._end",
     ),
     Relied(
         _SCHEDULER + "abort_request",
@@ -81,12 +81,13 @@ RELIED = [
     Relied(
         _SCHEDULER + "process_pending_chunked_abort",
         "62e3fce1240d07a4",
-        "ConserveScheduler.abort_request and _move_offline_chunk: an abort waits for chunked_req",
+        "ConserveScheduler.abort_request and Admission.move_offline_chunk: an abort waits for "
+        "chunked_req",
     ),
     Relied(
         _SCHEDULER + "stash_chunked_request",
         "b39124b41321009f",
-        "ConserveScheduler._move_offline_chunk: a chunk is put aside after it was stashed",
+        "Admission.move_offline_chunk: a chunk is put aside after it was stashed",
     ),
     Relied(
         _ADDER + "add_one_req_ignore_eos",

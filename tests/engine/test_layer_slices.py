@@ -70,6 +70,7 @@ def make_batch(**fields) -> SimpleNamespace:
 def make_slices(runner=None, layers=(), **options) -> LayerSlices:
     options = {
         "config": ConserveConfig(),
+        "is_offline": lambda req: req.offline,
         "layer_s": lambda _batch: 0.001,
         "inbox": None,
         "agree": lambda value: value,
@@ -91,7 +92,7 @@ def run(slices: LayerSlices, runner: Runner, batch, name: str = "first"):
 
 
 def accepts(slices: LayerSlices, batch, *, fresh: bool = True) -> bool:
-    return slices.accepts(batch, lambda req: req.offline, fresh=fresh)
+    return slices.accepts(batch, fresh=fresh)
 
 
 def test_all_layers_run_once_and_the_forward_is_the_runner_s_again():

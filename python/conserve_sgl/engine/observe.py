@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from itertools import chain, islice
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
-from conserve_sgl.policy import Prompt, Rows
+from conserve_sgl.engine.ledger import is_aborted
+from conserve_sgl.policy import Policy, Prompt, Rows, StepView, most_offline_rows
 from conserve_sgl.policy.slo import Pace, Slo
 
 if TYPE_CHECKING:  # the tests of this file need no SGLang
+    from conserve_sgl.engine.aside import Aside
     from conserve_sgl.engine.host import Req, ScheduleBatch
+    from conserve_sgl.engine.intake import Intake
+    from conserve_sgl.engine.learning import Learning
+    from conserve_sgl.engine.live_settings import LiveSettings
+    from conserve_sgl.engine.memory import KvMemory
 
-__all__ = ["OnlineClock", "RowCount", "rest_of_prompt", "waiting_prompts"]
+__all__ = ["Observer", "OnlineClock", "RowCount", "rest_of_prompt", "waiting_prompts"]
 
 _PROMPTS_SEEN = 32
 """Of a longer queue the rest is behind several steps of prefill already, whatever it holds."""
@@ -125,3 +132,113 @@ def waiting_prompts(slo: Slo, chunk: Req | None, waiting: Iterable[Req]) -> tupl
         for req in islice(waiting, _PROMPTS_SEEN)
     )
     return tuple(chain(first, rest))
+
+
+class _Host(Protocol):
+    """What of SGLang's scheduler is looked at."""
+
+    chunked_req: Req | None
+    waiting_queue: list[Req]
+    req_to_token_pool: Any
+    enable_overlap: bool
+    chunked_prefill_size: int
+    max_running_requests: int
+    max_total_num_tokens: int
+
+
+class Observer:
+    """Looks at the engine for the policy, before each step, and tells it how requests ended.
+
+    Args:
+        host: SGLang's scheduler.
+        policy: whose pace says when tokens are due.
+        live: the settings of now.
+        intake: what is announced, and what waits.
+        aside: what SGLang does not know of.
+        memory: the KV pool.
+        learning: knows when the device will be free.
+        is_offline: tells an offline request.
+
+    Attributes:
+        view: what was seen last.
+    """
+
+    def __init__(
+        self,
+        host: _Host,
+        *,
+        policy: Policy,
+        live: LiveSettings,
+        intake: Intake,
+        aside: Aside,
+        memory: KvMemory,
+        learning: Learning,
+        is_offline: Callable[[Req], bool],
+    ) -> None:
+        self.view = StepView(now_s=time.monotonic())
+        self._host = host
+        self._policy = policy
+        self._live = live
+        self._intake = intake
+        self._aside = aside
+        self._memory = memory
+        self._learning = learning
+        self._is_offline = is_offline
+        self._rows_decoded = True
+
+    def look(self, running: ScheduleBatch, last: ScheduleBatch | None) -> StepView:
+        """What there is before SGLang forms a step from `running` and the batch that ran last."""
+        now_s = time.monotonic()
+        host, aside = self._host, self._aside
+        count = RowCount(self._policy.pace, now_s, self._is_offline)
+        running_rows(count, running, last, host.chunked_req, overlap=host.enable_overlap)
+        online_chunk, offline_chunk = self._chunks()
+        offline_waiting = len(self._intake.queue)
+        if self._live.now.holds_offline:
+            offline_chunk, offline_waiting = None, 0
+        parked = aside.parked.reqs
+        self.view = StepView(
+            now_s=now_s,
+            free_at_s=self._learning.busy_until_s(),
+            online_arriving=self._intake.arriving,
+            online_prompts=waiting_prompts(self._live.slo, online_chunk, host.waiting_queue),
+            online_decoding=count.online,
+            online_due_s=count.online_due_s,
+            online_late_s=count.online_late_s,
+            offline_waiting=offline_waiting,
+            offline_chunk=None if offline_chunk is None else rest_of_prompt(offline_chunk),
+            offline_decoding=count.offline,
+            offline_parked=Rows(len(parked), sum(req.seqlen for req in parked)),
+            offline_suspended=len(aside.slices.suspended_reqs),
+            free_rows=host.req_to_token_pool.available_size(),
+            max_rows=most_offline_rows(host.max_running_requests),
+            free_kv_tokens=self._memory.free_tokens,
+            total_kv_tokens=host.max_total_num_tokens,
+            chunk_tokens=host.chunked_prefill_size,
+            rows_decoded=self._rows_decoded,
+            can_mix=not running.return_logprob,
+            interruptible=aside.slices.enabled,
+        )
+        return self.view
+
+    def _chunks(self) -> tuple[Req | None, Req | None]:
+        """The prompts between two of their chunks, the online one and the offline one."""
+        chunk = self._host.chunked_req
+        if chunk is not None and self._is_offline(chunk):
+            return None, chunk
+        return chunk, self._aside.chunk
+
+    def note_formed(self, batch: ScheduleBatch | None) -> None:
+        """SGLang formed this step, or (None) there is nothing to run."""
+        mode = None if batch is None else batch.forward_mode
+        self._rows_decoded = mode is None or mode.is_mixed() or not mode.is_extend()
+
+    def note_result(self, batch: ScheduleBatch) -> None:
+        """The result of `batch` was handled: tell the policy what online requests got that end."""
+        now_s = time.monotonic()
+        for req in batch.reqs:
+            if self._is_offline(req) or not req.finished() or is_aborted(req):
+                continue
+            got = req.online_clock.end(now_s, len(req.output_ids))
+            if got is not None:  # a request that ended may be in the step in flight, too
+                self._policy.online_ended(ttft_s=got[0], tpot_s=got[1])

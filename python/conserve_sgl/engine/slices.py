@@ -104,6 +104,7 @@ class LayerSlices:
     Args:
         runner: SGLang's ModelRunner.
         config: the configuration.
+        is_offline: tells an offline request; only those run in slices.
         layer_s: predicts the seconds of one layer of a batch.
         inbox: where online arrivals are announced; None on ranks other than 0.
         agree: makes every rank take rank 0's value.
@@ -115,6 +116,7 @@ class LayerSlices:
         runner: Any,
         config: ConserveConfig,
         *,
+        is_offline: Callable[[Req], bool],
         layer_s: Callable[[ScheduleBatch], float],
         inbox: ArrivalInbox | None,
         agree: Callable[[int], int],
@@ -123,6 +125,7 @@ class LayerSlices:
         self.suspended: ScheduleBatch | None = None
         self._forward_batch: ForwardBatch | None = None
         self._runner = runner
+        self._is_offline = is_offline
         self._inbox = inbox
         self._agree = agree
         self._load_counter = load_counter
@@ -170,9 +173,7 @@ class LayerSlices:
         """The requests of the suspended batch; they hold rows and KV."""
         return [] if self.suspended is None else self.suspended.reqs
 
-    def accepts(
-        self, batch: ScheduleBatch, is_offline: Callable[[Req], bool], *, fresh: bool
-    ) -> bool:
+    def accepts(self, batch: ScheduleBatch, *, fresh: bool) -> bool:
         """Whether `batch` runs in slices: the suspended one, or, where `fresh` ones may, an offline
         prefill.
 
@@ -185,7 +186,7 @@ class LayerSlices:
             and self.enabled
             and self.suspended is None
             and batch.forward_mode == ForwardMode.EXTEND
-            and all(map(is_offline, batch.reqs))
+            and all(map(self._is_offline, batch.reqs))
             and _is_plain(batch)
             and bool(self._agree(int(self._worth_slicing(batch))))
         )
@@ -247,9 +248,12 @@ class LayerSlices:
         self.suspended = self._forward_batch = None
         return reqs
 
-    def online_prefill_took(self, seconds: float) -> None:
-        """An online prefill step took so long: what slack mode allows for, decaying slowly."""
-        self._online_s = max(seconds, self._online_s * _ONLINE_DECAY)
+    def note_result(self, batch: ScheduleBatch) -> None:
+        """The result of `batch` is here: how long a prefill with online prompts took is what slack
+        mode allows for, decaying slowly."""
+        if batch.forward_mode.is_extend() and not all(map(self._is_offline, batch.reqs)):
+            took_s = time.monotonic() - batch.launch_ts
+            self._online_s = max(took_s, self._online_s * _ONLINE_DECAY)
 
     def _suspend(self, batch: ScheduleBatch) -> None:
         self._pacer.drain()
