@@ -156,7 +156,7 @@ def policy_plan() -> Iterator[Row]:
 def yield_check() -> Iterator[Row]:
     """What happens between two layer slices: a look at the arrivals, and how far to go on."""
     from conserve_sgl.config import ConserveConfig
-    from conserve_sgl.policy.slicing import SliceView, Slicing, YieldMode
+    from conserve_sgl.policy.yielding import SliceView, Slicing, YieldMode
 
     config = ConserveConfig()
     slo, yield_s = config.slo.objectives(), config.slo.yield_ms / 1000

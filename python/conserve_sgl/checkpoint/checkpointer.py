@@ -44,7 +44,7 @@ from conserve_sgl.checkpoint.host_writes import HostWrites
 from conserve_sgl.checkpoint.ownership import check_ownership, is_asked_for
 from conserve_sgl.checkpoint.penalties import restore_penalties
 from conserve_sgl.config import CheckpointConfig
-from conserve_sgl.policy.checkpointing import (
+from conserve_sgl.policy.checkpoint_cost import (
     CheckpointPlan,
     CheckpointView,
     Risk,

@@ -31,7 +31,7 @@ import msgspec
 from conserve_sgl.policy.floor import Floor
 from conserve_sgl.policy.latency import StepWork
 from conserve_sgl.policy.margin import Margin
-from conserve_sgl.policy.memory import OnlineReserve
+from conserve_sgl.policy.reserve import OnlineReserve
 from conserve_sgl.policy.slo import AIM, Pace, Seconds, Slo
 from conserve_sgl.policy.starvation import Bound
 from conserve_sgl.policy.step import Rows, StepPlan, StepView

@@ -22,7 +22,7 @@ from conserve_sgl.policy import (
     StepView,
     YieldMode,
 )
-from conserve_sgl.policy.checkpointing import Risk, stride_that_pays
+from conserve_sgl.policy.checkpoint_cost import Risk, stride_that_pays
 from conserve_sgl.policy.latency import LatencyModel, prompt_token_s
 from conserve_sgl.simulate.request import Batch, Chunk, Request
 from conserve_sgl.simulate.stock import Limits, StockOptions, StockScheduler

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from conserve_sgl.policy.checkpointing import CheckpointView, Risk, plan_checkpoints
+from conserve_sgl.policy.checkpoint_cost import CheckpointView, Risk, plan_checkpoints
 
 TOTAL = 10_000
 SELDOM, OFTEN = 1 / 4096, 1 / 64  # a request gives way once in so many tokens
