@@ -11,15 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conserve_sgl.policy.latency import (
-    DECODE_KNEE_ROWS,
-    MAX_CHUNK_TOKENS,
-    PREFILL_KNEE_TOKENS,
     Coefficients,
     ErrorQuantiles,
     LatencyModel,
     StepKind,
     StepSample,
     StepWork,
+)
+from conserve_sgl.policy.latency.model import (
+    DECODE_KNEE_ROWS,
+    MAX_CHUNK_TOKENS,
+    PREFILL_KNEE_TOKENS,
 )
 
 GPU = Coefficients(step=4e-3, prefill=1e-3, token=3e-5, attention=2e-9, row=2e-5, context=5e-8)
