@@ -18,11 +18,8 @@ from conserve_sgl.policy.latency import (
     StepSample,
     StepWork,
 )
-from conserve_sgl.policy.latency.model import (
-    DECODE_KNEE_ROWS,
-    MAX_CHUNK_TOKENS,
-    PREFILL_KNEE_TOKENS,
-)
+from conserve_sgl.policy.latency.costs import DECODE_KNEE_ROWS, PREFILL_KNEE_TOKENS
+from conserve_sgl.policy.latency.model import MAX_CHUNK_TOKENS
 
 GPU = Coefficients(step=4e-3, prefill=1e-3, token=3e-5, attention=2e-9, row=2e-5, context=5e-8)
 CPU = Coefficients(

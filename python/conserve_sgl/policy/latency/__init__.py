@@ -7,15 +7,10 @@ errors    how far predictions were off, the margin for it, and whether they lean
 model     `LatencyModel`, which predicts and learns
 """
 
-from conserve_sgl.policy.latency.model import (
-    Coefficients,
-    ErrorQuantiles,
-    LatencyModel,
-    StepKind,
-    StepSample,
-    StepWork,
-    prompt_token_s,
-)
+from conserve_sgl.policy.latency.costs import Coefficients
+from conserve_sgl.policy.latency.errors import ErrorQuantiles
+from conserve_sgl.policy.latency.model import LatencyModel, prompt_token_s
+from conserve_sgl.policy.latency.work import StepKind, StepSample, StepWork
 
 __all__ = [
     "Coefficients",
