@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from conserve_sgl.policy import Backlog, OfflineItem, OfflineQueue, prefix_key
-from conserve_sgl.policy.offline_queue.queue import PREFIX_BLOCK_TOKENS
+from conserve_sgl.policy.offline_queue.prefix import PREFIX_BLOCK_TOKENS
 
 
 class Request:

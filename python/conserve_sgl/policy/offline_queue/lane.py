@@ -1,0 +1,152 @@
+"""The requests of one job that have one deadline, and which of them runs next.
+
+What gave way runs first, in the order of first turns, so that none waits for others that began
+later; then sweep by sweep in the order of the prompts' first tokens, so that prompts with a common
+prefix follow each other and find it in the radix tree. A request that comes during a sweep waits
+for the next one, so none is overtaken for ever.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from itertools import chain, islice
+from typing import Generic, TypeVar
+
+from conserve_sgl.policy.offline_queue.item import OfflineItem
+
+__all__ = ["Entry", "Lane"]
+
+T = TypeVar("T")
+
+_SERVED_KEPT = 256
+
+
+class Entry(Generic[T]):
+    """A request of the queue, waiting or taken."""
+
+    __slots__ = ("contended", "item", "lane", "of", "order", "turn")
+
+    def __init__(self, of: T, item: OfflineItem, order: int, lane: Lane) -> None:
+        self.of = of
+        self.item = item
+        self.order = order
+        self.lane = lane
+        self.contended = False  # whether lanes of both kinds waited when it was taken
+        self.turn = 0  # when it was taken first, counted in requests; 0 before
+
+    def __lt__(self, other: Entry) -> bool:
+        return (self.item.prefix, self.order) < (other.item.prefix, other.order)
+
+
+def _turn(entry: Entry) -> int:
+    return entry.turn
+
+
+class _Sweep:
+    """Requests sorted by prefix, then arrival, and how far it has been served."""
+
+    __slots__ = ("_entries", "_served")
+
+    def __init__(self) -> None:
+        self._entries: list[Entry] = []
+        self._served = 0
+
+    def __len__(self) -> int:
+        return len(self._entries) - self._served
+
+    def __iter__(self) -> Iterator[Entry]:
+        return islice(self._entries, self._served, None)
+
+    def add(self, entry: Entry) -> None:
+        insort(self._entries, entry, lo=self._served)
+
+    def discard(self, entry: Entry) -> bool:
+        """Whether it was there."""
+        at = bisect_left(self._entries, entry, lo=self._served)
+        if at == len(self._entries) or self._entries[at] is not entry:
+            return False
+        del self._entries[at]
+        return True
+
+    def pop(self) -> Entry:
+        entry = self._entries[self._served]
+        self._served += 1
+        if self._served == _SERVED_KEPT:  # moving all the others up for each would cost more
+            del self._entries[:_SERVED_KEPT]
+            self._served = 0
+        return entry
+
+
+class Lane:
+    """The requests of one job that have one deadline, or none."""
+
+    __slots__ = (
+        "deadline_s",
+        "gave_way",
+        "gave_way_tokens",
+        "key",
+        "next_sweep",
+        "out",
+        "served_tokens",
+        "sweep",
+        "tie",
+        "waiting",
+        "waiting_tokens",
+    )
+
+    def __init__(self, key: tuple[str, float | None], tie: int) -> None:
+        self.key = key
+        self.deadline_s = key[1]
+        self.tie = tie
+        self.served_tokens = 0
+        self.out = 0
+        self.waiting = 0
+        self.waiting_tokens = 0
+        self.gave_way_tokens = 0
+        self.gave_way: list[Entry] = []  # by turn
+        self.sweep = _Sweep()
+        self.next_sweep = _Sweep()
+
+    @property
+    def holds_new(self) -> bool:
+        """Whether a request waits that was never taken."""
+        return bool(self.sweep or self.next_sweep)
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """Lanes of one kind are served in this order."""
+        return (self.served_tokens if self.deadline_s is None else self.deadline_s, self.tie)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return chain(self.gave_way, self.sweep, self.next_sweep)
+
+    def push(self, entry: Entry) -> None:
+        self.next_sweep.add(entry)
+        self._count(entry, 1)
+
+    def give_back(self, entry: Entry) -> None:
+        insort(self.gave_way, entry, key=_turn)
+        self.gave_way_tokens += entry.item.tokens
+        self._count(entry, 1)
+
+    def pop(self) -> Entry:
+        if self.gave_way:
+            entry = self.gave_way.pop(0)
+            self.gave_way_tokens -= entry.item.tokens
+        else:
+            if not self.sweep:
+                self.sweep, self.next_sweep = self.next_sweep, _Sweep()
+            entry = self.sweep.pop()
+        self._count(entry, -1)
+        return entry
+
+    def remove(self, entry: Entry) -> None:
+        if not (self.next_sweep.discard(entry) or self.sweep.discard(entry)):
+            self.gave_way.remove(entry)
+            self.gave_way_tokens -= entry.item.tokens
+        self._count(entry, -1)
+
+    def _count(self, entry: Entry, n: int) -> None:
+        self.waiting += n
+        self.waiting_tokens += n * entry.item.tokens
