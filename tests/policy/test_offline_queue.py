@@ -5,9 +5,10 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from itertools import groupby
+from math import inf
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -460,6 +461,9 @@ ANY_FLOAT = st.floats() | st.integers() | st.integers(10**300, 10**310).map(lamb
 
 
 @settings(max_examples=300)
+@example(  # for ever at no rate at all
+    items=[{"tokens": 92, "deadline_s": 0.0}], now_s=-inf, tokens_per_s=0.0, settled=0
+)
 @given(
     items=st.lists(
         st.builds(

@@ -39,7 +39,7 @@ def at_risk(dated: Iterable[Lane], now_s: float, tokens_per_s: float | None) -> 
     for lane in dated:
         ahead_tokens += lane.waiting_tokens
         left_s = max(0.0, lane.deadline_s - now_s)  # in this order 0.0 where now_s is none
-        in_time_tokens = left_s and left_s * tokens_per_s
+        in_time_tokens = left_s * tokens_per_s if left_s and tokens_per_s else 0.0
         late_tokens = min(max(ahead_tokens - in_time_tokens, 0.0), lane.waiting_tokens)
         requests += ceil(late_tokens * lane.waiting / lane.waiting_tokens)
     return requests
