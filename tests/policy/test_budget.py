@@ -470,3 +470,27 @@ class TestLeastShare:
             budget.plan(msgspec.structs.replace(none, now_s=NOW + 0.1 * step))
         late = msgspec.structs.replace(VIEW, now_s=NOW + 2.0, **self.at(2.0))
         assert budget.plan(late).offline_prefill_tokens == 0
+
+    @pytest.mark.parametrize(
+        ("can_mix", "cost_s"),
+        [
+            pytest.param(False, 0.03 + 0.2, id="a chunk alone: 30 ms and 200 tokens"),
+            pytest.param(True, 0.2 + 20 * 0.003, id="a chunk that rides, and 20 rows"),
+        ],
+    )
+    def test_a_step_costs_what_runs_in_it(self, can_mix, cost_s):
+        budget = make_budget(min_share=0.5)
+        late = msgspec.structs.replace(
+            VIEW,
+            can_mix=can_mix,
+            chunk_tokens=200,
+            offline_decoding=Rows(20, 2000),
+            **self.at(0.0),
+        )
+        budget.plan(late)
+        late = msgspec.structs.replace(late, now_s=NOW + 1.0)
+        granted = budget.plan(late)
+        assert (granted.offline_prefill_tokens, granted.mix) == (200, can_mix)
+        left_s = 0.5 - cost_s  # half of the second was earned
+        online_s = 0.03 + 3 * 0.003
+        assert budget.plan(late).bound_s == pytest.approx(online_s + left_s)

@@ -288,9 +288,11 @@ class SlackBudget:
         return _LEAST_STEPS * self._times.upper_s(one_row)
 
     def _offline_s(self, view: StepView, step: _Step, rows: int, chunk: _Chunk) -> float:
-        """What of the step is offline work's."""
-        rows_s = self._times.predict_s(_decoding(view, step, rows)) - step.online_s
-        return rows_s + (chunk.each_s * chunk.tokens if chunk.tokens else 0.0)
+        """What of the step is offline work's: its rows decode unless a chunk has it for itself."""
+        chunk_s = chunk.each_s * chunk.tokens if chunk.tokens else 0.0
+        if chunk.tokens and not chunk.rides:
+            return chunk_s
+        return chunk_s + self._times.predict_s(_decoding(view, step, rows)) - step.online_s
 
     # -------------------------------------------------------------- offline rows
 
