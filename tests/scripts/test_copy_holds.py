@@ -29,14 +29,19 @@ def steps(prompt_tokens: int) -> list[StepSample]:
 
 
 @pytest.fixture
-def said(checkout: Path, tmp_path: Path):
-    def run(prompt_tokens: int, *options: str) -> subprocess.CompletedProcess[str]:
+def say(checkout: Path, tmp_path: Path):
+    def run(made: list[StepSample], *options: str) -> subprocess.CompletedProcess[str]:
         log = tmp_path / "steps.jsonl"
-        log.write_bytes(b"".join(msgspec.json.encode(s) + b"\n" for s in steps(prompt_tokens)))
+        log.write_bytes(b"".join(msgspec.json.encode(step) + b"\n" for step in made))
         argv = [sys.executable, checkout / "scripts" / "copy_holds.py", log, *options]
         return subprocess.run(argv, capture_output=True, text=True, check=False)
 
     return run
+
+
+@pytest.fixture
+def said(say):
+    return lambda prompt_tokens, *options: say(steps(prompt_tokens), *options)
 
 
 def test_the_time_a_token_by_which_steps_are_late(said):
@@ -48,3 +53,19 @@ def test_smaller_prefills_are_looked_at_when_asked_for(said):
     assert refused.returncode == 2
     assert "no decode step is the second after a prefill of 800 tokens" in refused.stderr
     assert said(100, "--least", "50").stdout.startswith("60 steps: 5.0 us a token")
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        pytest.param(steps(1000)[4:6], id="too short"),
+        pytest.param(
+            steps(1000)[3:6] * 20, id="a prefill between any two decode steps and a third"
+        ),
+    ],
+)
+def test_a_log_without_decode_steps_to_compare_with_is_refused_by_its_name(say, made):
+    refused = say(made)
+    assert refused.returncode == 2
+    assert "steps.jsonl: there are no three decode steps in a row" in refused.stderr
+    assert "Traceback" not in refused.stderr
