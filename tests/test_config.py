@@ -10,6 +10,8 @@ import yaml
 
 from conserve_sgl.config import CONFIG_ENV, ConserveConfig
 from conserve_sgl.errors import InputError
+from conserve_sgl.policy import Rows, StepView
+from support.simulated import LinearTimes
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 SERVE_FILES = sorted((CHECKOUT / "configs" / "serve").glob("*.yaml"))
@@ -176,3 +178,27 @@ def test_a_variable_that_names_no_file_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv(CONFIG_ENV, str(tmp_path / "none.yaml"))
     with pytest.raises(InputError, match="cannot be read"):
         ConserveConfig.from_environment()
+
+
+VIEW = StepView(now_s=100.0, offline_waiting=1, free_rows=8, max_rows=8, chunk_tokens=1024)
+
+
+@pytest.mark.parametrize(("page_tokens", "smallest"), [(1, 32), (64, 64)])
+def test_the_smallest_chunk_of_the_budget_is_worth_a_step_and_at_least_a_page(
+    page_tokens, smallest
+):
+    budget = DEFAULTS.budget(LinearTimes(token=1.0), page_tokens=page_tokens)
+    assert budget.plan(VIEW).offline_prefill_tokens == smallest  # a second a token
+
+
+def test_the_budget_has_what_is_configured(load):
+    config = load("slo: {tpot: 200ms}\noffline: {min_share: 0.5}")
+    budget = config.budget(LinearTimes(), page_tokens=1)
+    assert budget.pace.tpot_s == 0.2
+    late = msgspec.structs.replace(
+        VIEW, online_decoding=Rows(1, 100), online_due_s=90.0, online_late_s=90.0
+    )
+    budget.plan(late)
+    earned_s = 0.1  # half of the fifth of a second that goes by
+    bound_s = budget.plan(msgspec.structs.replace(late, now_s=100.2)).bound_s
+    assert bound_s == pytest.approx(0.033 + earned_s)

@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from conserve_sgl.policy import OnlineReserve, SlackBudget
+from conserve_sgl.policy.budget import StepTimes
 from conserve_sgl.policy.slo import Factor, Seconds, Slo
 from conserve_sgl.strict_yaml import load_yaml
 
@@ -29,6 +31,8 @@ __all__ = [
 
 CONFIG_ENV = "CONSERVE_CONFIG"
 """Environment variable with the path of the YAML file; without it the plugin does nothing."""
+
+_SMALLEST_CHUNK_TOKENS = 32
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
@@ -197,3 +201,19 @@ class ConserveConfig(_Section):
         """
         path = os.environ.get(CONFIG_ENV)
         return cls.load(path) if path else None
+
+    def budget(self, times: StepTimes, *, page_tokens: int) -> SlackBudget:
+        """The budget by this configuration.
+
+        Args:
+            times: the latency model of the engine that it plans for.
+            page_tokens: KV page of that engine.
+        """
+        return SlackBudget(
+            times,
+            slo=self.slo.objectives(),
+            yield_s=self.slo.yield_ms / 1000,
+            reserve=OnlineReserve(at_most=self.memory.online_reserve),
+            smallest_chunk=max(page_tokens, _SMALLEST_CHUNK_TOKENS),
+            min_share=self.offline.min_share,
+        )

@@ -88,7 +88,7 @@ from conserve_sgl.engine.slices import SUSPENDED, LayerSlices
 from conserve_sgl.engine.waiting_order import OnlineFirst
 from conserve_sgl.errors import IncompatibleError
 from conserve_sgl.ingress.arrival import arrival_endpoint
-from conserve_sgl.policy import OfflineQueue, OnlineReserve, PriorityRule, SlackBudget, StepPlan
+from conserve_sgl.policy import OfflineQueue, PriorityRule, StepPlan
 from conserve_sgl.policy.latency import prompt_token_s
 from conserve_sgl.profile.steps import StepLog
 from conserve_sgl.settings import OfflineWork
@@ -116,15 +116,7 @@ class ConserveScheduler(Scheduler):
         log = StepLog.of_environment() if self.tp_group.is_first_rank else StepLog()
         self._learning.begin(model, log)
         self._checkpoints.token_s = prompt_token_s(model.predict_s)
-        config = self._live.config
-        self._budget = budget = SlackBudget(
-            model,
-            slo=self._live.slo,
-            yield_s=config.slo.yield_ms / 1000,
-            reserve=OnlineReserve(at_most=config.memory.online_reserve),
-            smallest_chunk=max(self.page_size, 32),
-            min_share=config.offline.min_share,
-        )
+        self._budget = budget = self._live.config.budget(model, page_tokens=self.page_size)
         self._live.on_change(
             lambda slo: budget.aim_at(slo.objectives(), yield_s=slo.yield_ms / 1000)
         )

@@ -13,9 +13,7 @@ from math import inf
 
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.policy import (
-    OnlineReserve,
     Policy,
-    SlackBudget,
     SliceView,
     Slicing,
     StepPlan,
@@ -28,23 +26,10 @@ from conserve_sgl.simulate.request import Batch, Chunk, Request
 from conserve_sgl.simulate.stock import Limits, StockOptions, StockScheduler
 from conserve_sgl.simulate.view import observe
 
-__all__ = ["SMALLEST_CHUNK_TOKENS", "ConserveScheduler", "make_budget"]
+__all__ = ["ConserveScheduler"]
 
-SMALLEST_CHUNK_TOKENS = 32
 _OUTSTANDING_SLICES = 2
 _ONLINE_DECAY = 0.95
-
-
-def make_budget(config: ConserveConfig, latency: LatencyModel) -> SlackBudget:
-    """The budget, as `engine/scheduler.py` makes it."""
-    return SlackBudget(
-        latency,
-        slo=config.slo.objectives(),
-        yield_s=config.slo.yield_ms / 1000,
-        reserve=OnlineReserve(at_most=config.memory.online_reserve),
-        smallest_chunk=SMALLEST_CHUNK_TOKENS,
-        min_share=config.offline.min_share,
-    )
 
 
 class ConserveScheduler(StockScheduler):
@@ -76,7 +61,7 @@ class ConserveScheduler(StockScheduler):
         self.latency = latency
         self.layers = layers
         self.slo = config.slo.objectives()
-        self.policy = policy or make_budget(config, latency)
+        self.policy = policy or config.budget(latency, page_tokens=1)
         self.slices_enabled = config.slices.enabled
         self.can_mix = True
         self.queue: deque[Request] = deque()
