@@ -372,10 +372,15 @@ def test_no_attribute_of_ours_has_a_name_of_the_host_s_by_chance(ours, theirs):
 
 
 @pytest.mark.parametrize("part", ["admission", "observe", "sliced_step"])
-def test_the_scheduler_has_what_the_parts_of_ours_read_and_change_of_it(part):
-    host = class_in(f"engine/{part}.py", "_Host")
-    fields = {n.target.id for n in host.body if isinstance(n, ast.AnnAssign)}
-    assert fields
+def test_the_scheduler_has_what_parts_of_ours_read_and_change_of_it(part):
+    file = f"engine/{part}.py"
+    fields = {n.target.id for n in class_in(file, "_Host").body if isinstance(n, ast.AnnAssign)}
+    used = {
+        n.attr
+        for n in ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8")))
+        if isinstance(n, ast.Attribute) and ast.unparse(n.value) in ("host", "self._host")
+    }
+    assert used == fields
     assert fields <= attributes_of(resolve("sglang.srt.managers.scheduler:Scheduler"))
 
 

@@ -82,7 +82,7 @@ class Admission:
         running: ScheduleBatch,
         view: StepView,
         plan: StepPlan,
-        form: Callable[[ScheduleBatch], NextBatchPlan],
+        form_theirs: Callable[[ScheduleBatch], NextBatchPlan],
     ) -> NextBatchPlan:
         """The prefill of the step, or none.
 
@@ -90,7 +90,7 @@ class Admission:
             running: loses the rows that make way.
             view: what the step was planned by.
             plan: of the step.
-            form: SGLang's `get_new_batch_prefill`.
+            form_theirs: SGLang's `get_new_batch_prefill`.
         """
         self._load_ahead(running, view, plan)
         self._mix(running, view, plan)
@@ -106,7 +106,7 @@ class Admission:
         self._host.waiting_queue.extend(req for req in candidates if req not in not_yet)
         self._purse = None
         try:
-            prefill = form(running)
+            prefill = form_theirs(running)
             if candidates and self._purse is not None:
                 self._shortage.note(free_tokens, found_no_kv=self._purse.found_no_kv)
             if prefill.batch_to_run is not None:

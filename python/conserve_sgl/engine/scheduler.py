@@ -269,8 +269,8 @@ class ConserveScheduler(Scheduler):
             self._memory.preempt_all(running_batch)
         if self._live.now.offline is OfflineWork.ENDS:
             self._intake.refuse_queued()
-        form = super().get_new_batch_prefill
-        return self._admission.form(running_batch, self._observer.view, self._plan, form)
+        theirs = super().get_new_batch_prefill
+        return self._admission.form(running_batch, self._observer.view, self._plan, theirs)
 
     def get_prefill_adder_class(self) -> Callable[..., PrefillAdder]:
         return self._admission.adder_class(self._observer.view, self._plan)
