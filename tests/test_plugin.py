@@ -171,7 +171,7 @@ from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.managers import scheduler
-from conserve_sgl.engine.metered import MeteredScheduler
+from conserve_sgl.engine.metered_scheduler import MeteredScheduler
 from conserve_sgl.plugin import HOOK_TARGETS
 assert HookRegistry._patched & set(HOOK_TARGETS) == {"sglang.srt.managers.scheduler.Scheduler"}
 assert scheduler.Scheduler is MeteredScheduler

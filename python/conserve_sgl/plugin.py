@@ -103,7 +103,7 @@ def _register(config: ConserveConfig | None) -> None:
 
 
 def _meter() -> _Hook:
-    from conserve_sgl.engine.metered import MeteredScheduler
+    from conserve_sgl.engine.metered_scheduler import MeteredScheduler
 
     return _Hook(_SCHEDULER, MeteredScheduler, "REPLACE")
 

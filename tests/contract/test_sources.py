@@ -259,7 +259,7 @@ RELIED = [
     Relied(
         _BATCH + "mix_with_running",
         "6101dfc75b7c2564",
-        "engine/metering.py, work_of: decode rows are the last of a mixed batch",
+        "engine/step_meter.py, work_of: decode rows are the last of a mixed batch",
     ),
     Relied(
         "sglang.srt.managers.overlap_utils:resolve_forward_inputs",

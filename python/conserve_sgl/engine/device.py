@@ -9,7 +9,7 @@ import torch
 
 from conserve_sgl.emulation import Emulation
 from conserve_sgl.engine.host import current_platform, get_device_name
-from conserve_sgl.engine.metering import Mark
+from conserve_sgl.engine.step_meter import Mark
 from conserve_sgl.machine import cpu_name
 
 __all__ = ["device_name", "kv_token_bytes", "marks_of", "runs_behind"]

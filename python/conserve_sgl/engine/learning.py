@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from conserve_sgl.engine.metering import StepMeter, work_of
+from conserve_sgl.engine.step_meter import StepMeter, work_of
 from conserve_sgl.policy.latency import LatencyModel, StepSample
 from conserve_sgl.profile.steps import StepLog
 

@@ -77,7 +77,6 @@ from conserve_sgl.engine.learning import Learning
 from conserve_sgl.engine.ledger import OfflineLedger
 from conserve_sgl.engine.live_settings import LiveSettings
 from conserve_sgl.engine.memory import KvMemory
-from conserve_sgl.engine.metering import StepMeter
 from conserve_sgl.engine.metrics import Exporter
 from conserve_sgl.engine.namesakes import namesakes_spared
 from conserve_sgl.engine.observe import Observer
@@ -85,6 +84,7 @@ from conserve_sgl.engine.profiling import load_or_measure
 from conserve_sgl.engine.ranks import from_rank_zero, int_of_rank_zero
 from conserve_sgl.engine.sliced_step import run_in_slices
 from conserve_sgl.engine.slices import SUSPENDED, LayerSlices
+from conserve_sgl.engine.step_meter import StepMeter
 from conserve_sgl.engine.waiting_order import OnlineFirst
 from conserve_sgl.errors import IncompatibleError
 from conserve_sgl.ingress.arrival import arrival_endpoint

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from conserve_sgl.engine.metering import StepMeter, work_of
+from conserve_sgl.engine.step_meter import StepMeter, work_of
 from conserve_sgl.policy.latency import StepWork
 
 

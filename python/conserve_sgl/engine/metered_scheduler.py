@@ -10,7 +10,7 @@ from typing import Any
 
 from conserve_sgl.engine.device import marks_of
 from conserve_sgl.engine.host import NextBatchPlan, ScheduleBatch, Scheduler
-from conserve_sgl.engine.metering import StepMeter
+from conserve_sgl.engine.step_meter import StepMeter
 from conserve_sgl.policy.latency import StepSample
 from conserve_sgl.profile.steps import StepLog
 
