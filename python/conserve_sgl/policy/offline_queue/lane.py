@@ -79,17 +79,27 @@ class _Sweep:
 
 
 class Lane:
-    """The requests of one job that have one deadline, or none."""
+    """The requests of one job that have one deadline, or none.
+
+    Attributes:
+        key: job and deadline.
+        deadline_s: of its requests, or None.
+        tie: ranks it among its equals; the lower is served first.
+        served_tokens: that its requests took, or are expected to take while they are out.
+        out: requests that were taken and neither given back nor settled.
+        waiting, waiting_tokens: requests that wait, and the tokens that they are expected to take.
+        gave_way, gave_way_tokens: of those, the ones that were taken before.
+    """
 
     __slots__ = (
+        "_next_sweep",
+        "_sweep",
         "deadline_s",
         "gave_way",
         "gave_way_tokens",
         "key",
-        "next_sweep",
         "out",
         "served_tokens",
-        "sweep",
         "tie",
         "waiting",
         "waiting_tokens",
@@ -105,13 +115,13 @@ class Lane:
         self.waiting_tokens = 0
         self.gave_way_tokens = 0
         self.gave_way: list[Entry] = []  # by turn
-        self.sweep = _Sweep()
-        self.next_sweep = _Sweep()
+        self._sweep = _Sweep()
+        self._next_sweep = _Sweep()
 
     @property
     def holds_new(self) -> bool:
         """Whether a request waits that was never taken."""
-        return bool(self.sweep or self.next_sweep)
+        return bool(self._sweep or self._next_sweep)
 
     @property
     def rank(self) -> tuple[float, int]:
@@ -119,30 +129,34 @@ class Lane:
         return (self.served_tokens if self.deadline_s is None else self.deadline_s, self.tie)
 
     def __iter__(self) -> Iterator[Entry]:
-        return chain(self.gave_way, self.sweep, self.next_sweep)
+        return chain(self.gave_way, self._sweep, self._next_sweep)
 
     def push(self, entry: Entry) -> None:
-        self.next_sweep.add(entry)
+        """Add a new request."""
+        self._next_sweep.add(entry)
         self._count(entry, 1)
 
     def give_back(self, entry: Entry) -> None:
+        """Add a request that was taken from here, and gave way."""
         insort(self.gave_way, entry, key=_turn)
         self.gave_way_tokens += entry.item.tokens
         self._count(entry, 1)
 
     def pop(self) -> Entry:
+        """Take the request that runs next; there is one."""
         if self.gave_way:
             entry = self.gave_way.pop(0)
             self.gave_way_tokens -= entry.item.tokens
         else:
-            if not self.sweep:
-                self.sweep, self.next_sweep = self.next_sweep, _Sweep()
-            entry = self.sweep.pop()
+            if not self._sweep:
+                self._sweep, self._next_sweep = self._next_sweep, _Sweep()
+            entry = self._sweep.pop()
         self._count(entry, -1)
         return entry
 
     def remove(self, entry: Entry) -> None:
-        if not (self.next_sweep.discard(entry) or self.sweep.discard(entry)):
+        """Take one that waits here out of turn."""
+        if not (self._next_sweep.discard(entry) or self._sweep.discard(entry)):
             self.gave_way.remove(entry)
             self.gave_way_tokens -= entry.item.tokens
         self._count(entry, -1)
