@@ -52,6 +52,8 @@ class OfflineConfig(_Section):
     Args:
         queue_requests: offline requests held by the server, running ones included; more are
             answered 429.
+        take: `queue`: offline requests up to `queue_requests`. `spare`: only as many as would run
+            soon; the others are answered 429, to be sent to another server.
         retry_after_s: seconds that a 429 asks the client to wait at least.
         no_deadline_share: share of offline service that jobs without a deadline get while jobs
             with one wait.
@@ -60,6 +62,7 @@ class OfflineConfig(_Section):
     """
 
     queue_requests: Count = 4096
+    take: Literal["queue", "spare"] = "queue"
     retry_after_s: Count = 5
     no_deadline_share: Share = 0.1
     min_share: Share = 0.0

@@ -11,6 +11,7 @@ from conserve_sgl.ingress.arrival import ArrivalSender, arrival_endpoint
 from conserve_sgl.ingress.classify import AskedJob
 from conserve_sgl.ingress.middleware import ServiceClassMiddleware, asked_class, asked_job
 from conserve_sgl.ingress.sampler_limits import check_request, check_samples
+from conserve_sgl.ingress.spare import SpareReceiver, SpareRoom, spare_endpoint
 from conserve_sgl.policy.job_tag import JobTag
 from conserve_sgl.policy.service_class import PriorityRule, ServiceClass
 
@@ -30,12 +31,14 @@ class Ingress:
         self._is_health_check = is_health_check
         self._rule = PriorityRule()
         self._sender: ArrivalSender | None = None
+        self._room: SpareRoom | None = None
         self._count_refusal: Callable[[], None] = lambda: None
 
     def after_init_ipc_channels(self, _result: None, manager: Any, port_args: Any) -> None:
-        """AFTER `TokenizerManager.init_ipc_channels`: bind the arrival channel."""
+        """AFTER `TokenizerManager.init_ipc_channels`: our channels to and from the scheduler."""
         self._rule = PriorityRule.of(manager.server_args)
         self._sender = ArrivalSender(arrival_endpoint(port_args.instance_id))
+        self._room = SpareRoom(SpareReceiver(spare_endpoint(port_args.instance_id)))
         if manager.server_args.enable_metrics:
             self._count_refusal = refusal_counter(manager.served_model_name)
 
@@ -50,6 +53,8 @@ class Ingress:
                 max_offline=offline.queue_requests,
                 retry_after_s=offline.retry_after_s,
                 on_refusal=self._count_refusal,
+                room=lambda: self._room,
+                take_spare_only=offline.take == "spare",
             )
 
         app.build_middleware_stack = build_with_ours

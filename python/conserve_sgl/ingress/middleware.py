@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 from conserve_sgl.ingress.answers import Message, Send, echo_tier, keep_prefix, tier_to_echo
@@ -22,9 +23,10 @@ from conserve_sgl.ingress.classify import (
     split_prefix,
 )
 from conserve_sgl.ingress.drain import Drain
+from conserve_sgl.ingress.spare import SpareRoom
 from conserve_sgl.policy.service_class import ServiceClass
 
-__all__ = ["ServiceClassMiddleware", "asked_class", "asked_job"]
+__all__ = ["SPARE_HEADER", "ServiceClassMiddleware", "asked_class", "asked_job"]
 
 Receive = Callable[[], Awaitable[Message]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
@@ -34,6 +36,9 @@ asked_class: ContextVar[ServiceClass | None] = ContextVar("conserve_asked_class"
 
 asked_job: ContextVar[AskedJob | None] = ContextVar("conserve_asked_job", default=None)
 """The job it named; it counts only when the request turns out to be offline."""
+
+SPARE_HEADER = b"x-sgl-conserve-spare"
+"""Of every answer to offline work: how many more requests the engine would take now."""
 
 _GENERATING = frozenset(
     {
@@ -56,6 +61,9 @@ class ServiceClassMiddleware:
         retry_after_s: what that answer's Retry-After says at least, in seconds; more when places
             become free more slowly.
         on_refusal: called at every 429 of this layer.
+        room: tells what the engine would take now, once it can be told.
+        take_spare_only: answer 429 beyond that, too, so that what would wait here for long can go
+            to another server. One request is in hand in any case.
     """
 
     def __init__(
@@ -65,11 +73,15 @@ class ServiceClassMiddleware:
         max_offline: int,
         retry_after_s: int,
         on_refusal: Callable[[], None] = lambda: None,
+        room: Callable[[], SpareRoom | None] = lambda: None,
+        take_spare_only: bool = False,
     ) -> None:
         self._app = app
         self._max_offline = max_offline
         self._drain = Drain(retry_after_s)
         self._on_refusal = on_refusal
+        self._room = room
+        self._take_spare_only = take_spare_only
         self.offline_in_hand = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -109,10 +121,11 @@ class ServiceClassMiddleware:
         if await self._refused(asked, path, send):
             return
         counted = _is_bounded(asked, path)
-        self.offline_in_hand += counted
+        if counted:
+            self._goes_on()
         tokens = asked_class.set(asked), asked_job.set(job)
         try:
-            await self._app(scope, receive, self._with_retry_after(send, is_offline=counted))
+            await self._app(scope, receive, self._with_hints(send, is_offline=counted))
         finally:
             asked_class.reset(tokens[0])
             asked_job.reset(tokens[1])
@@ -120,31 +133,52 @@ class ServiceClassMiddleware:
                 self.offline_in_hand -= 1
                 self._drain.freed(time.monotonic())
 
+    def _goes_on(self) -> None:
+        self.offline_in_hand += 1
+        if (room := self._room()) is not None:
+            room.went()
+
+    def _left(self) -> int | None:
+        """Offline requests that the engine would take now; None where nobody knows."""
+        room = self._room()
+        return None if room is None else room.left()
+
     async def _refused(self, asked: ServiceClass | None, path: str, send: Send) -> bool:
-        if not _is_bounded(asked, path) or self.offline_in_hand < self._max_offline:
+        if not _is_bounded(asked, path) or not self._is_full():
             return False
         self._on_refusal()
-        full = f"{self._max_offline} offline requests are in hand already; try again later"
-        await _answer(send, 429, full, retry_after_s=self._drain.wait_s(time.monotonic()))
+        full = f"{self.offline_in_hand} offline requests are in hand already; try again later"
+        wait_s = self._drain.wait_s(time.monotonic())
+        await _answer(send, 429, full, {b"retry-after": wait_s, SPARE_HEADER: 0})
         return True
 
-    def _with_retry_after(self, send: Send, *, is_offline: bool) -> Send:
-        """A `send` that completes what the scheduler refused: its queue is full (429), or the
-        server shuts down (503) and another one may be there soon."""
+    def _is_full(self) -> bool:
+        if self.offline_in_hand >= self._max_offline:
+            return True
+        return self._take_spare_only and self.offline_in_hand > 0 and not self._left()
+
+    def _with_hints(self, send: Send, *, is_offline: bool) -> Send:
+        """A `send` that says when to come back where the scheduler refused, its queue full (429) or
+        the server about to end (503), and how much more offline work would be taken."""
 
         async def send_on(message: Message) -> None:
-            status = message["status"] if message["type"] == "http.response.start" else 0
-            wait_s = None
-            if status == 429:
-                wait_s = self._drain.wait_s(time.monotonic())
-            elif status == 503 and is_offline:
-                wait_s = self._drain.shortest_s
-            if wait_s is not None:
-                retry_after = (b"retry-after", b"%d" % wait_s)
-                message = {**message, "headers": [*message["headers"], retry_after]}
+            if message["type"] == "http.response.start":
+                hints = self._hints(message["status"], is_offline=is_offline)
+                headers = [*message["headers"], *((k, b"%d" % v) for k, v in hints.items())]
+                message = {**message, "headers": headers}
             await send(message)
 
         return send_on
+
+    def _hints(self, status: int, *, is_offline: bool) -> dict[bytes, int]:
+        hints = {}
+        if status == 429:
+            hints[b"retry-after"] = self._drain.wait_s(time.monotonic())
+        elif status == 503 and is_offline:
+            hints[b"retry-after"] = self._drain.shortest_s
+        if is_offline and (left := self._left()) is not None:
+            hints[SPARE_HEADER] = 0 if status in (429, 503) else left
+        return hints
 
 
 def _without_prefix(
@@ -195,13 +229,12 @@ async def _read_body(receive: Receive) -> tuple[bytes, Receive]:
 
 
 async def _answer(
-    send: Send, status: int, message: str, *, retry_after_s: int | None = None
+    send: Send, status: int, message: str, hints: Mapping[bytes, int] = MappingProxyType({})
 ) -> None:
     """An error in SGLang's and OpenAI's shape."""
     error = {"object": "error", "message": message, "type": str(status), "code": status}
     body = json.dumps({**error, "error": {**error, "param": None}}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    if retry_after_s is not None:
-        headers.append((b"retry-after", b"%d" % retry_after_s))
+    headers += [(name, b"%d" % value) for name, value in hints.items()]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

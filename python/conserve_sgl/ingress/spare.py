@@ -1,0 +1,102 @@
+"""The scheduler tells the HTTP process what offline work it would take now.
+
+PUB in the scheduler process, SUB in the tokenizer and HTTP process, one msgpack-encoded `SpareNow`
+a message, of which the receiver keeps the latest, over an ipc endpoint that both derive from
+SGLang's instance id. Read where it is needed, without a task of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+
+import msgspec
+import zmq
+
+__all__ = ["SpareNow", "SpareReceiver", "SpareRoom", "SpareSender", "spare_endpoint"]
+
+STALE_S = 5.0
+"""A message that is older says nothing: the engine stands still, or sleeps."""
+
+
+class SpareNow(msgspec.Struct, frozen=True, array_like=True):
+    """So many offline requests the engine would take at `at_s`, in seconds of `time.monotonic`,
+    which is one clock for a machine."""
+
+    requests: int
+    at_s: float
+
+
+def spare_endpoint(instance_id: str) -> str:
+    """The ipc endpoint of the server whose `PortArgs.instance_id` this is."""
+    return f"ipc://{os.path.join(tempfile.gettempdir(), f'conserve-spare-{instance_id}')}"
+
+
+class SpareSender:
+    """The scheduler's end. Never blocks."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._socket = zmq.Context.instance().socket(zmq.PUB)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 1)
+        self._socket.bind(endpoint)
+
+    def send(self, requests: int) -> None:
+        """Publish what the engine would take now."""
+        message = msgspec.msgpack.encode(SpareNow(requests, time.monotonic()))
+        self._socket.send(message, zmq.NOBLOCK)
+
+    def close(self) -> None:
+        """Release the socket."""
+        self._socket.close()
+
+
+class SpareReceiver:
+    """The HTTP process's end."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._socket = zmq.Context.instance().socket(zmq.SUB)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.CONFLATE, 1)
+        self._socket.setsockopt(zmq.SUBSCRIBE, b"")
+        self._socket.connect(endpoint)
+        self._decoder = msgspec.msgpack.Decoder(SpareNow)
+        self._latest: SpareNow | None = None
+
+    def latest(self) -> SpareNow | None:
+        """The latest message; None before there was one."""
+        while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            self._latest = self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
+        return self._latest
+
+    def close(self) -> None:
+        """Release the socket."""
+        self._socket.close()
+
+
+class SpareRoom:
+    """What is left of the latest message: less what went to the engine since.
+
+    Args:
+        receiver: of the messages.
+    """
+
+    def __init__(self, receiver: SpareReceiver) -> None:
+        self._receiver = receiver
+        self._of: SpareNow | None = None
+        self._went = 0
+
+    def left(self) -> int | None:
+        """Offline requests that the engine would take now; None where nobody knows: there was no
+        message, or none of late."""
+        latest = self._receiver.latest()
+        if latest is None or time.monotonic() - latest.at_s > STALE_S:
+            return None
+        if latest is not self._of:
+            self._of, self._went = latest, 0
+        return max(latest.requests - self._went, 0)
+
+    def went(self) -> None:
+        """An offline request goes to the engine."""
+        self._went += 1
