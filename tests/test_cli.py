@@ -147,7 +147,7 @@ def test_the_command_puts_an_error_of_ours_on_one_line_of_stderr(monkeypatch, ca
     assert run_main(monkeypatch, "serve", "--config", str(bad)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    known = "queue_requests, retry_after_s, no_deadline_share and min_share"
+    known = "queue_requests, take, retry_after_s, no_deadline_share and min_share"
     assert captured.err == f"conserve: {bad}:2: offline.queue: unknown key; there are {known}\n"
 
 

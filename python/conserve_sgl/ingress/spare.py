@@ -39,7 +39,6 @@ class SpareSender:
     def __init__(self, endpoint: str) -> None:
         self._socket = zmq.Context.instance().socket(zmq.PUB)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 1)
         self._socket.bind(endpoint)
 
     def send(self, requests: int) -> None:
@@ -90,13 +89,17 @@ class SpareRoom:
     def left(self) -> int | None:
         """Offline requests that the engine would take now; None where nobody knows: there was no
         message, or none of late."""
-        latest = self._receiver.latest()
-        if latest is None or time.monotonic() - latest.at_s > STALE_S:
+        self._look()
+        if self._of is None or time.monotonic() - self._of.at_s > STALE_S:
             return None
-        if latest is not self._of:
-            self._of, self._went = latest, 0
-        return max(latest.requests - self._went, 0)
+        return max(self._of.requests - self._went, 0)
 
     def went(self) -> None:
         """An offline request goes to the engine."""
+        self._look()
         self._went += 1
+
+    def _look(self) -> None:
+        latest = self._receiver.latest()
+        if latest is not self._of:
+            self._of, self._went = latest, 0
