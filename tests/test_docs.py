@@ -91,6 +91,7 @@ RANGES = {
     "above 0": lambda type_: bounds(type_) == (0, None, None),
     "true or false": lambda type_: type_ is bool,
     "`eager` or `slack`": lambda type_: get_args(type_) == ("eager", "slack"),
+    "`queue` or `spare`": lambda type_: get_args(type_) == ("queue", "spare"),
     "`run` or `held`": lambda type_: get_args(type_) == ("run", "held"),
     "0 to 1": lambda type_: bounds(type_) == (None, 0, 1),
     "above 0 and at most 876600": lambda type_: bounds(type_) == (0, None, 876_600),

@@ -56,6 +56,16 @@ class FakeSender:
             self.sent.append(rids)
 
 
+class FakeReceiver:
+    """Stands where the receiver of what the engine would take does: nothing was said yet."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+
+    def latest(self) -> None:
+        return None
+
+
 def is_health_check(request: Any) -> bool:
     """As SGLang's: it is made for a single request."""
     return request.rid.startswith("HEALTH_CHECK")
@@ -80,6 +90,7 @@ def senders(monkeypatch) -> list[FakeSender]:
         return made[-1]
 
     monkeypatch.setattr("conserve_sgl.ingress.hooks.ArrivalSender", make)
+    monkeypatch.setattr("conserve_sgl.ingress.hooks.SpareReceiver", FakeReceiver)
     return made
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from conserve_sgl.engine.intake import Intake
     from conserve_sgl.engine.live_settings import LiveSettings
     from conserve_sgl.engine.metrics import Exporter
+    from conserve_sgl.engine.spare import SpareCapacity
 
 __all__ = ["Accounts"]
 
@@ -37,6 +38,7 @@ class Accounts:
         model: of their times.
         checkpoints: of offline requests.
         aside: what SGLang does not know of.
+        spare: tells what offline work would be taken.
         exporter: writes the state to `/metrics`, or None.
         is_offline: tells an offline request.
     """
@@ -50,15 +52,17 @@ class Accounts:
         model: LatencyModel,
         checkpoints: Checkpointer,
         aside: Aside,
+        spare: SpareCapacity,
         exporter: Exporter | None,
         is_offline: Callable[[Req], bool],
     ) -> None:
-        self._ledger, self._inbox = intake.ledger, intake.inbox
+        self._ledger, self._inbox, self._queue = intake.ledger, intake.inbox, intake.queue
         self._live = live
         self._budget = budget
         self._model = model
         self._checkpoints = checkpoints
         self._aside = aside
+        self._spare = spare
         self._exporter = exporter
         self._is_offline = is_offline
         self._starvation = Starvation()
@@ -71,6 +75,8 @@ class Accounts:
         # A prefill that goes on was counted when it began.
         self._ledger.step(now_s, None if batch is self._aside.slices.suspended else batch)
         self._notice_starvation(now_s, batch, view)
+        held = self._live.now.holds_offline
+        self._spare.step(now_s, view, waiting=len(self._queue), held=held)
         if self._exporter is not None and self._exporter.is_due(now_s):
             new_ms = [] if self._inbox is None else self._inbox.new_latencies_ms()
             self._exporter.write(now_s, self._state(), new_ms)
@@ -96,6 +102,7 @@ class Accounts:
             **self._ledger.state(time.monotonic(), parked=len(self._aside.whole)),
             "offline_paused": self._live.now.holds_offline,
             "offline_starved_s": self._starvation.seconds,
+            "spare": self._spare.state(time.monotonic()),
             "offline_bound": str(self._bound),
             "batches_held": self._live.now.batches_held,
             "slo": asdict(self._live.now.slo),

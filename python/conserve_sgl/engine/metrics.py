@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable, Mapping
+from math import nan
 from typing import Any, Literal
 
 import msgspec
@@ -77,6 +78,16 @@ METRICS = (
         "conserve:offline_starved_seconds",
         "offline_starved_s",
         "How long offline work has waited without any of it running; the log says why.",
+    ),
+    Metric(
+        "conserve:offline_spare_reqs",
+        "spare.requests",
+        "Offline requests that would be taken now beyond those that are here.",
+    ),
+    Metric(
+        "conserve:offline_spare_tokens_per_second",
+        "spare.tokens_per_s",
+        "Offline tokens a second beyond those of now; NaN until offline work has waited once.",
     ),
     Metric(
         "conserve:offline_running_reqs",
@@ -244,11 +255,11 @@ class Exporter:
         for latency_ms in latencies_ms:
             self._latency.observe(latency_ms / 1000)
 
-    def _write_one(self, metric: Metric, label: str | None, number: float) -> None:
+    def _write_one(self, metric: Metric, label: str | None, number: float | None) -> None:
         extra = {} if metric.label is None else {metric.label: label}
         child = self._series[metric.name].labels(**self._labels, **extra)
         if metric.kind == "gauge":
-            child.set(number)
+            child.set(nan if number is None else number)
         else:
             before = self._counted.get((metric.name, label), 0)
             self._counted[metric.name, label] = number

@@ -84,10 +84,12 @@ from conserve_sgl.engine.profiling import load_or_measure
 from conserve_sgl.engine.ranks import from_rank_zero, int_of_rank_zero
 from conserve_sgl.engine.sliced_step import run_in_slices
 from conserve_sgl.engine.slices import SUSPENDED, LayerSlices
+from conserve_sgl.engine.spare import SpareCapacity
 from conserve_sgl.engine.step_meter import StepMeter
 from conserve_sgl.engine.waiting_order import OnlineFirst
 from conserve_sgl.errors import IncompatibleError
 from conserve_sgl.ingress.arrival import arrival_endpoint
+from conserve_sgl.ingress.spare import SpareSender, spare_endpoint
 from conserve_sgl.policy import OfflineQueue, PriorityRule, StepPlan
 from conserve_sgl.policy.latency import prompt_token_s
 from conserve_sgl.profile.steps import StepLog
@@ -130,6 +132,8 @@ class ConserveScheduler(Scheduler):
             learning=self._learning,
             is_offline=self.is_offline,
         )
+        is_heard = self._inbox is not None
+        sender = SpareSender(spare_endpoint(port_args.instance_id)) if is_heard else None
         exports = self.metrics_collector_context.current_scheduler_metrics_enabled
         self._accounts = Accounts(
             self._intake,
@@ -138,6 +142,7 @@ class ConserveScheduler(Scheduler):
             model=model,
             checkpoints=self._checkpoints,
             aside=self._aside,
+            spare=SpareCapacity(self._intake.ledger, sender),
             exporter=Exporter(self.metrics_collector.labels) if exports else None,
             is_offline=self.is_offline,
         )
