@@ -221,10 +221,10 @@ def run_batch(
     Exit code 0: every line is in the output. 1: some lines failed, or it
     cannot go on. 2: bad input, nothing was sent. 130: interrupted.
     """
-    from conserve_sgl.batch import client
-    from conserve_sgl.batch.remote import local_copy
+    from conserve_sgl.batch import run_batch as command
+    from conserve_sgl.batch.remote_files import local_copy
 
-    job = client.RunBatch(
+    job = command.RunBatch(
         input=input,
         output=output,
         errors=error_file or str(local_copy(output).with_suffix(".errors.jsonl")),
@@ -234,7 +234,7 @@ def run_batch(
         api_key=api_key,
         request_timeout_s=request_timeout_s,
     )
-    raise typer.Exit(client.run_batch(job, console=Console(stderr=True)))
+    raise typer.Exit(command.run_batch(job, console=Console(stderr=True)))
 
 
 @app.command()

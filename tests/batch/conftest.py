@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from batch.fake_engine import FakeClock, FakeServer
-from conserve_sgl.batch.store import Storage, Store
+from conserve_sgl.batch.server.store import Storage, Store
 from conserve_sgl.config import BatchConfig
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from batch.lines import requests
-from batch.test_runner import create, ended, lines
-from conserve_sgl.batch.in_flight import InFlight
-from conserve_sgl.batch.store import Line, Store
+from batch.test_processor import create, ended, lines
+from conserve_sgl.batch.server.marks import InFlight
+from conserve_sgl.batch.server.store import Line, Store
 from conserve_sgl.errors import StorageError
 
 

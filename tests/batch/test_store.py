@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from conserve_sgl.batch.schema import Batch, BatchRecord, FileObject, new_batch_id, new_file_id
-from conserve_sgl.batch.store import FileInUse, Line, Storage, Store
+from conserve_sgl.batch.server.store import FileInUse, Line, Storage, Store
 from conserve_sgl.errors import StorageError
 
 NOW = 1000
@@ -201,7 +201,7 @@ async def test_a_full_disk_is_an_error_and_loses_nothing(storage):
 TAKE = """
 import sys
 from pathlib import Path
-from conserve_sgl.batch.store import Storage
+from conserve_sgl.batch.server.store import Storage
 Storage(Path(sys.argv[1]))
 """
 

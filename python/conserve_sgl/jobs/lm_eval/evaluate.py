@@ -18,10 +18,10 @@ import msgspec
 import yaml
 from rich.console import Console
 
+from conserve_sgl.client.http import Clock, Stopped
 from conserve_sgl.errors import ConserveError, InputError, JobError
-from conserve_sgl.jobs.client import Clock, Stopped
 from conserve_sgl.jobs.lm_eval.online import Snapshot, compare, snapshot
-from conserve_sgl.jobs.lm_eval.sender import Sender
+from conserve_sgl.jobs.lm_eval.poster import Sender
 from conserve_sgl.jobs.plan import Plan, expand
 from conserve_sgl.jobs.schema import LmEval, ModelArgs
 from conserve_sgl.jobs.store import Store

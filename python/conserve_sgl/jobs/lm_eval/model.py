@@ -15,10 +15,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.api_models import TemplateAPI
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 
+from conserve_sgl.client.http import BadReply
 from conserve_sgl.errors import JobError
 from conserve_sgl.jobs.ask import TextReply
-from conserve_sgl.jobs.client import BadReply
-from conserve_sgl.jobs.lm_eval.sender import Sender
+from conserve_sgl.jobs.lm_eval.poster import Sender
 from conserve_sgl.jobs.schema import Job, ModelArgs
 
 __all__ = ["ConserveLM", "generate_body", "score", "score_body"]

@@ -11,7 +11,7 @@ import pytest
 
 from batch.lines import CHAT, jsonl, request, requests
 from conserve_sgl.batch.results import Results
-from conserve_sgl.batch.store import Store
+from conserve_sgl.batch.server.store import Store
 from conserve_sgl.errors import JobError, StorageError
 
 

@@ -7,12 +7,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from conserve_sgl.batch.routes import add_batch_routes
-from conserve_sgl.batch.runner import Runner
 from conserve_sgl.batch.schema import EMBEDDINGS, ENDPOINTS
-from conserve_sgl.batch.store import Storage, Store
+from conserve_sgl.batch.server.processor import Runner
+from conserve_sgl.batch.server.routes import add_batch_routes
+from conserve_sgl.batch.server.store import Storage, Store
+from conserve_sgl.client.http import Clock
 from conserve_sgl.config import BatchConfig
-from conserve_sgl.jobs.client import Clock
 
 __all__ = ["BatchServer"]
 

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from conserve_sgl.jobs.progress import Meter, ProgressView, duration
+from conserve_sgl.client.progress import Meter, ProgressView, duration
 from conserve_sgl.jobs.store import Record
 
 

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
+from conserve_sgl.client.faults import Faults
+from conserve_sgl.client.http import Attempts, Client, Clock, LineFailed, NoSuchPath, Stopped
+from conserve_sgl.client.interrupt import Interrupt
+from conserve_sgl.client.progress import Meter, ProgressView
 from conserve_sgl.errors import JobError
 from conserve_sgl.jobs.ask import TextReply, read_text
-from conserve_sgl.jobs.client import Attempts, Client, Clock, LineFailed, NoSuchPath, Stopped
-from conserve_sgl.jobs.faults import Faults
-from conserve_sgl.jobs.interrupt import Interrupt
-from conserve_sgl.jobs.progress import Meter, ProgressView
 from conserve_sgl.jobs.schema import Job
 
 __all__ = ["Sender"]

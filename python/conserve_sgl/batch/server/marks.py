@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 
-from conserve_sgl.batch.store import Line, Store
+from conserve_sgl.batch.server.store import Line, Store
 
 __all__ = ["InFlight"]
 

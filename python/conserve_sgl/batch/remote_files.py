@@ -21,8 +21,8 @@ from urllib.parse import unquote, urlsplit
 import aiohttp
 from aiohttp import ClientResponse
 
+from conserve_sgl.client.http import backoff_s
 from conserve_sgl.errors import InputError, JobError
-from conserve_sgl.jobs.client import backoff_s
 from conserve_sgl.jobs.schema import Retry
 
 __all__ = ["STDIN", "at_hand", "is_url", "local_copy", "put", "shown"]

@@ -16,7 +16,6 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse
 
-from conserve_sgl.batch.runner import NotCancellable, Runner
 from conserve_sgl.batch.schema import (
     Batch,
     BatchRecord,
@@ -25,11 +24,12 @@ from conserve_sgl.batch.schema import (
     new_file_id,
     window_s,
 )
-from conserve_sgl.batch.store import FileInUse, Page, Store
-from conserve_sgl.batch.upload import UploadRefused, UploadTooLarge, receive_upload
+from conserve_sgl.batch.server.processor import NotCancellable, Runner
+from conserve_sgl.batch.server.store import FileInUse, Page, Store
+from conserve_sgl.batch.server.upload import UploadRefused, UploadTooLarge, receive_upload
+from conserve_sgl.client.http import Clock
 from conserve_sgl.config import BatchConfig
 from conserve_sgl.errors import ConserveError, StorageError
-from conserve_sgl.jobs.client import Clock
 
 __all__ = ["add_batch_routes"]
 

@@ -25,8 +25,6 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from conserve_sgl.batch.dispatch import Application
-from conserve_sgl.batch.in_flight import InFlight
 from conserve_sgl.batch.results import Results, finished_lines
 from conserve_sgl.batch.schema import (
     Batch,
@@ -38,12 +36,14 @@ from conserve_sgl.batch.schema import (
     Usage,
     failed_line,
 )
-from conserve_sgl.batch.sender import DISK_RETRY_S, Ending, Run, Sender
-from conserve_sgl.batch.store import Store
+from conserve_sgl.batch.server.dispatch import Application
+from conserve_sgl.batch.server.marks import InFlight
+from conserve_sgl.batch.server.sender import DISK_RETRY_S, Ending, Run, Sender
+from conserve_sgl.batch.server.store import Store
 from conserve_sgl.batch.validate import InputRefused, Limits, Plan, read_plan, read_request
+from conserve_sgl.client.http import Clock, first_of
 from conserve_sgl.config import BatchConfig
 from conserve_sgl.errors import ConserveError, JobError, StorageError
-from conserve_sgl.jobs.client import Clock, first_of
 
 __all__ = ["NotCancellable", "Runner"]
 

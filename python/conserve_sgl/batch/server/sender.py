@@ -23,15 +23,15 @@ from enum import Enum
 import msgspec
 
 from conserve_sgl.batch.answers import fault_of
-from conserve_sgl.batch.dispatch import Aborted, Application, Reply, post
-from conserve_sgl.batch.in_flight import InFlight
 from conserve_sgl.batch.results import Results
 from conserve_sgl.batch.schema import LineResponse, ResultLine, failed_line, new_line_id
-from conserve_sgl.batch.share import Claim, next_batch
-from conserve_sgl.batch.store import Line
+from conserve_sgl.batch.server.dispatch import Aborted, Application, Reply, post
+from conserve_sgl.batch.server.marks import InFlight
+from conserve_sgl.batch.server.share import Claim, next_batch
+from conserve_sgl.batch.server.store import Line
 from conserve_sgl.batch.validate import Plan, RequestLine, read_request
+from conserve_sgl.client.http import Clock, backoff_s, first_of, retry_after_s
 from conserve_sgl.errors import JobError, StorageError
-from conserve_sgl.jobs.client import Clock, backoff_s, first_of, retry_after_s
 from conserve_sgl.jobs.schema import Retry
 
 __all__ = ["DISK_RETRY_S", "Ending", "Run", "Sender", "result_line"]

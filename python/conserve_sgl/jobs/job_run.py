@@ -12,14 +12,14 @@ from typing import Any
 
 from rich.console import Console
 
+from conserve_sgl.client.faults import Faults
+from conserve_sgl.client.http import Attempts, Client, Clock, LineFailed, NoSuchPath, Stopped
+from conserve_sgl.client.interrupt import Interrupt
+from conserve_sgl.client.progress import Meter, ProgressView
 from conserve_sgl.errors import InputError, JobError
 from conserve_sgl.jobs.ask import ask, asked_path
-from conserve_sgl.jobs.client import Attempts, Client, Clock, LineFailed, NoSuchPath, Stopped
-from conserve_sgl.jobs.faults import Faults
-from conserve_sgl.jobs.interrupt import Interrupt
 from conserve_sgl.jobs.lm_eval.evaluate import Evaluation, load_tasks
 from conserve_sgl.jobs.plan import Line, Plan, PlannedTask, lines, make_plan
-from conserve_sgl.jobs.progress import Meter, ProgressView
 from conserve_sgl.jobs.schema import LoglikelihoodChoice, Sampling
 from conserve_sgl.jobs.store import Failure, Record, Store
 from conserve_sgl.jobs.summary import (

@@ -23,10 +23,10 @@ import msgspec
 from rich.console import Console
 
 from conserve_sgl.batch.answers import fault_of, usage_of
-from conserve_sgl.batch.remote import STDIN, at_hand, is_url, local_copy, put, shown
+from conserve_sgl.batch.remote_files import STDIN, at_hand, is_url, local_copy, put, shown
 from conserve_sgl.batch.results import Results
 from conserve_sgl.batch.schema import BatchError, ResultLine, failed_line
-from conserve_sgl.batch.sender import result_line
+from conserve_sgl.batch.server.sender import result_line
 from conserve_sgl.batch.validate import (
     InputRefused,
     Limits,
@@ -35,8 +35,8 @@ from conserve_sgl.batch.validate import (
     read_plan,
     read_request,
 )
-from conserve_sgl.errors import InputError, JobError
-from conserve_sgl.jobs.client import (
+from conserve_sgl.client.faults import Faults
+from conserve_sgl.client.http import (
     Attempts,
     BadReply,
     Client,
@@ -45,9 +45,9 @@ from conserve_sgl.jobs.client import (
     NoSuchPath,
     Stopped,
 )
-from conserve_sgl.jobs.faults import Faults
-from conserve_sgl.jobs.interrupt import Interrupt
-from conserve_sgl.jobs.progress import Meter, ProgressView
+from conserve_sgl.client.interrupt import Interrupt
+from conserve_sgl.client.progress import Meter, ProgressView
+from conserve_sgl.errors import InputError, JobError
 from conserve_sgl.jobs.schema import MOST_INT32, MOST_S, Retry, check_endpoint
 
 __all__ = ["RunBatch", "run_batch"]

@@ -7,8 +7,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
-from conserve_sgl.errors import JobError
-from conserve_sgl.jobs.client import (
+from conserve_sgl.client.http import (
     Attempts,
     BadReply,
     Client,
@@ -19,6 +18,7 @@ from conserve_sgl.jobs.client import (
     backoff_s,
     retry_after_s,
 )
+from conserve_sgl.errors import JobError
 from conserve_sgl.jobs.schema import Job, Retry
 
 WALL_S = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
