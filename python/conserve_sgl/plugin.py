@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from conserve_sgl import compat
-from conserve_sgl.batch.server.store import make_storage
+from conserve_sgl.batch.server.storage import make_storage
 from conserve_sgl.config import CONFIG_ENV, BatchConfig, ConserveConfig
 from conserve_sgl.errors import ConserveError, HookError
 from conserve_sgl.profile.steps import STEP_LOG_ENV

@@ -21,7 +21,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from conserve_sgl.batch.server.lifespan import BatchServer
-from conserve_sgl.client.http import Clock
+from conserve_sgl.client.clock import Clock
 from conserve_sgl.config import BatchConfig, ConserveConfig
 
 Fault = tuple[int, dict[str, str]] | str

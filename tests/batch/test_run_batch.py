@@ -21,9 +21,10 @@ from batch import fake_engine
 from batch.lines import jsonl, request, requests
 from conserve_sgl import cli
 from conserve_sgl.batch import remote_files
-from conserve_sgl.batch.run_batch import DONE, INTERRUPTED, SOME_FAILED, RunBatch, run_batch
+from conserve_sgl.batch.run_batch import RunBatch, run_batch
+from conserve_sgl.client.progress import DONE, INTERRUPTED, SOME_FAILED
+from conserve_sgl.client.retry import Retry
 from conserve_sgl.errors import InputError, JobError
-from conserve_sgl.jobs.schema import Retry
 
 QUICK = Retry(first_delay_s=0.001, max_delay_s=0.01, server_down_s=0.05)
 

@@ -26,7 +26,7 @@ import msgspec
 
 from conserve_sgl.bench.server import serving, split_flags
 from conserve_sgl.bench.tables import markdown
-from conserve_sgl.client.http import OFFLINE_HEADERS
+from conserve_sgl.client.headers import OFFLINE_HEADERS
 from conserve_sgl.errors import ConserveError, InputError
 
 __all__ = ["Stream", "main", "read_streams", "table"]

@@ -13,7 +13,9 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
-from conserve_sgl.client.http import Attempts, BadReply, Client, Clock, LineFailed
+from conserve_sgl.client.clock import Clock
+from conserve_sgl.client.http import BadReply, Client, LineFailed
+from conserve_sgl.client.retry import Attempts
 from conserve_sgl.jobs.plan import Line
 from conserve_sgl.jobs.schema import ExactMatch, Job, JsonlTask, LoglikelihoodChoice, Sampling
 from conserve_sgl.jobs.score import (

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import msgspec
 
+from conserve_sgl.client.append_file import AppendFile, cannot_write
 from conserve_sgl.errors import JobError
 from conserve_sgl.jobs.plan import Plan, PlannedTask
 from conserve_sgl.jobs.score import ChoiceLogprob
-from conserve_sgl.json_lines import json_line
 
 __all__ = ["Failure", "JobFile", "Record", "Store"]
 
@@ -73,46 +73,6 @@ class JobFile(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""
     model: str | None = None
     tasks: dict[str, Fingerprint] = {}
-
-
-class AppendFile:
-    """A JSONL file that is only appended to, a whole line at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self._size_bytes = os.fstat(self._fd).st_size
-        self._synced_bytes = self._size_bytes
-
-    def append(self, record: msgspec.Struct) -> None:
-        """Add one line.
-
-        Raises:
-            JobError: the disk did not take it; the file is as it was before.
-        """
-        line = json_line(record)
-        try:
-            written = os.write(self._fd, line)
-            while written < len(line):
-                written += os.write(self._fd, line[written:])
-        except OSError as e:
-            os.ftruncate(self._fd, self._size_bytes)
-            raise _cannot_write(self.path, e) from e
-        self._size_bytes += len(line)
-
-    def sync(self) -> None:
-        """Make every line that was added before this call survive a power cut."""
-        size_bytes = self._size_bytes
-        if size_bytes != self._synced_bytes:
-            os.fsync(self._fd)
-            self._synced_bytes = size_bytes
-
-    def close(self) -> None:
-        """Sync and close."""
-        try:
-            self.sync()
-        finally:
-            os.close(self._fd)
 
 
 class Store:
@@ -203,7 +163,7 @@ class Store:
             try:
                 self._write_job_file(job_file)
             except OSError as e:
-                raise _cannot_write(self.folder, e) from e
+                raise cannot_write(self.folder, e) from e
         elif self.job_file.model != model:
             raise JobError(
                 f"{self.folder} has results of the model {self.job_file.model}, and the endpoints "
@@ -221,7 +181,7 @@ class Store:
             try:
                 self._errors[task] = AppendFile(path)
             except OSError as e:
-                raise _cannot_write(path, e) from e
+                raise cannot_write(path, e) from e
         self._errors[task].append(failure)
 
     def sync(self) -> None:
@@ -230,7 +190,7 @@ class Store:
             try:
                 file.sync()
             except OSError as e:
-                raise _cannot_write(file.path, e) from e
+                raise cannot_write(file.path, e) from e
 
     def write_summary(self, summary: msgspec.Struct) -> None:
         """Replace `summary.json`."""
@@ -239,7 +199,7 @@ class Store:
         try:
             _replace(path, text)
         except OSError as e:
-            raise _cannot_write(path, e) from e
+            raise cannot_write(path, e) from e
 
     def close(self) -> None:
         """Sync and close all files and let go of the folder."""
@@ -357,10 +317,3 @@ def _replace(path: Path, text: bytes) -> None:
 
 def _cannot_open(path: Path, e: OSError) -> JobError:
     return JobError(f"cannot write {e.filename or path}: {e.strerror or e}. Nothing was sent")
-
-
-def _cannot_write(path: Path, e: OSError) -> JobError:
-    return JobError(
-        f"cannot write {path}: {e.strerror or e}. The finished lines before this are kept; "
-        f"run the same command again to go on"
-    )

@@ -19,10 +19,10 @@ import yaml
 from rich.console import Console
 
 from conserve_sgl.client.http import BadReply
+from conserve_sgl.client.progress import DONE, INTERRUPTED
 from conserve_sgl.errors import InputError, JobError
 from conserve_sgl.jobs import run_job
 from conserve_sgl.jobs.ask import read_text
-from conserve_sgl.jobs.job_run import DONE, INTERRUPTED
 from conserve_sgl.jobs.lm_eval.evaluate import load_tasks
 from conserve_sgl.jobs.plan import make_plan
 

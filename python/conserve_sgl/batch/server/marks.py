@@ -15,10 +15,10 @@ import asyncio
 
 from conserve_sgl.batch.server.store import Line, Store
 
-__all__ = ["InFlight"]
+__all__ = ["Marks"]
 
 
-class InFlight:
+class Marks:
     """The marks of one server.
 
     Args:

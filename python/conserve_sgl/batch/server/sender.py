@@ -12,120 +12,27 @@ none of any batch. All of them go first, so the time in which lines go one by on
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
-import secrets
 from collections import deque
-from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
-from enum import Enum
-
-import msgspec
 
 from conserve_sgl.batch.answers import fault_of
-from conserve_sgl.batch.results import Results
-from conserve_sgl.batch.schema import LineResponse, ResultLine, failed_line, new_line_id
+from conserve_sgl.batch.schema import ResultLine, failed_line, new_request_id, result_line
+from conserve_sgl.batch.server.disk import Disk, Left
 from conserve_sgl.batch.server.dispatch import Aborted, Application, Reply, post
-from conserve_sgl.batch.server.marks import InFlight
-from conserve_sgl.batch.server.share import Claim, next_batch
+from conserve_sgl.batch.server.marks import Marks
+from conserve_sgl.batch.server.open_batch import OpenBatch
+from conserve_sgl.batch.server.share import next_batch
 from conserve_sgl.batch.server.store import Line
-from conserve_sgl.batch.validate import Plan, RequestLine, read_request
-from conserve_sgl.client.http import Clock, backoff_s, first_of, retry_after_s
-from conserve_sgl.errors import JobError, StorageError
-from conserve_sgl.jobs.schema import Retry
+from conserve_sgl.batch.validate import RequestLine, read_request
+from conserve_sgl.client.clock import Clock, first_of
+from conserve_sgl.client.headers import deadline_header, offline_headers
+from conserve_sgl.client.retry import Attempts, Passing, Retry, RetryRule
 
-__all__ = ["DISK_RETRY_S", "Ending", "Run", "Sender", "result_line"]
+__all__ = ["Sender"]
 
-logger = logging.getLogger(__name__)
-
-MAX_ATTEMPTS = 3
-"""How often a line may meet 408, 500, 502, 504 or an answer that is none before it has failed."""
-DISK_RETRY_S = 5.0
+RETRY = Retry(max_attempts=3)
+"""A window bounds how long a busy server is waited for; nobody sets the rest."""
 _RATE_WINDOW_S = 60.0
-_BUSY = (429, 503)
-_FLAKY = (408, 500, 502, 504)
-_RETRY = Retry()
-
-
-class Ending(Enum):
-    """Why a batch sends nothing more."""
-
-    COMPLETED = "completed"
-    EXPIRED = "expired"
-    CANCELLED = "cancelled"
-    BROKEN = "broken"  # `Run.fault` says why
-    LEFT = "left"  # the server stops, and the next one goes on
-
-
-class Run:
-    """An open batch: what is left of it, what is in flight, and its result files.
-
-    Args:
-        batch_id: sent along as the name of the job.
-        deadline_s: when its window ends, Unix time.
-        plan: the lines that are not done; those apart are sent alone.
-        source: the input file's descriptor.
-    """
-
-    def __init__(
-        self, batch_id: str, deadline_s: float, plan: Plan, results: Results, source: int
-    ) -> None:
-        self.batch_id = batch_id
-        self.deadline_s = deadline_s
-        self.results = results
-        self.source = source
-        self.writing = asyncio.Lock()
-        self.abort = asyncio.Event()
-        self.settled = asyncio.Event()
-        self.ending: Ending | None = None
-        self.fault: Exception | None = None
-        self.in_flight = 0
-        self._suspects = deque(plan.apart)
-        self._unsent = len(plan) + len(plan.apart)
-        self._lines = iter(plan)
-        self._look()
-
-    @property
-    def can_send(self) -> bool:
-        """Whether it has a use for a slot."""
-        return self._unsent > 0 and self.ending is None
-
-    @property
-    def sends_alone(self) -> bool:
-        """Whether the next line must be in flight alone."""
-        return bool(self._suspects) and self.can_send
-
-    def claim(self) -> Claim:
-        """What it asks of `share.next_batch`."""
-        return Claim(self.deadline_s, self.in_flight, self._unsent + self.in_flight)
-
-    def take(self) -> tuple[int, int]:
-        """Where the next line is in the input."""
-        self._unsent -= 1
-        self.in_flight += 1
-        return self._suspects.popleft() if self._suspects else next(self._lines)
-
-    def give_back(self) -> None:
-        """A line that was taken is done, or will not be."""
-        self.in_flight -= 1
-        self._look()
-
-    def end(self, ending: Ending) -> None:
-        """Send nothing more. The first reason stands."""
-        self.ending = self.ending or ending
-        self._look()
-
-    def break_off(self, fault: Exception) -> None:
-        """Send nothing more, because of `fault`."""
-        if self.ending is None:
-            self.fault = fault
-        self.end(Ending.BROKEN)
-
-    def _look(self) -> None:
-        if self.in_flight == 0 and self._unsent == 0:
-            self.ending = self.ending or Ending.COMPLETED
-        if self.in_flight == 0 and self.ending is not None:
-            self.settled.set()
 
 
 class Sender:
@@ -134,9 +41,7 @@ class Sender:
     Args:
         app: the ASGI application that the lines are sent to.
         headers: sent with every line.
-        in_flight: is told of every line that goes to the application.
-        threads: for reading and writing files.
-        leaving: once it is set, a result that cannot be written is given up.
+        marks: are told of every line that goes to the application.
     """
 
     def __init__(
@@ -145,35 +50,33 @@ class Sender:
         headers: dict[str, str],
         max_in_flight: int,
         *,
-        in_flight: InFlight,
-        threads: Executor,
-        leaving: asyncio.Event,
+        marks: Marks,
+        disk: Disk,
         clock: Clock,
         rng: random.Random,
     ) -> None:
         self._app = app
         self._headers = headers
         self._slots = asyncio.Semaphore(max_in_flight)
-        self._in_flight = in_flight
+        self._marks = marks
+        self._disk = disk
         self._is_held = False
         self._alone: asyncio.Task[None] | None = None
-        self._threads = threads
-        self._leaving = leaving
         self._clock = clock
-        self._rng = rng
-        self._runs: dict[str, Run] = {}
+        self._rule = RetryRule(RETRY, clock=clock, rng=rng)
+        self._batches: dict[str, OpenBatch] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._finished: deque[float] = deque()
 
-    def add(self, run: Run) -> None:
-        """Send from `run` too, until it is settled."""
-        self._runs[run.batch_id] = run
+    def add(self, batch: OpenBatch) -> None:
+        """Send from `batch` too, until it is settled."""
+        self._batches[batch.batch_id] = batch
         self._wake.set()
 
-    def remove(self, run: Run) -> None:
-        """Forget a run that is settled."""
-        del self._runs[run.batch_id]
+    def remove(self, batch: OpenBatch) -> None:
+        """Forget a batch that is settled."""
+        del self._batches[batch.batch_id]
 
     def hold(self, held: bool) -> None:
         """Send nothing more while held; what is in flight goes on."""
@@ -184,9 +87,9 @@ class Sender:
         """Fill the slots, for ever."""
         while True:
             await self._slots.acquire()
-            run = await self._turn()
-            is_alone = run.sends_alone
-            task = asyncio.create_task(self._line(run, *run.take()))
+            batch = await self._turn()
+            is_alone = batch.sends_alone
+            task = asyncio.create_task(self._line(batch, *batch.take()))
             self._alone = task if is_alone else None
             self._tasks.add(task)
             task.add_done_callback(self._done)
@@ -197,98 +100,73 @@ class Sender:
         if not self._tasks:
             self._wake.set()  # a line may wait for this, to be alone
 
-    async def _turn(self) -> Run:
+    async def _turn(self) -> OpenBatch:
         while True:
             ready = self._ready()
             if ready:
-                claims = [run.claim() for run in ready]
+                claims = [batch.claim() for batch in ready]
                 return ready[next_batch(claims, self._rate(), self._clock.wall_s())]
             self._wake.clear()
             await self._wake.wait()
 
-    def _ready(self) -> list[Run]:
-        """The runs that may send now."""
+    def _ready(self) -> list[OpenBatch]:
+        """The batches that may send now."""
         if self._is_held or (self._alone in self._tasks):
             return []
-        ready = [run for run in self._runs.values() if run.can_send]
-        alone = [run for run in ready if run.sends_alone]
+        ready = [batch for batch in self._batches.values() if batch.can_send]
+        alone = [batch for batch in ready if batch.sends_alone]
         if alone:
             return [] if self._tasks else alone
         return ready
 
-    async def _line(self, run: Run, offset: int, length: int) -> None:
+    async def _line(self, batch: OpenBatch, offset: int, length: int) -> None:
         try:
-            request = await self._in_thread(read_request, run.source, offset, length)
-            await self._write(run, await self._ask(run, request))
+            request = await self._disk.run(read_request, batch.source, offset, length)
+            await self._write(batch, await self._ask(batch, request))
             self._finished.append(self._clock.monotonic_s())
-        except Aborted:
+        except (Aborted, Left):
             pass
         except Exception as e:
-            run.break_off(e)
+            batch.break_off(e)
         finally:
             self._slots.release()
-            run.give_back()
+            batch.give_back()
 
-    async def _ask(self, run: Run, request: RequestLine) -> ResultLine:
-        busy = lost = 0
+    async def _ask(self, batch: OpenBatch, request: RequestLine) -> ResultLine:
+        attempts = Attempts()
         while True:
-            headers = self._headers | {
-                "x-sgl-conserve-class": "offline",
-                "x-sgl-conserve-job": run.batch_id,
-                "x-sgl-conserve-deadline-s": f"{run.deadline_s - self._clock.wall_s():.0f}",
-            }
-            reply = await self._post(run, request, headers)
-            if reply.status in _BUSY:
-                busy += 1
-                asked_s = retry_after_s(reply.headers.get("retry-after"), self._clock.wall_s())
-                # Spread out: all slots were refused at about the same time.
-                wait_s = (asked_s or 0.0) + backoff_s(_RETRY, busy, self._rng)
-            else:
-                fault = fault_of(reply.body) if reply.status == 200 else None
-                if fault and run.abort.is_set():
+            reply = await self._post(batch, request)
+            why = Passing.of(reply.status)
+            fault = fault_of(reply.body) if reply.status == 200 else None
+            if fault:
+                if batch.abort.is_set():
                     raise Aborted  # by us
-                lost += 1
-                if lost == MAX_ATTEMPTS and fault:
-                    what = f"{fault} (tried {lost} times)"
-                    return failed_line(request.custom_id, "aborted", what)
-                if lost == MAX_ATTEMPTS or not (fault or reply.status in _FLAKY):
-                    return result_line(
-                        request.custom_id, reply.status, reply.body, _request_id(reply)
-                    )
-                wait_s = backoff_s(_RETRY, lost, self._rng)
-            await first_of(self._clock.sleep(wait_s), run.abort.wait())
-            if run.abort.is_set():
+                why = Passing.LOST
+            wait_s = None
+            if why is not None:
+                wait_s = self._rule.wait_s(why, attempts, reply.headers.get("retry-after"))
+            if wait_s is None:
+                return _result(request, reply, fault, attempts)
+            await first_of(self._clock.sleep(wait_s), batch.abort.wait())
+            if batch.abort.is_set():
                 raise Aborted
 
-    async def _post(self, run: Run, request: RequestLine, headers: dict[str, str]) -> Reply:
-        line = Line(run.batch_id, request.custom_id)
-        await self._patiently(run, "a line", lambda: self._in_flight.begin(line))
+    async def _post(self, batch: OpenBatch, request: RequestLine) -> Reply:
+        headers = self._headers | offline_headers(batch.batch_id)
+        headers |= deadline_header(batch.deadline_s - self._clock.wall_s())
+        line = Line(batch.batch_id, request.custom_id)
+        await self._disk.patiently(f"{batch.batch_id}: a line", self._marks.begin, line)
         try:
-            return await post(self._app, request.url, headers, bytes(request.body), run.abort)
+            return await post(self._app, request.url, headers, bytes(request.body), batch.abort)
         finally:
-            self._in_flight.end(line)
+            self._marks.end(line)
 
-    async def _write(self, run: Run, line: ResultLine) -> None:
+    async def _write(self, batch: OpenBatch, line: ResultLine) -> None:
         async def write() -> None:
-            async with run.writing:
-                await self._in_thread(run.results.add, line)
+            async with batch.writing:
+                await self._disk.run(batch.results.add, line)
 
-        await self._patiently(run, "a result", write)
-
-    async def _patiently(self, run: Run, what: str, do: Callable[[], Awaitable[None]]) -> None:
-        """Do it again until the disk takes it."""
-        complained = False
-        while True:
-            try:
-                await do()
-                return
-            except (JobError, OSError, StorageError) as e:
-                if not complained:
-                    logger.error("%s: %s waits for the disk: %s", run.batch_id, what, e)
-                complained = True
-            await first_of(self._clock.sleep(DISK_RETRY_S), self._leaving.wait())
-            if self._leaving.is_set():
-                raise Aborted
+        await self._disk.patiently(f"{batch.batch_id}: a result", write)
 
     def _rate(self) -> float:
         """Lines finished a second, over the last minute."""
@@ -297,20 +175,12 @@ class Sender:
             self._finished.popleft()
         return len(self._finished) / _RATE_WINDOW_S
 
-    async def _in_thread(self, do: Callable, *arguments: object):
-        return await asyncio.get_running_loop().run_in_executor(self._threads, do, *arguments)
 
-
-def _request_id(reply: Reply) -> str:
-    return reply.headers.get("x-request-id") or f"req_{secrets.token_hex(12)}"
-
-
-def result_line(custom_id: str, status: int, body: bytes, request_id: str) -> ResultLine:
-    """The line for an HTTP answer."""
-    try:
-        text = body.decode()
-        json = msgspec.json.format(text, indent=-1).encode()  # on one line
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        json = msgspec.json.encode({"error": {"message": body.decode(errors="replace")}})
-    response = LineResponse(status_code=status, request_id=request_id, body=msgspec.Raw(json))
-    return ResultLine(id=new_line_id(), custom_id=custom_id, response=response, error=None)
+def _result(
+    request: RequestLine, reply: Reply, fault: str | None, attempts: Attempts
+) -> ResultLine:
+    if fault:
+        what = f"{fault} (tried {attempts.lost} times)"
+        return failed_line(request.custom_id, "aborted", what)
+    request_id = reply.headers.get("x-request-id") or new_request_id()
+    return result_line(request.custom_id, reply.status, reply.body, request_id)
