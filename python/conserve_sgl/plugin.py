@@ -183,7 +183,7 @@ class _Batches:
     def serve(self, app: Any, server_args: Any, tokenizer_manager: Any) -> None:
         if self._config.storage_dir is None:
             return
-        from conserve_sgl.batch.server.lifespan import BatchServer
+        from conserve_sgl.batch.server.batch_server import BatchServer
 
         try:
             self._server = BatchServer(

@@ -20,7 +20,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from conserve_sgl.batch.server.lifespan import BatchServer
+from conserve_sgl.batch.server.batch_server import BatchServer
 from conserve_sgl.client.clock import Clock
 from conserve_sgl.config import BatchConfig, ConserveConfig
 

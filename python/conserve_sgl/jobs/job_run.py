@@ -23,9 +23,10 @@ from conserve_sgl.client.retry import Attempts
 from conserve_sgl.errors import InputError, JobError
 from conserve_sgl.jobs.ask import ask, asked_path
 from conserve_sgl.jobs.lm_eval.evaluate import Evaluation, load_tasks
+from conserve_sgl.jobs.output_folder import OutputFolder
 from conserve_sgl.jobs.plan import Line, Plan, PlannedTask, lines, make_plan
+from conserve_sgl.jobs.records import Failure, Record
 from conserve_sgl.jobs.schema import LoglikelihoodChoice, Sampling
-from conserve_sgl.jobs.store import Failure, Record, Store
 from conserve_sgl.jobs.summary import (
     LmEvalSummary,
     Summary,
@@ -80,12 +81,12 @@ def run_job(
             api_key = _api_key(path, plan.job.api_key_env)
         config = plan.job.lm_eval
         loaded = None if config is None else load_tasks(path, config)
-        with Store(plan, fresh=fresh) as store:
+        with OutputFolder(plan, fresh=fresh) as folder:
             evaluation = None
             if loaded is not None:
-                evaluation = Evaluation(path, plan, store, loaded, console, api_key=api_key)
+                evaluation = Evaluation(path, plan, folder, loaded, console, api_key=api_key)
                 evaluation.prepare(fresh=fresh)
-            run = JobRun(plan, store, console, api_key=api_key)
+            run = JobRun(plan, folder, console, api_key=api_key)
             code = asyncio.run(run.run()) if plan.tasks else DONE
             if evaluation is None or code == INTERRUPTED:
                 return code
@@ -94,7 +95,7 @@ def run_job(
             finally:
                 result = evaluation.summary()
                 print_lm_eval(console, plan, result)
-                store.write_summary(run.summary(result))
+                folder.write_summary(run.summary(result))
             return INTERRUPTED if result.partial else code
     except KeyboardInterrupt:  # while nothing was being sent yet
         return INTERRUPTED
@@ -131,12 +132,12 @@ def _check_length(planned: PlannedTask, context_tokens: int | None) -> None:
 
 
 class JobRun:
-    """One run of a plan into an open store."""
+    """One run of a plan into its open output folder."""
 
     def __init__(
         self,
         plan: Plan,
-        store: Store,
+        folder: OutputFolder,
         console: Console,
         *,
         api_key: str | None = None,
@@ -145,13 +146,13 @@ class JobRun:
     ) -> None:
         self._plan = plan
         self._job = plan.job
-        self._store = store
+        self._folder = folder
         self._console = console
         self._api_key = api_key
         self._clock = clock or Clock()
         self._rng = random.Random(seed)
         self._tallies = {t.task.name: Tally(len(t.ids)) for t in plan.tasks}
-        self._done = {t.task.name: store.finished(t, self._tally(t).add) for t in plan.tasks}
+        self._done = {t.task.name: folder.finished(t, self._tally(t).add) for t in plan.tasks}
         self._started_s = self._clock.monotonic_s()
         self._meter = Meter(plan.total, self._started_s)
         self._meter.resumed = sum(len(done) for done in self._done.values())
@@ -169,7 +170,7 @@ class JobRun:
                 if self._meter.resumed:
                     view.say(f"{self._meter.resumed} of {self._meter.total} lines are done already")
                 await self._send_all(view)
-            self._store.sync()
+            self._folder.sync()
         except BaseException:
             with suppress(JobError):  # the first error is the one to show
                 self._finish()
@@ -187,7 +188,7 @@ class JobRun:
                 partial(self._answer, client),
                 in_flight=count,
                 interrupt=self._interrupt,
-                ticker=view.keep_fresh(self._clock, self._store.sync),
+                ticker=view.keep_fresh(self._clock, self._folder.sync),
             )
 
     def _client(self) -> Client:
@@ -196,7 +197,7 @@ class JobRun:
             name=self._plan.name,
             deadline_s=self._clock.deadline_s(self._job.deadline_s),
             api_key=self._api_key,
-            identify=self._store.set_model,
+            identify=self._folder.set_model,
             note=self._meter.noted,
             stopping=self._interrupt.stopping,
             clock=self._clock,
@@ -236,7 +237,7 @@ class JobRun:
             self._finished(planned, record)
 
     def _finished(self, planned: PlannedTask, record: Record) -> None:
-        self._store.add(planned.task.name, record)
+        self._folder.add(planned.task.name, record)
         self._tally(planned).add(record)
         self._meter.count(record.prompt_tokens, record.completion_tokens)
         self._failures_in_a_row = 0
@@ -251,7 +252,7 @@ class JobRun:
             error=str(failed),
             attempts=attempts.sent,
         )
-        self._store.add_failure(planned.task.name, failure)
+        self._folder.add_failure(planned.task.name, failure)
         self._tally(planned).failed += 1
         self._meter.failed += 1
         self._faults.add(f"{planned.data}:{line.line}", failed.status, str(failed))
@@ -276,7 +277,7 @@ class JobRun:
         meter = self._meter
         return Summary(
             job=self._plan.name,
-            model=self._store.job_file.model,
+            model=self._folder.job_file.model,
             partial=meter.left > 0 or (lm_eval is not None and lm_eval.partial),
             run_s=self._run_s,
             run_lines=meter.done,
@@ -291,4 +292,4 @@ class JobRun:
         self._run_s = round(self._clock.monotonic_s() - self._started_s, 3)
         summary = self.summary()
         print_summary(self._console, self._plan, summary, self._faults)
-        self._store.write_summary(summary)
+        self._folder.write_summary(summary)

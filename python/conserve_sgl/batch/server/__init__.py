@@ -1,1 +1,1 @@
-"""Files and Batches in a server's HTTP process. `lifespan.py` puts them into its application."""
+"""Files and Batches in the HTTP process of a server; `batch_server.py` puts them there."""

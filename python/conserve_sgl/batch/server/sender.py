@@ -42,6 +42,7 @@ class Sender:
         app: the ASGI application that the lines are sent to.
         headers: sent with every line.
         marks: are told of every line that goes to the application.
+        disk: keeps the results.
     """
 
     def __init__(

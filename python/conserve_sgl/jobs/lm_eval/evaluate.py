@@ -23,9 +23,9 @@ from conserve_sgl.client.interrupt import Stopped
 from conserve_sgl.errors import ConserveError, InputError, JobError
 from conserve_sgl.jobs.lm_eval.online import Snapshot, compare, snapshot
 from conserve_sgl.jobs.lm_eval.poster import Poster
+from conserve_sgl.jobs.output_folder import OutputFolder
 from conserve_sgl.jobs.plan import Plan, expand
 from conserve_sgl.jobs.schema import LmEval, ModelArgs
-from conserve_sgl.jobs.store import Store
 from conserve_sgl.jobs.summary import LmEvalSummary, Metric
 from conserve_sgl.json_lines import with_escapes
 
@@ -77,13 +77,13 @@ def load_tasks(path: Path, config: LmEval) -> LoadedTasks:
 
 
 class Evaluation:
-    """One run of the `lm_eval` part of a plan, into an open store: `prepare`, then `run`."""
+    """One run of the `lm_eval` part of a plan: `prepare`, then `run`."""
 
     def __init__(
         self,
         path: Path,
         plan: Plan,
-        store: Store,
+        folder: OutputFolder,
         tasks: LoadedTasks,
         console: Console,
         *,
@@ -94,7 +94,6 @@ class Evaluation:
         self._path = path
         self._plan = plan
         self._config = plan.job.lm_eval
-        self._store = store
         self._tasks = tasks
         self._api_key = api_key
         self._clock = clock or Clock()
@@ -106,7 +105,7 @@ class Evaluation:
             name=plan.name,
             console=console,
             api_key=api_key,
-            identify=store.set_model,
+            identify=folder.set_model,
             clock=clock,
         )
 

@@ -24,41 +24,9 @@ import msgspec
 from conserve_sgl.client.append_file import AppendFile, cannot_write
 from conserve_sgl.errors import JobError
 from conserve_sgl.jobs.plan import Plan, PlannedTask
-from conserve_sgl.jobs.score import ChoiceLogprob
+from conserve_sgl.jobs.records import Failure, Record
 
-__all__ = ["Failure", "JobFile", "Record", "Store"]
-
-
-class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A finished line, as it stands in `<task>.jsonl`. `latency_s` includes waits and retries."""
-
-    id: str
-    line: int
-    output: str
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    latency_s: float
-    done_unix_s: float
-    attempts: int
-    cached_tokens: int | None = None  # None when the server does not say
-    reasoning: str | None = None
-    score: float | None = None
-    extracted: str | None = None
-    target: str | int | None = None
-    chosen: int | None = None
-    choices: list[ChoiceLogprob] | None = None
-    prompt: str | list[dict[str, str]] | None = None
-
-
-class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """A line that failed, as it stands in `<task>.errors.jsonl`; no reply, no `status`."""
-
-    id: str
-    line: int
-    status: int | None
-    error: str
-    attempts: int
+__all__ = ["JobFile", "OutputFolder"]
 
 
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,7 +43,7 @@ class JobFile(msgspec.Struct, frozen=True, kw_only=True):
     tasks: dict[str, Fingerprint] = {}
 
 
-class Store:
+class OutputFolder:
     """The open output folder of one run; a context manager.
 
     Args:
@@ -122,7 +90,7 @@ class Store:
         for planned in self._plan.tasks:
             self._errors_path(planned.task.name).unlink(missing_ok=True)
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> OutputFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
