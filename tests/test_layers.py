@@ -1,6 +1,7 @@
 """The house keeps its order: what imports what, and what stays light.
 
-The design's order is `config, policy <- checkpoint, batch <- engine, ingress <- plugin, cli`.
+The design's order is `config, policy <- checkpoint <- engine, ingress <- plugin, cli`, and beside
+it `client <- jobs, batch <- plugin, cli`.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ MAY_IMPORT = {
     "config": {"policy", "strict_yaml", *_LEAVES},
     "settings": {"config", "shapes", *_LEAVES},
     "checkpoint": {"config", "policy", *_LEAVES},
-    "batch": {"config", "jobs", *_LEAVES},
-    "ingress": {"config", "policy", "checkpoint", "batch", *_LEAVES},
+    "client": {"json_lines", *_LEAVES},
+    "jobs": {"client", "json_lines", "shapes", "strict_yaml", *_LEAVES},
+    "batch": {"client", "config", *_LEAVES},
+    "ingress": {"config", "policy", "checkpoint", *_LEAVES},
     "profile": {"policy", *_LEAVES},
     "engine": {
         "config",
@@ -55,7 +58,6 @@ MAY_IMPORT = {
     },
     # simulate/device.py: the step times of a device.
     "platform": {"emulation", "policy", "simulate", *_LEAVES},
-    "jobs": {"json_lines", "shapes", "strict_yaml", *_LEAVES},
     # bench/micro.py times parts of the house.
     "bench": {
         "config",
@@ -65,7 +67,7 @@ MAY_IMPORT = {
         "policy",
         "ingress",
         "engine",
-        "jobs",
+        "client",
         "json_lines",
         "machine",
         "emulation",
@@ -81,6 +83,7 @@ MAY_IMPORT = {
         "config",
         "compat",
         "doctor",
+        "client",
         "jobs",
         "bench",
         "batch",
@@ -228,7 +231,10 @@ LIGHT = [
     "conserve_sgl.plugin",
     "conserve_sgl.ingress.hooks",
     "conserve_sgl.platform",
+    "conserve_sgl.client.http",
+    "conserve_sgl.client.progress",
     "conserve_sgl.jobs",
+    "conserve_sgl.batch.run_batch",
     "conserve_sgl.bench",
     "conserve_sgl.profile",
     "conserve_sgl.simulate.command",
@@ -260,8 +266,8 @@ def test_what_works_without_sglang_imports_only_what_is_installed_with_it():
     names = {re.split(r"[<>=\[]", line)[0].lower() for line in declared["dependencies"]}
     modules = {"pyyaml": "yaml", "pyzmq": "zmq"}
     there = {modules.get(name, name) for name in names} | {"conserve_sgl", *sys.stdlib_module_names}
-    parts = ["cli.py", "tune.py", "settings.py", "config.py", "jobs/*.py", "policy/**/*.py"]
-    parts += ["profile/*.py", "batch/client.py", "batch/validate.py", "batch/schema.py"]
+    parts = ["cli.py", "tune.py", "settings.py", "config.py", "client/*.py", "jobs/*.py"]
+    parts += ["batch/*.py", "policy/**/*.py", "profile/*.py"]
     for file in (file for part in parts for file in PACKAGE.glob(part)):
         assert {name.split(".")[0] for name in imported(file)} <= there, relative(file)
 

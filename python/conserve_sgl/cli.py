@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from conserve_sgl import __version__, compat
+from conserve_sgl.client.bounds import MOST_IN_FLIGHT
 from conserve_sgl.config import CONFIG_ENV, ConserveConfig
 from conserve_sgl.errors import ConserveError, InputError, ServerError, SettingError
 
 __all__ = ["app", "main"]
 
 _BAD_INPUT, _FAILED = 2, 1
-_MOST_IN_FLIGHT = 50_000  # as in a job
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 # A fresh interpreter: the server is then exactly `CONSERVE_CONFIG=... sglang serve ...`.
 _SGLANG_SERVE = [sys.executable, "-c", "from sglang.cli.main import main; main()", "serve"]
@@ -149,7 +149,7 @@ def run_eval(
     ] = None,
     max_in_flight: Annotated[
         int | None,
-        typer.Option(min=1, max=_MOST_IN_FLIGHT, help="Requests at a time, instead of the job's."),
+        typer.Option(min=1, max=MOST_IN_FLIGHT, help="Requests at a time, instead of the job's."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many lines of every task.")
@@ -205,7 +205,7 @@ def run_batch(
         typer.Option(help="Base URL of a server or gateway; may be repeated."),
     ] = None,
     max_in_flight: Annotated[
-        int, typer.Option(min=1, max=_MOST_IN_FLIGHT, help="Requests at a time.")
+        int, typer.Option(min=1, max=MOST_IN_FLIGHT, help="Requests at a time.")
     ] = 64,
     priority: Annotated[
         int,
@@ -221,10 +221,10 @@ def run_batch(
     Exit code 0: every line is in the output. 1: some lines failed, or it
     cannot go on. 2: bad input, nothing was sent. 130: interrupted.
     """
-    from conserve_sgl.batch import client
-    from conserve_sgl.batch.remote import local_copy
+    from conserve_sgl.batch import run_batch as command
+    from conserve_sgl.batch.remote_files import local_copy
 
-    job = client.RunBatch(
+    job = command.RunBatch(
         input=input,
         output=output,
         errors=error_file or str(local_copy(output).with_suffix(".errors.jsonl")),
@@ -234,7 +234,7 @@ def run_batch(
         api_key=api_key,
         request_timeout_s=request_timeout_s,
     )
-    raise typer.Exit(client.run_batch(job, console=Console(stderr=True)))
+    raise typer.Exit(command.run_batch(job, console=Console(stderr=True)))
 
 
 @app.command()
@@ -269,7 +269,7 @@ def tune(
 
     Exit code 0: all changed. 1: a server could not be changed; those before it are. 2: bad input.
     """
-    from conserve_sgl.jobs.schema import check_endpoint
+    from conserve_sgl.client.endpoints import check_endpoint
     from conserve_sgl.settings import OfflineWork, batches_number, offline_number, slo_numbers
     from conserve_sgl.tune import tune as tune_servers
 

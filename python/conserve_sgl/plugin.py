@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from conserve_sgl import compat
-from conserve_sgl.batch.store import make_storage
+from conserve_sgl.batch.server.storage import make_storage
 from conserve_sgl.config import CONFIG_ENV, BatchConfig, ConserveConfig
 from conserve_sgl.errors import ConserveError, HookError
 from conserve_sgl.profile.steps import STEP_LOG_ENV
@@ -183,7 +183,7 @@ class _Batches:
     def serve(self, app: Any, server_args: Any, tokenizer_manager: Any) -> None:
         if self._config.storage_dir is None:
             return
-        from conserve_sgl.batch.server import BatchServer
+        from conserve_sgl.batch.server.batch_server import BatchServer
 
         try:
             self._server = BatchServer(

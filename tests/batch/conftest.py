@@ -9,7 +9,8 @@ import openai
 import pytest
 
 from batch.fake_engine import FakeClock, FakeServer
-from conserve_sgl.batch.store import Storage, Store
+from conserve_sgl.batch.server.storage import Storage
+from conserve_sgl.batch.server.store import Store
 from conserve_sgl.config import BatchConfig
 
 

@@ -20,9 +20,9 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from conserve_sgl.batch.server import BatchServer
+from conserve_sgl.batch.server.batch_server import BatchServer
+from conserve_sgl.client.clock import Clock
 from conserve_sgl.config import BatchConfig, ConserveConfig
-from conserve_sgl.jobs.client import Clock
 
 Fault = tuple[int, dict[str, str]] | str
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")

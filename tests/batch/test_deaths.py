@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from batch.lines import requests
-from batch.test_runner import create, ended, lines
-from conserve_sgl.batch.in_flight import InFlight
-from conserve_sgl.batch.store import Line, Store
+from batch.test_processor import create, ended, lines
+from conserve_sgl.batch.server.marks import Marks
+from conserve_sgl.batch.server.store import Line, Store
 from conserve_sgl.errors import StorageError
 
 
@@ -184,7 +184,7 @@ async def test_marks_that_come_during_a_write_are_one_write():
             self.writes.append(dict(changes))
 
     store = SlowStore()
-    marks = InFlight(store)
+    marks = Marks(store)
     begun = [asyncio.create_task(marks.begin(Line("b", f"r{i}"))) for i in range(100)]
     await asyncio.sleep(0)
     assert not any(task.done() for task in begun)
@@ -195,7 +195,7 @@ async def test_marks_that_come_during_a_write_are_one_write():
 
 
 async def test_a_mark_that_was_not_written_is_written_later(store, monkeypatch):
-    marks, line = InFlight(store), Line("b", "r0")
+    marks, line = Marks(store), Line("b", "r0")
     real = store.mark_lines
 
     async def full(_changes) -> None:

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from conserve_sgl.batch.dispatch import Aborted, Reply, post
+from conserve_sgl.batch.server.dispatch import Aborted, Reply, post
 
 
 async def call(app, abort: asyncio.Event | None = None) -> Reply:
@@ -67,7 +67,7 @@ async def test_a_client_that_goes_is_noticed(status):
 
 
 async def test_an_application_that_does_not_notice_is_cancelled(monkeypatch):
-    monkeypatch.setattr("conserve_sgl.batch.dispatch.ABORT_S", 0.01)
+    monkeypatch.setattr("conserve_sgl.batch.server.dispatch.ABORT_S", 0.01)
     abort, cancelled = asyncio.Event(), asyncio.Event()
     abort.set()
 

@@ -13,7 +13,7 @@ import pytest
 
 from batch.fake_engine import FakeServer
 from batch.lines import CHAT, jsonl, request, requests
-from conserve_sgl.batch.upload import UploadTooLarge, receive_upload
+from conserve_sgl.batch.server.upload import UploadTooLarge, receive_upload
 from conserve_sgl.config import BatchConfig
 
 JSONL = requests(3)
@@ -425,7 +425,7 @@ def test_a_disk_that_is_full_is_said_to_be(server, client, monkeypatch):
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("conserve_sgl.batch.upload._write_all", refuse)
+    monkeypatch.setattr("conserve_sgl.batch.server.upload._write_all", refuse)
     with pytest.raises(openai.APIStatusError) as caught:
         upload(client)
     assert (caught.value.status_code, caught.value.code) == (507, "storage_error")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from conserve_sgl.batch.share import Claim, next_batch
+from conserve_sgl.batch.server.share import Claim, next_batch
 
 NOW = 1000.0
 

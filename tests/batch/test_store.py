@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from conserve_sgl.batch.schema import Batch, BatchRecord, FileObject, new_batch_id, new_file_id
-from conserve_sgl.batch.store import FileInUse, Line, Storage, Store
+from conserve_sgl.batch.server.storage import Storage
+from conserve_sgl.batch.server.store import FileInUse, Line, Store
 from conserve_sgl.errors import StorageError
 
 NOW = 1000
@@ -187,11 +188,11 @@ async def test_something_else_than_a_database_is_left_alone(storage):
 async def test_a_full_disk_is_an_error_and_loses_nothing(storage):
     store = await Store.open(storage)
     file = await upload(store)
-    ((pages,),) = await store._read("PRAGMA page_count")
-    await store._read(f"PRAGMA max_page_count = {pages}")
+    ((pages,),) = await store._db.read("PRAGMA page_count")
+    await store._db.read(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StorageError, match="full"):
         await upload(store, filename="x" * 9000)
-    await store._read("PRAGMA max_page_count = 100000")
+    await store._db.read("PRAGMA max_page_count = 100000")
     await upload(store)
     assert len((await store.files(NOW, limit=9)).data) == 2
     assert await store.file(file.id, NOW) == file
@@ -201,7 +202,7 @@ async def test_a_full_disk_is_an_error_and_loses_nothing(storage):
 TAKE = """
 import sys
 from pathlib import Path
-from conserve_sgl.batch.store import Storage
+from conserve_sgl.batch.server.storage import Storage
 Storage(Path(sys.argv[1]))
 """
 

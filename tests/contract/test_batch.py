@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from conserve_sgl.batch.schema import ENDPOINTS
-from conserve_sgl.batch.server import BatchServer
+from conserve_sgl.batch.server.batch_server import BatchServer
 from conserve_sgl.config import BatchConfig, ConserveConfig
 from conserve_sgl.ingress.hooks import Ingress
 from conserve_sgl.ingress.middleware import asked_class

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conserve_sgl.client.http import BadReply
 from conserve_sgl.jobs.ask import (
     chat_body,
     choice_body,
@@ -21,7 +22,6 @@ from conserve_sgl.jobs.ask import (
     read_choices,
     read_text,
 )
-from conserve_sgl.jobs.client import BadReply
 from conserve_sgl.jobs.schema import Sampling
 
 EVERYTHING = Sampling(

@@ -7,13 +7,14 @@ import re
 import msgspec
 import pytest
 
+from conserve_sgl.client.retry import Retry
 from conserve_sgl.jobs import schema
 from conserve_sgl.jobs.plan import make_plan
-from conserve_sgl.jobs.store import Failure, Record
+from conserve_sgl.jobs.records import Failure, Record
 
 STRUCTS = [
     schema.Job,
-    schema.Retry,
+    Retry,
     schema.JsonlTask,
     schema.Message,
     schema.Sampling,

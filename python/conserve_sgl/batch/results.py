@@ -18,7 +18,7 @@ import msgspec
 
 from conserve_sgl.batch.answers import usage_of
 from conserve_sgl.batch.schema import RequestCounts, ResultLine, Usage
-from conserve_sgl.jobs.store import AppendFile
+from conserve_sgl.client.append_file import AppendFile
 
 __all__ = ["Results", "finished_lines"]
 

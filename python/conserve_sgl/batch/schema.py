@@ -30,6 +30,8 @@ __all__ = [
     "new_batch_id",
     "new_file_id",
     "new_line_id",
+    "new_request_id",
+    "result_line",
     "window_s",
 ]
 
@@ -79,6 +81,11 @@ def new_batch_id() -> str:
 def new_line_id() -> str:
     """The id of one line's result."""
     return f"batch_req_{secrets.token_hex(12)}"
+
+
+def new_request_id() -> str:
+    """An id for an answer whose server gave none."""
+    return f"req_{secrets.token_hex(12)}"
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -236,3 +243,14 @@ def failed_line(custom_id: str, code: str, message: str) -> ResultLine:
     """The error line of a request that got no HTTP answer."""
     error = LineError(code=code, message=message)
     return ResultLine(id=new_line_id(), custom_id=custom_id, response=None, error=error)
+
+
+def result_line(custom_id: str, status: int, body: bytes, request_id: str) -> ResultLine:
+    """The line for an HTTP answer."""
+    try:
+        text = body.decode()
+        json = msgspec.json.format(text, indent=-1).encode()  # on one line
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        json = msgspec.json.encode({"error": {"message": body.decode(errors="replace")}})
+    response = LineResponse(status_code=status, request_id=request_id, body=msgspec.Raw(json))
+    return ResultLine(id=new_line_id(), custom_id=custom_id, response=response, error=None)

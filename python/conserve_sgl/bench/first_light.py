@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 
 from conserve_sgl.bench.server import serving, split_flags
-from conserve_sgl.jobs.client import OFFLINE_HEADERS
+from conserve_sgl.client.headers import OFFLINE_HEADERS
 
 __all__ = ["main"]
 

@@ -26,8 +26,8 @@ import msgspec
 
 from conserve_sgl.bench.server import serving, split_flags
 from conserve_sgl.bench.tables import markdown
+from conserve_sgl.client.headers import OFFLINE_HEADERS
 from conserve_sgl.errors import ConserveError, InputError
-from conserve_sgl.jobs.client import OFFLINE_HEADERS
 
 __all__ = ["Stream", "main", "read_streams", "table"]
 

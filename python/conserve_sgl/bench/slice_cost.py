@@ -27,7 +27,7 @@ import numpy as np
 
 from conserve_sgl.bench.server import serving, split_flags
 from conserve_sgl.bench.tables import markdown
-from conserve_sgl.jobs.client import OFFLINE_HEADERS
+from conserve_sgl.client.headers import OFFLINE_HEADERS
 
 __all__ = ["Measured", "Met", "main", "table", "yields"]
 

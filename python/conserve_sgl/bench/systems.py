@@ -14,10 +14,10 @@ from conserve_sgl.bench.arrivals import Count, NotNegative, Positive
 from conserve_sgl.bench.backlog import Backlog
 from conserve_sgl.bench.config import OnlineConfig
 from conserve_sgl.bench.metrics import Slo
+from conserve_sgl.client.headers import OFFLINE_HEADERS
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.emulation import Emulation
 from conserve_sgl.errors import InputError
-from conserve_sgl.jobs.client import OFFLINE_HEADERS
 from conserve_sgl.strict_yaml import load_yaml
 
 __all__ = ["BenchConfig", "OfflineLoad", "SystemConfig", "load_bench", "with_path"]

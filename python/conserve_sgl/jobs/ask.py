@@ -13,8 +13,11 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
-from conserve_sgl.jobs.client import Attempts, BadReply, Client, Clock, LineFailed
+from conserve_sgl.client.clock import Clock
+from conserve_sgl.client.http import BadReply, Client, LineFailed
+from conserve_sgl.client.retry import Attempts
 from conserve_sgl.jobs.plan import Line
+from conserve_sgl.jobs.records import Record
 from conserve_sgl.jobs.schema import ExactMatch, Job, JsonlTask, LoglikelihoodChoice, Sampling
 from conserve_sgl.jobs.score import (
     ChoiceLogprob,
@@ -23,7 +26,6 @@ from conserve_sgl.jobs.score import (
     pick_choice,
     shared_prefix_tokens,
 )
-from conserve_sgl.jobs.store import Record
 
 __all__ = ["ask", "asked_path", "chat_body", "choice_body", "choice_logprob", "generate_body"]
 

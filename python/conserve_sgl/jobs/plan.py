@@ -1,7 +1,7 @@
 """Reads a job and all of its input before anything is sent, and says what is wrong with it.
 
 Each data file is read twice: `make_plan` checks every line and keeps none of them, and `lines`
-renders them again one by one as the runner asks, so memory does not grow with prompts.
+renders them again one by one as they are asked, so memory does not grow with prompts.
 """
 
 from __future__ import annotations

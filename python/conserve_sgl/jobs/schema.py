@@ -5,10 +5,19 @@ from __future__ import annotations
 import re
 import warnings
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 import msgspec
 
+from conserve_sgl.client.bounds import (
+    MOST_INT32,
+    MOST_S,
+    Count,
+    InFlight,
+    Priority,
+    Seconds,
+)
+from conserve_sgl.client.endpoints import check_endpoint
+from conserve_sgl.client.retry import Retry
 from conserve_sgl.jobs.template import TemplateFault, compile_expression, compile_template
 
 __all__ = [
@@ -19,23 +28,13 @@ __all__ = [
     "LoglikelihoodChoice",
     "Message",
     "ModelArgs",
-    "Retry",
     "Sampling",
-    "check_endpoint",
 ]
 
-# What a server takes, or a timer, or a tensor of 32 bits: beyond it every line would fail.
-MOST_S = 10**9
-MOST_INT32 = 2**31 - 1
 _MOST_INT64 = 2**63 - 1
-_MOST_IN_FLIGHT = 50_000  # each has a socket
 _MOST_STOPS = 32
 
-Seconds = Annotated[float, msgspec.Meta(gt=0, le=MOST_S)]
-Count = Annotated[int, msgspec.Meta(ge=1, le=MOST_INT32)]
 Number = Annotated[int, msgspec.Meta(ge=0, le=MOST_INT32)]
-Priority = Annotated[int, msgspec.Meta(ge=-MOST_INT32, le=MOST_INT32)]
-InFlight = Annotated[int, msgspec.Meta(ge=1, le=_MOST_IN_FLIGHT)]
 Fraction = Annotated[float, msgspec.Meta(ge=1e-30, le=1)]
 # Also the name of the result file, hence neither dots nor separators.
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$")]
@@ -234,16 +233,6 @@ class LmEval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 raise ValueError(f"tasks[{i}]: an entry needs the key task (or group)")
 
 
-class Retry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What to do when a request fails; how long to keep at it."""
-
-    first_delay_s: Seconds = 0.5
-    max_delay_s: Seconds = 30.0
-    max_attempts: Count = 5
-    server_down_s: Seconds = 600.0
-    max_failures_in_a_row: Count = 100
-
-
 class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An offline job: where to send, how much at once, where the results go, and its tasks.
 
@@ -279,22 +268,6 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         _unique("endpoints", self.endpoints)
         # File systems that fold case would put two such tasks into one file.
         _unique("tasks", [task.name.lower() for task in self.tasks])
-
-
-def check_endpoint(url: str) -> None:
-    """Raise ValueError unless `url` is a server's base URL."""
-    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url) or not url.isprintable():
-        raise ValueError(f"endpoints: {url!r} is not a base URL such as http://127.0.0.1:30000")
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-        host.encode("idna")
-    except ValueError as e:  # UnicodeError is one: a name that cannot be looked up
-        raise ValueError(f"endpoints: {url!r} is not a URL: {e}") from e
-    if not host or port == 0:
-        raise ValueError(f"endpoints: {url!r} has no {'port' if host else 'host'}")
-    if re.search(r"/(v1|generate)(/|$)", url):
-        raise ValueError(f"endpoints: give {url!r} without /v1 or /generate; they are added")
 
 
 def _unique(key: str, values: list[str]) -> None:

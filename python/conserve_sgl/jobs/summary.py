@@ -6,11 +6,11 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from conserve_sgl.jobs.faults import Faults
+from conserve_sgl.client.faults import Faults
 from conserve_sgl.jobs.lm_eval.online import OnlineLatency
 from conserve_sgl.jobs.plan import Plan
+from conserve_sgl.jobs.records import Record
 from conserve_sgl.jobs.score import standard_error
-from conserve_sgl.jobs.store import Record
 
 __all__ = [
     "LmEvalSummary",

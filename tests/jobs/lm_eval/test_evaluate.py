@@ -18,13 +18,13 @@ import pytest
 import yaml
 from rich.console import Console
 
+from conserve_sgl.client.http import BadReply
+from conserve_sgl.client.progress import DONE, INTERRUPTED
 from conserve_sgl.errors import InputError, JobError
 from conserve_sgl.jobs import run_job
 from conserve_sgl.jobs.ask import read_text
-from conserve_sgl.jobs.client import BadReply
 from conserve_sgl.jobs.lm_eval.evaluate import load_tasks
 from conserve_sgl.jobs.plan import make_plan
-from conserve_sgl.jobs.runner import DONE, INTERRUPTED
 
 # What lm-eval imports warns when it is imported.
 pytestmark = pytest.mark.filterwarnings("ignore:builtin type .* has no __module__")

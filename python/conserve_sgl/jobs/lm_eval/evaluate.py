@@ -18,13 +18,14 @@ import msgspec
 import yaml
 from rich.console import Console
 
+from conserve_sgl.client.clock import Clock
+from conserve_sgl.client.interrupt import Stopped
 from conserve_sgl.errors import ConserveError, InputError, JobError
-from conserve_sgl.jobs.client import Clock, Stopped
 from conserve_sgl.jobs.lm_eval.online import Snapshot, compare, snapshot
-from conserve_sgl.jobs.lm_eval.sender import Sender
+from conserve_sgl.jobs.lm_eval.poster import Poster
+from conserve_sgl.jobs.output_folder import OutputFolder
 from conserve_sgl.jobs.plan import Plan, expand
 from conserve_sgl.jobs.schema import LmEval, ModelArgs
-from conserve_sgl.jobs.store import Store
 from conserve_sgl.jobs.summary import LmEvalSummary, Metric
 from conserve_sgl.json_lines import with_escapes
 
@@ -76,13 +77,13 @@ def load_tasks(path: Path, config: LmEval) -> LoadedTasks:
 
 
 class Evaluation:
-    """One run of the `lm_eval` part of a plan, into an open store: `prepare`, then `run`."""
+    """One run of the `lm_eval` part of a plan: `prepare`, then `run`."""
 
     def __init__(
         self,
         path: Path,
         plan: Plan,
-        store: Store,
+        folder: OutputFolder,
         tasks: LoadedTasks,
         console: Console,
         *,
@@ -93,19 +94,18 @@ class Evaluation:
         self._path = path
         self._plan = plan
         self._config = plan.job.lm_eval
-        self._store = store
         self._tasks = tasks
         self._api_key = api_key
         self._clock = clock or Clock()
         self._started_s = 0.0
         self._online_before: Snapshot | None = None
         self._results: dict[str, Any] | None = None
-        self._sender = Sender(
+        self._poster = Poster(
             plan.job,
             name=plan.name,
             console=console,
             api_key=api_key,
-            identify=store.set_model,
+            identify=folder.set_model,
             clock=clock,
         )
 
@@ -123,7 +123,7 @@ class Evaluation:
         model, args = asyncio.run(self._model())
         self._gen_kwargs = prepared(self._path, self._tasks.tasks, self._config.gen_kwargs, args)
         try:
-            self._lm = ConserveLM(self._sender, self._plan.job, model, args)
+            self._lm = ConserveLM(self._poster, self._plan.job, model, args)
         except (OSError, ValueError) as e:
             key = "lm_eval.model_args.tokenizer"
             raise InputError(self._path, f"cannot load {args.tokenizer}: {e}", key=key) from e
@@ -163,18 +163,18 @@ class Evaluation:
         return LmEvalSummary(
             partial=self._results is None,
             run_s=round(self._clock.monotonic_s() - self._started_s, 3),
-            run_requests=self._sender.requests,
-            run_retries=self._sender.retries,
-            run_prompt_tokens=self._sender.prompt_tokens,
-            run_completion_tokens=self._sender.completion_tokens,
+            run_requests=self._poster.requests,
+            run_retries=self._poster.retries,
+            run_prompt_tokens=self._poster.prompt_tokens,
+            run_completion_tokens=self._poster.completion_tokens,
             online_latency=compare(self._online_before, now),
             tasks={} if self._results is None else _metrics(self._results),
         )
 
     async def _model(self) -> tuple[str, ModelArgs]:
         """The model's name, and `model_args` with what the server says filled in."""
-        model_info = await self._sender.get("/model_info")
-        server_info = await self._sender.get("/server_info")
+        model_info = await self._poster.get("/model_info")
+        server_info = await self._poster.get("/server_info")
         model_info = model_info if isinstance(model_info, dict) else {}
         server_info = server_info if isinstance(server_info, dict) else {}
         given = self._config.model_args

@@ -1,7 +1,7 @@
 """The lm-eval model `conserve`: an API model whose requests are offline work.
 
 lm-eval makes the requests, tokenises and truncates them, and keeps its cache; what is ours is how
-they are sent (`Sender`) and how a reply is read. Imports lm_eval and transformers.
+they are sent (`Poster`) and how a reply is read. Imports lm_eval and transformers.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.api_models import TemplateAPI
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 
+from conserve_sgl.client.http import BadReply
 from conserve_sgl.errors import JobError
 from conserve_sgl.jobs.ask import TextReply
-from conserve_sgl.jobs.client import BadReply
-from conserve_sgl.jobs.lm_eval.sender import Sender
+from conserve_sgl.jobs.lm_eval.poster import Poster
 from conserve_sgl.jobs.schema import Job, ModelArgs
 
 __all__ = ["ConserveLM", "generate_body", "score", "score_body"]
@@ -105,7 +105,7 @@ class ConserveLM(TemplateAPI):
     """Loglikelihood, rolling loglikelihood and generation by SGLang's `/generate`.
 
     Args:
-        sender: sends, and counts.
+        poster: sends, and counts.
         job: `model` and `priority` go into each request.
         model: the name of the model in results.
         args: lm-eval's `model_args`, with tokenizer and max_length set.
@@ -113,7 +113,7 @@ class ConserveLM(TemplateAPI):
 
     MULTIMODAL = False
 
-    def __init__(self, sender: Sender, job: Job, model: str, args: ModelArgs) -> None:
+    def __init__(self, poster: Poster, job: Job, model: str, args: ModelArgs) -> None:
         super().__init__(
             model=model,
             base_url=job.endpoints[0],
@@ -127,7 +127,7 @@ class ConserveLM(TemplateAPI):
             custom_prefix_token_id=args.custom_prefix_token_id,
             num_concurrent=max(2, job.max_in_flight),  # 1 would take lm-eval's own way of sending
         )
-        self._sender = sender
+        self._poster = poster
         self._template_kwargs = args.chat_template_kwargs
         tags = {"model": job.model, "priority": job.priority, "service_tier": "flex"}
         self._tags = {key: value for key, value in tags.items() if value is not None}
@@ -237,7 +237,7 @@ class ConserveLM(TemplateAPI):
             self._remember(name, cache_keys[i], answers[i][0])
 
         name = "generate_until" if generate else "loglikelihood"
-        await self._sender.post_all(name, len(requests), bodies(), answered)
+        await self._poster.post_all(name, len(requests), bodies(), answered)
         return answers
 
     def _remember(self, method: str, key: Any, answer: Any) -> None:

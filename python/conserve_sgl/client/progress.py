@@ -1,17 +1,22 @@
-"""What a person sees while a job runs: counters, and a bar or plain lines that show them."""
+"""What a person sees while a run goes on: counters, and a bar or plain lines that show them."""
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from conserve_sgl.jobs.store import Record
+from conserve_sgl.client.clock import Clock
 
-__all__ = ["Meter", "ProgressView", "duration"]
+__all__ = ["DONE", "INTERRUPTED", "SOME_FAILED", "Meter", "ProgressView", "duration"]
 
+DONE, SOME_FAILED, INTERRUPTED = 0, 1, 130
+"""Exit codes of a command that ran to its end, or was stopped."""
+TICK_S = 1.0
 PLAIN_PERIOD_S = 5.0
 # Long enough to smooth a batch of long answers, short enough to show a stall.
 RATE_WINDOW_S = 60.0
@@ -21,7 +26,7 @@ class Meter:
     """Counters of a run, and their rates over the last minute.
 
     Args:
-        total: lines of the job.
+        total: lines of the run.
         started_s: when the run began to send, on the clock that `tick` is given.
     """
 
@@ -36,11 +41,11 @@ class Meter:
         self.note: str | None = None
         self._marks: deque[tuple[float, int, int, int]] = deque([(started_s, 0, 0, 0)])
 
-    def count(self, record: Record) -> None:
-        """A line was finished in this run."""
+    def count(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """A line was finished in this run, and took so many tokens."""
         self.done += 1
-        self.prompt_tokens += record.prompt_tokens
-        self.completion_tokens += record.completion_tokens
+        self.prompt_tokens += prompt_tokens
+        self.completion_tokens += completion_tokens
 
     def noted(self, text: str | None) -> None:
         """A request waits to be sent again, for the reason `text`; None: something was answered."""
@@ -51,6 +56,12 @@ class Meter:
     def left(self) -> int:
         """Lines that are neither finished nor failed."""
         return self.total - self.resumed - self.done - self.failed
+
+    def exit_code(self) -> int:
+        """What the run has come to: lines that are left were left by an interrupt."""
+        if self.left:
+            return INTERRUPTED
+        return SOME_FAILED if self.failed else DONE
 
     def tick(self, now_s: float) -> None:
         """Remember the counters as of now, for the rates."""
@@ -124,6 +135,14 @@ class ProgressView:
         if self._printed_s is None or now_s - self._printed_s >= PLAIN_PERIOD_S:
             self._printed_s = now_s
             self.say(self._meter.text())
+
+    async def keep_fresh(self, clock: Clock, sync: Callable[[], None] | None = None) -> None:
+        """`refresh` every second, for ever, and call `sync` in a thread as often."""
+        while True:
+            self.refresh(clock.monotonic_s())
+            await clock.sleep(TICK_S)
+            if sync is not None:
+                await asyncio.to_thread(sync)
 
     def say(self, text: str) -> None:
         """One line that stays."""

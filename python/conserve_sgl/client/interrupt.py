@@ -12,9 +12,22 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Interrupt"]
+from conserve_sgl.client.clock import Clock, first_of
+
+__all__ = ["Interrupt", "Stopped", "pause"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(Exception):
+    """The run is being stopped and this line had nothing in flight."""
+
+
+async def pause(seconds: float, stopping: asyncio.Event, clock: Clock) -> None:
+    """Let `seconds` pass. Raises Stopped as soon as `stopping` is set."""
+    await first_of(clock.sleep(seconds), stopping.wait())
+    if stopping.is_set():
+        raise Stopped
 
 
 class Interrupt:

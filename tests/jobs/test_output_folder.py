@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conserve_sgl.errors import InputError, JobError
+from conserve_sgl.jobs.output_folder import OutputFolder
 from conserve_sgl.jobs.plan import lines, make_plan
-from conserve_sgl.jobs.store import Failure, Record, Store
+from conserve_sgl.jobs.records import Failure, Record
 
 
 def record(line: int, output: str = "o") -> Record:
@@ -29,8 +30,8 @@ def record(line: int, output: str = "o") -> Record:
     )
 
 
-def finished(store: Store, plan) -> set[str]:
-    return store.finished(plan.tasks[0], lambda _: None)
+def finished(kept: OutputFolder, plan) -> set[str]:
+    return kept.finished(plan.tasks[0], lambda _: None)
 
 
 @pytest.fixture
@@ -51,11 +52,11 @@ def test_whatever_the_crashes_each_line_is_there_once(cuts, output):
         plan = make_plan(path / "job.yaml")
         results = path / "out" / "words.jsonl"
         for cut in [*cuts, None]:
-            with Store(plan) as store:
-                done = finished(store, plan)
+            with OutputFolder(plan) as kept:
+                done = finished(kept, plan)
                 for line in lines(plan.tasks[0]):
                     if line.id not in done:
-                        store.add("words", record(line.line, output))
+                        kept.add("words", record(line.line, output))
             if cut is not None:  # a crash leaves any beginning of the file
                 os.truncate(results, int(cut * results.stat().st_size))
         ids = [json.loads(line)["id"] for line in results.read_bytes().splitlines()]
@@ -63,43 +64,46 @@ def test_whatever_the_crashes_each_line_is_there_once(cuts, output):
 
 
 def test_a_torn_last_line_is_dropped_and_the_rest_kept(plan):
-    with Store(plan) as store:
-        finished(store, plan)
-        store.add("words", record(1))
-        store.add("words", record(2))
+    with OutputFolder(plan) as kept:
+        finished(kept, plan)
+        kept.add("words", record(1))
+        kept.add("words", record(2))
     path = plan.output / "words.jsonl"
     path.write_bytes(path.read_bytes() + b'{"id": "3", "li')
     seen = []
-    with Store(plan) as store:
-        assert store.finished(plan.tasks[0], lambda r: seen.append(r.line)) == {"1", "2"}
+    with OutputFolder(plan) as kept:
+        assert kept.finished(plan.tasks[0], lambda r: seen.append(r.line)) == {"1", "2"}
     assert seen == [1, 2]
     assert path.read_bytes().count(b"\n") == 2
     assert path.read_bytes().endswith(b"\n")
 
 
 def test_damage_inside_the_file_is_not_guessed_at(plan):
-    with Store(plan) as store:
-        finished(store, plan)
-        store.add("words", record(1))
+    with OutputFolder(plan) as kept:
+        finished(kept, plan)
+        kept.add("words", record(1))
     path = plan.output / "words.jsonl"
     path.write_bytes(b"\0\0\0\n" + path.read_bytes())
-    with Store(plan) as store, pytest.raises(JobError, match=r"words.jsonl:1: damaged .*--fresh"):
-        finished(store, plan)
+    with (
+        OutputFolder(plan) as kept,
+        pytest.raises(JobError, match=r"words.jsonl:1: damaged .*--fresh"),
+    ):
+        finished(kept, plan)
 
 
 def test_a_repeated_id_is_refused(plan):
-    with Store(plan) as store:
-        finished(store, plan)
-        store.add("words", record(1))
-        store.add("words", record(1))
-    with Store(plan) as store, pytest.raises(JobError, match="id '1' is there twice"):
-        finished(store, plan)
+    with OutputFolder(plan) as kept:
+        finished(kept, plan)
+        kept.add("words", record(1))
+        kept.add("words", record(1))
+    with OutputFolder(plan) as kept, pytest.raises(JobError, match="id '1' is there twice"):
+        finished(kept, plan)
 
 
 def test_a_full_disk_leaves_whole_lines_and_a_clear_error(plan, monkeypatch):
-    with Store(plan) as store:
-        finished(store, plan)
-        store.add("words", record(1))
+    with OutputFolder(plan) as kept:
+        finished(kept, plan)
+        kept.add("words", record(1))
         path = plan.output / "words.jsonl"
         before = path.read_bytes()
         room = [10]  # bytes left on the device
@@ -114,26 +118,26 @@ def test_a_full_disk_leaves_whole_lines_and_a_clear_error(plan, monkeypatch):
 
         monkeypatch.setattr(os, "write", write_while_there_is_room)
         with pytest.raises(JobError, match=r"words.jsonl: No space left on device\. The finished"):
-            store.add("words", record(2))
+            kept.add("words", record(2))
         assert path.read_bytes() == before
         monkeypatch.undo()
-        store.add("words", record(2))
-    with Store(plan) as store:
-        assert finished(store, plan) == {"1", "2"}
+        kept.add("words", record(2))
+    with OutputFolder(plan) as kept:
+        assert finished(kept, plan) == {"1", "2"}
 
 
 def test_other_data_or_another_definition_is_refused_until_fresh(folder, words):
     folder.data(words(5))
     plan = make_plan(folder.job())
-    with Store(plan) as store:
-        finished(store, plan)
-        store.add("words", record(1))
+    with OutputFolder(plan) as kept:
+        finished(kept, plan)
+        kept.add("words", record(1))
 
     folder.data(words(6))
     with pytest.raises(
         JobError, match=r"made from other data than .*data.jsonl holds now.*--fresh"
     ):
-        Store(make_plan(folder.job()))
+        OutputFolder(make_plan(folder.job()))
 
     folder.data(words(5))
     for change in (
@@ -144,19 +148,19 @@ def test_other_data_or_another_definition_is_refused_until_fresh(folder, words):
         {"model": "m"},
     ):
         with pytest.raises(JobError, match="another definition of the task words"):
-            Store(make_plan(folder.job(**change)))
+            OutputFolder(make_plan(folder.job(**change)))
 
     changed = make_plan(folder.job(task={"prompt": "tell {{ word }}"}))
-    with Store(changed, fresh=True) as store:
-        assert finished(store, changed) == set()
+    with OutputFolder(changed, fresh=True) as kept:
+        assert finished(kept, changed) == set()
 
 
 def test_what_does_not_change_results_may_change(folder, words):
     folder.data(words(5))
     plan = make_plan(folder.job())
-    with Store(plan) as store:
-        finished(store, plan)
-        store.add("words", record(1))
+    with OutputFolder(plan) as kept:
+        finished(kept, plan)
+        kept.add("words", record(1))
     folder.data(words(5), "moved.jsonl")
     changed = make_plan(
         folder.job(
@@ -166,8 +170,8 @@ def test_what_does_not_change_results_may_change(folder, words):
             name="again",
         )
     )
-    with Store(changed) as store:
-        assert finished(store, changed) == {"1"}
+    with OutputFolder(changed) as kept:
+        assert finished(kept, changed) == {"1"}
 
 
 def test_a_file_that_no_job_made_is_never_touched(folder, words):
@@ -178,7 +182,7 @@ def test_a_file_that_no_job_made_is_never_touched(folder, words):
     theirs.write_text("mine\n")
     for fresh in (False, True):
         with pytest.raises(JobError, match="no job made it"):
-            Store(plan, fresh=fresh)
+            OutputFolder(plan, fresh=fresh)
     assert theirs.read_text() == "mine\n"
 
 
@@ -190,39 +194,39 @@ def test_the_input_file_is_never_the_output_file(folder, words):
 
 
 def test_failures_are_those_of_the_latest_run(plan):
-    with Store(plan) as store:
-        finished(store, plan)
-        store.add_failure("words", Failure(id="1", line=1, status=400, error="no", attempts=1))
+    with OutputFolder(plan) as kept:
+        finished(kept, plan)
+        kept.add_failure("words", Failure(id="1", line=1, status=400, error="no", attempts=1))
     errors = plan.output / "words.errors.jsonl"
     assert json.loads(errors.read_text())["error"] == "no"
-    with Store(plan) as store:
-        assert finished(store, plan) == set()
+    with OutputFolder(plan) as kept:
+        assert finished(kept, plan) == set()
     assert not errors.exists()
 
 
 def test_an_unwritable_folder_is_a_job_error(plan):
     plan.output.write_text("a file")
     with pytest.raises(JobError, match=r"cannot write .*out: File exists. Nothing was sent"):
-        Store(plan)
+        OutputFolder(plan)
 
 
 @pytest.mark.parametrize("name", ["words.jsonl", ".job.json.part", "words.errors.jsonl", ".lock"])
 def test_a_file_that_cannot_be_written_is_found_before_anything_is_sent(plan, name):
-    with Store(plan):
+    with OutputFolder(plan):
         pass
     (plan.output / name).unlink(missing_ok=True)
     (plan.output / name).mkdir()
     with (
         pytest.raises(JobError, match=r"cannot write .*\. Nothing was sent") as e,
-        Store(plan) as store,
+        OutputFolder(plan) as kept,
     ):
-        finished(store, plan)
+        finished(kept, plan)
     assert str(plan.output / name) in str(e.value)
 
 
 def test_an_error_file_that_cannot_be_made_leaves_what_is_done(plan):
-    with Store(plan) as store:
-        finished(store, plan)
+    with OutputFolder(plan) as kept:
+        finished(kept, plan)
         (plan.output / "words.errors.jsonl").mkdir()
         with pytest.raises(JobError, match="finished lines before this are kept"):
-            store.add_failure("words", Failure(id="1", line=1, status=400, error="no", attempts=1))
+            kept.add_failure("words", Failure(id="1", line=1, status=400, error="no", attempts=1))

@@ -21,44 +21,12 @@ from pathlib import Path
 
 import msgspec
 
+from conserve_sgl.client.append_file import AppendFile, cannot_write
 from conserve_sgl.errors import JobError
 from conserve_sgl.jobs.plan import Plan, PlannedTask
-from conserve_sgl.jobs.score import ChoiceLogprob
-from conserve_sgl.json_lines import json_line
+from conserve_sgl.jobs.records import Failure, Record
 
-__all__ = ["Failure", "JobFile", "Record", "Store"]
-
-
-class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A finished line, as it stands in `<task>.jsonl`. `latency_s` includes waits and retries."""
-
-    id: str
-    line: int
-    output: str
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    latency_s: float
-    done_unix_s: float
-    attempts: int
-    cached_tokens: int | None = None  # None when the server does not say
-    reasoning: str | None = None
-    score: float | None = None
-    extracted: str | None = None
-    target: str | int | None = None
-    chosen: int | None = None
-    choices: list[ChoiceLogprob] | None = None
-    prompt: str | list[dict[str, str]] | None = None
-
-
-class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """A line that failed, as it stands in `<task>.errors.jsonl`; no reply, no `status`."""
-
-    id: str
-    line: int
-    status: int | None
-    error: str
-    attempts: int
+__all__ = ["JobFile", "OutputFolder"]
 
 
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,47 +43,7 @@ class JobFile(msgspec.Struct, frozen=True, kw_only=True):
     tasks: dict[str, Fingerprint] = {}
 
 
-class AppendFile:
-    """A JSONL file that is only appended to, a whole line at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self._size_bytes = os.fstat(self._fd).st_size
-        self._synced_bytes = self._size_bytes
-
-    def append(self, record: msgspec.Struct) -> None:
-        """Add one line.
-
-        Raises:
-            JobError: the disk did not take it; the file is as it was before.
-        """
-        line = json_line(record)
-        try:
-            written = os.write(self._fd, line)
-            while written < len(line):
-                written += os.write(self._fd, line[written:])
-        except OSError as e:
-            os.ftruncate(self._fd, self._size_bytes)
-            raise _cannot_write(self.path, e) from e
-        self._size_bytes += len(line)
-
-    def sync(self) -> None:
-        """Make every line that was added before this call survive a power cut."""
-        size_bytes = self._size_bytes
-        if size_bytes != self._synced_bytes:
-            os.fsync(self._fd)
-            self._synced_bytes = size_bytes
-
-    def close(self) -> None:
-        """Sync and close."""
-        try:
-            self.sync()
-        finally:
-            os.close(self._fd)
-
-
-class Store:
+class OutputFolder:
     """The open output folder of one run; a context manager.
 
     Args:
@@ -162,7 +90,7 @@ class Store:
         for planned in self._plan.tasks:
             self._errors_path(planned.task.name).unlink(missing_ok=True)
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> OutputFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -203,7 +131,7 @@ class Store:
             try:
                 self._write_job_file(job_file)
             except OSError as e:
-                raise _cannot_write(self.folder, e) from e
+                raise cannot_write(self.folder, e) from e
         elif self.job_file.model != model:
             raise JobError(
                 f"{self.folder} has results of the model {self.job_file.model}, and the endpoints "
@@ -221,7 +149,7 @@ class Store:
             try:
                 self._errors[task] = AppendFile(path)
             except OSError as e:
-                raise _cannot_write(path, e) from e
+                raise cannot_write(path, e) from e
         self._errors[task].append(failure)
 
     def sync(self) -> None:
@@ -230,7 +158,7 @@ class Store:
             try:
                 file.sync()
             except OSError as e:
-                raise _cannot_write(file.path, e) from e
+                raise cannot_write(file.path, e) from e
 
     def write_summary(self, summary: msgspec.Struct) -> None:
         """Replace `summary.json`."""
@@ -239,7 +167,7 @@ class Store:
         try:
             _replace(path, text)
         except OSError as e:
-            raise _cannot_write(path, e) from e
+            raise cannot_write(path, e) from e
 
     def close(self) -> None:
         """Sync and close all files and let go of the folder."""
@@ -357,10 +285,3 @@ def _replace(path: Path, text: bytes) -> None:
 
 def _cannot_open(path: Path, e: OSError) -> JobError:
     return JobError(f"cannot write {e.filename or path}: {e.strerror or e}. Nothing was sent")
-
-
-def _cannot_write(path: Path, e: OSError) -> JobError:
-    return JobError(
-        f"cannot write {path}: {e.strerror or e}. The finished lines before this are kept; "
-        f"run the same command again to go on"
-    )

@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from conserve_sgl import cli
+from conserve_sgl.client.progress import DONE, INTERRUPTED, SOME_FAILED
 from conserve_sgl.errors import InputError, JobError
 from conserve_sgl.jobs import run_job
-from conserve_sgl.jobs.runner import DONE, INTERRUPTED, SOME_FAILED
 
 RUN = """
 import sys

@@ -21,16 +21,14 @@ from urllib.parse import unquote, urlsplit
 import aiohttp
 from aiohttp import ClientResponse
 
+from conserve_sgl.client.retry import Passing, Retry, backoff_s
 from conserve_sgl.errors import InputError, JobError
-from conserve_sgl.jobs.client import backoff_s
-from conserve_sgl.jobs.schema import Retry
 
 __all__ = ["STDIN", "at_hand", "is_url", "local_copy", "put", "shown"]
 
 STDIN = "-"
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)
 _ATTEMPTS = 4
-_PASSING = (408, 429, 500, 502, 503, 504)
 
 
 class _Refused(Exception):
@@ -167,8 +165,8 @@ async def _exchange(method: str, url: str, **options: Any) -> AsyncIterator[Clie
             session.request(method, url, **options) as response,
         ):
             if not 200 <= response.status < 300:
-                is_passing = response.status in _PASSING
-                raise _Refused(f"{response.status} {response.reason}", passing=is_passing)
+                may_pass = Passing.of(response.status) is not None
+                raise _Refused(f"{response.status} {response.reason}", passing=may_pass)
             yield response
     except (aiohttp.ClientResponseError, ValueError) as e:  # their texts have the whole URL
         raise _Refused(f"{type(e).__name__}", passing=False) from e

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import asyncio
 
-from conserve_sgl.batch.store import Line, Store
+from conserve_sgl.batch.server.store import Line, Store
 
-__all__ = ["InFlight"]
+__all__ = ["Marks"]
 
 
-class InFlight:
+class Marks:
     """The marks of one server.
 
     Args:

@@ -20,10 +20,11 @@ from typer.testing import CliRunner
 from batch import fake_engine
 from batch.lines import jsonl, request, requests
 from conserve_sgl import cli
-from conserve_sgl.batch import remote
-from conserve_sgl.batch.client import DONE, INTERRUPTED, SOME_FAILED, RunBatch, run_batch
+from conserve_sgl.batch import remote_files
+from conserve_sgl.batch.run_batch import RunBatch, run_batch
+from conserve_sgl.client.progress import DONE, INTERRUPTED, SOME_FAILED
+from conserve_sgl.client.retry import Retry
 from conserve_sgl.errors import InputError, JobError
-from conserve_sgl.jobs.schema import Retry
 
 QUICK = Retry(first_delay_s=0.001, max_delay_s=0.01, server_down_s=0.05)
 
@@ -450,12 +451,12 @@ def test_standard_input_and_pipes(server, folder, tmp_path, monkeypatch):
     ],
 )
 def test_the_name_of_a_urls_file_is_one_of_this_folder(url, name):
-    assert remote.local_copy(url) == Path(name)
+    assert remote_files.local_copy(url) == Path(name)
 
 
 def test_what_is_shown_of_a_url_holds_no_secret():
-    assert remote.shown("https://me:pw@h:8443/a/b?sig=1#x") == "https://h:8443/a/b"
-    assert "pw" not in remote.shown("http://me:pw@[::1/a?b")
+    assert remote_files.shown("https://me:pw@h:8443/a/b?sig=1#x") == "https://h:8443/a/b"
+    assert "pw" not in remote_files.shown("http://me:pw@[::1/a?b")
 
 
 # ---------------------------------------------------------------- the command

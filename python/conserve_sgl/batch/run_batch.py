@@ -13,20 +13,25 @@ import asyncio
 import fcntl
 import os
 import random
-import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
 from rich.console import Console
 
 from conserve_sgl.batch.answers import fault_of, usage_of
-from conserve_sgl.batch.remote import STDIN, at_hand, is_url, local_copy, put, shown
+from conserve_sgl.batch.remote_files import STDIN, at_hand, is_url, local_copy, put, shown
 from conserve_sgl.batch.results import Results
-from conserve_sgl.batch.schema import BatchError, ResultLine, failed_line
-from conserve_sgl.batch.sender import result_line
+from conserve_sgl.batch.schema import (
+    BatchError,
+    ResultLine,
+    failed_line,
+    new_request_id,
+    result_line,
+)
 from conserve_sgl.batch.validate import (
     InputRefused,
     Limits,
@@ -35,25 +40,19 @@ from conserve_sgl.batch.validate import (
     read_plan,
     read_request,
 )
+from conserve_sgl.client.bounds import MOST_INT32, MOST_S
+from conserve_sgl.client.clock import Clock
+from conserve_sgl.client.endpoints import check_endpoint
+from conserve_sgl.client.faults import Faults
+from conserve_sgl.client.http import BadReply, Client, LineFailed, NoSuchPath
+from conserve_sgl.client.in_flight import send_all
+from conserve_sgl.client.interrupt import Interrupt
+from conserve_sgl.client.progress import INTERRUPTED, Meter, ProgressView
+from conserve_sgl.client.retry import Attempts, Retry
 from conserve_sgl.errors import InputError, JobError
-from conserve_sgl.jobs.client import (
-    Attempts,
-    BadReply,
-    Client,
-    Clock,
-    LineFailed,
-    NoSuchPath,
-    Stopped,
-)
-from conserve_sgl.jobs.faults import Faults
-from conserve_sgl.jobs.interrupt import Interrupt
-from conserve_sgl.jobs.progress import Meter, ProgressView
-from conserve_sgl.jobs.schema import MOST_INT32, MOST_S, Retry, check_endpoint
 
 __all__ = ["RunBatch", "run_batch"]
 
-DONE, SOME_FAILED, INTERRUPTED = 0, 1, 130
-TICK_S = 1.0
 _FIRST_BYTES = b'{"id":"batch_req_'
 # A file of one's own may be as large as one likes.
 _LIMITS = Limits(max_requests=sys.maxsize, max_embedding_inputs=sys.maxsize)
@@ -235,11 +234,9 @@ class _Run:
         self._results = results
         self._console = console
         self._clock = Clock()
-        self._lines = iter(plan)
-        self._count = min(job.max_in_flight, len(plan))
+        self._plan = plan
         self._meter = Meter(plan.total, self._clock.monotonic_s())
         self._meter.resumed = len(results.done)
-        self._urls = plan.urls
         self._faults = Faults()
 
     async def run(self) -> int:
@@ -248,14 +245,12 @@ class _Run:
             with ProgressView(self._console, self._files.input.name, meter) as view:
                 if meter.resumed:
                     view.say(f"{meter.resumed} of {meter.total} lines are done already")
-                if self._count:
+                if len(self._plan):
                     await self._send_all(view)
                 self._results.sync()
         finally:
             self._finish()
-        if meter.left:
-            return INTERRUPTED
-        return SOME_FAILED if meter.failed else DONE
+        return meter.exit_code()
 
     def _finish(self) -> None:
         """Say what is where; a file for errors that has none goes."""
@@ -278,75 +273,57 @@ class _Run:
             deadline_s=None,
             api_key=self._job.api_key,
             identify=lambda _: None,
-            note=self._note,
+            note=self._meter.noted,
             stopping=interrupt.stopping,
             clock=self._clock,
             rng=random.Random(),
         )
         try:
             async with client:
-                workers = [
-                    self._work(client, source, interrupt.stopping) for _ in range(self._count)
-                ]
-                await interrupt.run(workers, self._tick(view))
+                await send_all(
+                    iter(self._plan),
+                    partial(self._answer, client, source),
+                    in_flight=min(self._job.max_in_flight, len(self._plan)),
+                    interrupt=interrupt,
+                    ticker=view.keep_fresh(self._clock, self._results.sync),
+                )
         finally:
             os.close(source)
 
-    async def _work(self, client: Client, source: int, stopping: asyncio.Event) -> None:
-        for where in self._lines:
-            request = read_request(source, *where)
-            try:
-                line = await self._ask(client, request)
-            except LineFailed as e:
-                self._failed(request.custom_id, e)
-            except Stopped:
-                return
-            else:
-                self._finished(line)
-            if stopping.is_set():
-                return
+    async def _answer(self, client: Client, source: int, where: tuple[int, int]) -> None:
+        request = read_request(source, *where)
+        try:
+            line = await self._ask(client, request)
+        except LineFailed as e:
+            self._failed(request.custom_id, e)
+        else:
+            self._finished(line)
 
     async def _ask(self, client: Client, request: RequestLine) -> ResultLine:
         body = msgspec.json.decode(request.body) | {"service_tier": "flex"}
         if self._job.priority is not None:
             body["priority"] = self._job.priority
         answer, _ = await client.post(request.url, body, _whole, Attempts())
-        return result_line(request.custom_id, 200, answer, _request_id())
+        return result_line(request.custom_id, 200, answer, new_request_id())
 
     def _failed(self, custom_id: str, failed: LineFailed) -> None:
         if failed.status is None or failed.body is None:
             line = failed_line(custom_id, "request_failed", str(failed))
         else:
-            line = result_line(custom_id, failed.status, failed.body, _request_id())
+            line = result_line(custom_id, failed.status, failed.body, new_request_id())
         self._results.add(line)
         self._meter.failed += 1
         self._faults.add(custom_id, failed.status, str(failed))
-        if isinstance(failed, NoSuchPath) and self._urls == {failed.path}:
+        if isinstance(failed, NoSuchPath) and self._plan.urls == {failed.path}:
             raise JobError(str(failed)) from failed
 
     def _finished(self, line: ResultLine) -> None:
         self._results.add(line)
         usage = usage_of(line.response.body)
-        self._meter.done += 1
-        self._meter.prompt_tokens += usage.input_tokens
-        self._meter.completion_tokens += usage.output_tokens
-
-    def _note(self, text: str | None) -> None:
-        self._meter.note = text
-        self._meter.retries += text is not None
-
-    async def _tick(self, view: ProgressView) -> None:
-        while True:
-            view.refresh(self._clock.monotonic_s())
-            await self._clock.sleep(TICK_S)
-            await asyncio.to_thread(self._results.sync)
+        self._meter.count(usage.input_tokens, usage.output_tokens)
 
 
 def _whole(raw: bytes) -> bytes:
     if fault := fault_of(raw):
         raise BadReply(fault)
     return raw
-
-
-def _request_id() -> str:
-    return f"req_{secrets.token_hex(12)}"

@@ -16,7 +16,6 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse
 
-from conserve_sgl.batch.runner import NotCancellable, Runner
 from conserve_sgl.batch.schema import (
     Batch,
     BatchRecord,
@@ -25,11 +24,12 @@ from conserve_sgl.batch.schema import (
     new_file_id,
     window_s,
 )
-from conserve_sgl.batch.store import FileInUse, Page, Store
-from conserve_sgl.batch.upload import UploadRefused, UploadTooLarge, receive_upload
+from conserve_sgl.batch.server.processor import BatchProcessor, NotCancellable
+from conserve_sgl.batch.server.store import FileInUse, Page, Store
+from conserve_sgl.batch.server.upload import UploadRefused, UploadTooLarge, receive_upload
+from conserve_sgl.client.clock import Clock
 from conserve_sgl.config import BatchConfig
 from conserve_sgl.errors import ConserveError, StorageError
-from conserve_sgl.jobs.client import Clock
 
 __all__ = ["add_batch_routes"]
 
@@ -72,7 +72,7 @@ class _Refused(ConserveError):
 def add_batch_routes(
     app: FastAPI,
     store: Callable[[], Store],
-    runner: Callable[[], Runner],
+    processor: Callable[[], BatchProcessor],
     config: BatchConfig,
     endpoints: Sequence[str],
     clock: Clock,
@@ -80,10 +80,10 @@ def add_batch_routes(
     """Put the routes on `app`, each by itself: SGLang labels its metrics by a route's path.
 
     Args:
-        store, runner: asked for when a route is called, after the start.
+        store, processor: asked for when a route is called, after the start.
         endpoints: those that a batch may name.
     """
-    api = _Api(store, runner, config, endpoints, clock)
+    api = _Api(store, processor, config, endpoints, clock)
     for method, path, handler in (
         ("POST", "/v1/files", api.create_file),
         ("GET", "/v1/files", api.list_files),
@@ -120,13 +120,13 @@ class _Api:
     def __init__(
         self,
         store: Callable[[], Store],
-        runner: Callable[[], Runner],
+        processor: Callable[[], BatchProcessor],
         config: BatchConfig,
         endpoints: Sequence[str],
         clock: Clock,
     ) -> None:
         self._get_store = store
-        self._get_runner = runner
+        self._get_processor = processor
         self._config = config
         self._endpoints = endpoints
         self._clock = clock
@@ -210,10 +210,10 @@ class _Api:
             record = await self._get_store().create_batch(record, self._now(), key)
         except LookupError as e:
             raise _no_such_file(file_id, "input_file_id") from e
-        runner = self._get_runner()
+        processor = self._get_processor()
         if record.batch.status == "validating":
-            runner.submit(record)
-        return runner.shown(record)
+            processor.submit(record)
+        return processor.shown(record)
 
     async def list_batches(self, request: Request) -> dict[str, Any]:
         """List batches."""
@@ -223,17 +223,18 @@ class _Api:
             after=query.get("after") or None,
         )
         if page is not None:
-            page = Page([self._get_runner().shown(record) for record in page.data], page.has_more)
+            shown = self._get_processor().shown
+            page = Page([shown(record) for record in page.data], page.has_more)
         return _listed(page, query.get("after"))
 
     async def retrieve_batch(self, request: Request) -> Batch:
         """Show a batch."""
-        return self._get_runner().shown(await self._batch(request))
+        return self._get_processor().shown(await self._batch(request))
 
     async def cancel_batch(self, request: Request) -> Batch:
         """Cancel a batch."""
         try:
-            return await self._get_runner().cancel(await self._batch(request))
+            return await self._get_processor().cancel(await self._batch(request))
         except NotCancellable as e:
             raise _Refused(400, str(e), "batch_id") from e
 

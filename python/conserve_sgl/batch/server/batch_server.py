@@ -1,4 +1,4 @@
-"""Files and Batches in a server: the routes on its application, the runner in its lifespan."""
+"""Files and Batches in a server: the routes on its application, the processor in its lifespan."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from conserve_sgl.batch.routes import add_batch_routes
-from conserve_sgl.batch.runner import Runner
 from conserve_sgl.batch.schema import EMBEDDINGS, ENDPOINTS
-from conserve_sgl.batch.store import Storage, Store
+from conserve_sgl.batch.server.processor import BatchProcessor
+from conserve_sgl.batch.server.routes import add_batch_routes
+from conserve_sgl.batch.server.storage import Storage
+from conserve_sgl.batch.server.store import Store
+from conserve_sgl.client.clock import Clock
 from conserve_sgl.config import BatchConfig
-from conserve_sgl.jobs.client import Clock
 
 __all__ = ["BatchServer"]
 
@@ -49,10 +50,10 @@ class BatchServer:
         self._clock = clock or Clock()
         self._storage = Storage(Path(config.storage_dir))
         self._store: Store | None = None
-        self._runner: Runner | None = None
+        self._processor: BatchProcessor | None = None
         self._lifespan = app.router.lifespan_context
         endpoints = [e for e in ENDPOINTS if serves_embeddings in (None, e == EMBEDDINGS)]
-        add_batch_routes(app, self._get_store, self._get_runner, config, endpoints, self._clock)
+        add_batch_routes(app, self._get_store, self._get_processor, config, endpoints, self._clock)
         app.router.lifespan_context = self._lifespan_with_ours
 
     @asynccontextmanager
@@ -60,7 +61,7 @@ class BatchServer:
         async with self._lifespan(app) as state:
             self._store = await Store.open(self._storage)
             try:
-                self._runner = Runner(
+                self._processor = BatchProcessor(
                     self._store,
                     self._app,
                     self._config,
@@ -68,28 +69,28 @@ class BatchServer:
                     is_draining=self._is_draining,
                     clock=self._clock,
                 )
-                await self._runner.start()
+                await self._processor.start()
                 yield state
             finally:
-                if self._runner is not None:
-                    await self._runner.stop()
+                if self._processor is not None:
+                    await self._processor.stop()
                 await self._store.close()
                 self._storage.release()
 
     def leave(self) -> None:
-        """The server was told to stop; see `Runner.leave`."""
-        if self._runner is not None:
-            self._runner.leave()
+        """The server was told to stop; see `BatchProcessor.leave`."""
+        if self._processor is not None:
+            self._processor.leave()
 
     def hold(self, held: bool) -> None:
-        """Hold the batches, or send them; see `Runner.hold`."""
-        if self._runner is not None:
-            self._runner.hold(held)
+        """Hold the batches, or send them; see `BatchProcessor.hold`."""
+        if self._processor is not None:
+            self._processor.hold(held)
 
     def _get_store(self) -> Store:
         assert self._store is not None, "a route was called before the application started"
         return self._store
 
-    def _get_runner(self) -> Runner:
-        assert self._runner is not None, "a route was called before the application started"
-        return self._runner
+    def _get_processor(self) -> BatchProcessor:
+        assert self._processor is not None, "a route was called before the application started"
+        return self._processor

@@ -11,7 +11,7 @@ import pytest
 
 from batch.lines import CHAT, jsonl, request, requests
 from conserve_sgl.batch.results import Results
-from conserve_sgl.batch.store import Store
+from conserve_sgl.batch.server.store import Store
 from conserve_sgl.errors import JobError, StorageError
 
 
@@ -109,7 +109,7 @@ def test_every_request_is_offline_and_names_its_job(server, client):
     for _, headers, _ in server.engine.requests:
         assert headers["x-sgl-conserve-class"] == "offline"
         assert headers["x-sgl-conserve-job"] == batch.id
-        assert 3000 < int(headers["x-sgl-conserve-deadline-s"]) <= 3600
+        assert 3000 < float(headers["x-sgl-conserve-deadline-s"]) <= 3600
 
 
 def test_the_servers_own_key_opens_its_routes(start_server, connect):

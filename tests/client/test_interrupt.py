@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from conserve_sgl.jobs.interrupt import Interrupt
+from conserve_sgl.client.interrupt import Interrupt
 
 FOREVER = 1e6
 

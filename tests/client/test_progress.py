@@ -5,22 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from conserve_sgl.jobs.progress import Meter, ProgressView, duration
-from conserve_sgl.jobs.store import Record
-
-
-def record(prompt_tokens: int, completion_tokens: int) -> Record:
-    return Record(
-        id="1",
-        line=1,
-        output="",
-        finish_reason="stop",
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        latency_s=0,
-        done_unix_s=0,
-        attempts=1,
-    )
+from conserve_sgl.client.progress import Meter, ProgressView, duration
 
 
 def test_rates_and_time_left_are_of_this_run_and_of_the_last_minute():
@@ -28,7 +13,7 @@ def test_rates_and_time_left_are_of_this_run_and_of_the_last_minute():
     meter.resumed = 40
     assert "40/100 done | 0 in 0 out tok/s | ETA -" in meter.text()
     for second in range(10):
-        meter.count(record(30, 20))
+        meter.count(30, 20)
         meter.tick(1001.0 + second)
     assert meter.rates() == (1.0, 30.0, 20.0)
     assert "50/100 done | 30 in 20 out tok/s | ETA 50s | 0 failed" in meter.text()
@@ -56,7 +41,7 @@ def test_a_terminal_gets_a_bar():
     console = Console(file=io.StringIO(), width=200, force_terminal=True)
     meter = Meter(total=4, started_s=0.0)
     with ProgressView(console, "job", meter) as view:
-        meter.count(record(1, 1))
+        meter.count(1, 1)
         view.refresh(1.0)
     assert "━" in console.file.getvalue()
     assert "1/4 done" in console.file.getvalue()

@@ -1,24 +1,16 @@
-"""Files and batches on disk: a SQLite database, and the contents as plain files beside it.
-
-    <storage_dir>/batch.db    what exists: files and batches
-    <storage_dir>/files/ID    the content of each file; of an active batch also its results so far
-    <storage_dir>/uploads/    files on their way in
-    <storage_dir>/.lock       held by the one process that uses the folder
+"""Files and batches: what exists is in a database, the contents of files are beside it.
 
 A file's content is there before its row is, and goes after it, so a crash can only leave content
 that no row names; opening the store removes it. Which lines of a batch are done is not in the
 database: `results.py` says why. Which are in the engine's hands is, and at how many deaths of a
-server they were there: `in_flight.py`.
+server they were there: `marks.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
-import sqlite3
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,43 +18,14 @@ import aiosqlite
 import msgspec
 
 from conserve_sgl.batch.schema import ACTIVE, BatchRecord, FileObject, new_file_id
+from conserve_sgl.batch.server.database import Database
+from conserve_sgl.batch.server.storage import Storage
 from conserve_sgl.errors import StorageError
 
-__all__ = ["FileInUse", "Line", "Page", "Storage", "Store", "make_storage"]
+__all__ = ["FileInUse", "Line", "Page", "Store"]
 
 T = TypeVar("T")
 
-_FILES, _UPLOADS = "files", "uploads"
-_VERSION = 1
-_TABLES = """
-CREATE TABLE files (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    purpose TEXT NOT NULL,
-    bytes INTEGER NOT NULL,
-    expires_at INTEGER,
-    object TEXT NOT NULL
-);
-CREATE TABLE batches (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    status TEXT NOT NULL,
-    ended_at INTEGER,
-    input_file_id TEXT NOT NULL,
-    idempotency_key TEXT UNIQUE,
-    record TEXT NOT NULL
-);
-"""
-# Not in every database of this version, and passed over by a conserve that does not know it.
-_LINES = """
-CREATE TABLE IF NOT EXISTS lines (
-    batch_id TEXT NOT NULL,
-    custom_id TEXT NOT NULL,
-    in_flight INTEGER NOT NULL,
-    deaths INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (batch_id, custom_id)
-) WITHOUT ROWID;
-"""
 _IS_ACTIVE = f"status IN ({', '.join(repr(status) for status in ACTIVE)})"
 
 
@@ -84,59 +47,12 @@ class Line(NamedTuple):
     custom_id: str
 
 
-class Storage:
-    """The folder, taken for this process until `release`.
-
-    Raises:
-        StorageError: it cannot be made or written, or another process has it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        make_storage(folder)
-        self.folder = folder
-        self.files = folder / _FILES
-        self.uploads = folder / _UPLOADS
-        self.database = folder / "batch.db"
-        self._lock = _open_lock(folder)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            os.close(self._lock)
-            raise StorageError(f"another server is using {folder} for its batches") from e
-
-    def release(self) -> None:
-        """Let another process have it."""
-        os.close(self._lock)
-
-
-def make_storage(folder: Path) -> None:
-    """Make the folder if it is not there.
-
-    Raises:
-        StorageError: it cannot be made or written.
-    """
-    try:
-        for path in (folder, folder / _FILES, folder / _UPLOADS):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as e:
-        raise StorageError(f"cannot use {folder} for batches: {e.strerror or e}") from e
-    os.close(_open_lock(folder))
-
-
-def _open_lock(folder: Path) -> int:
-    try:
-        return os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as e:
-        raise StorageError(f"cannot use {folder} for batches: {e.strerror or e}") from e
-
-
 class Store:
     """The open store; one per process, and its only writer. Made by `open`."""
 
-    def __init__(self, storage: Storage, database: aiosqlite.Connection) -> None:
+    def __init__(self, storage: Storage, database: Database) -> None:
         self._storage = storage
         self._db = database
-        self._writer = asyncio.Lock()
 
     @classmethod
     async def open(cls, storage: Storage) -> Store:
@@ -145,17 +61,7 @@ class Store:
         Raises:
             StorageError: the database cannot be used.
         """
-        try:
-            # A commit survives a power cut (`_writing`), and reading never waits (WAL).
-            db = await aiosqlite.connect(storage.database, isolation_level=None)
-            try:
-                await _prepare(db, storage.database)
-            except BaseException:
-                await db.close()
-                raise
-        except sqlite3.Error as e:
-            raise StorageError(f"cannot use {storage.database}: {e}") from e
-        store = cls(storage, db)
+        store = cls(storage, await Database.open(storage.database))
         await store._sweep()
         return store
 
@@ -175,7 +81,7 @@ class Store:
 
     async def used_bytes(self) -> int:
         """Bytes of all files, without the results of active batches."""
-        ((used,),) = await self._read("SELECT coalesce(sum(bytes), 0) FROM files")
+        ((used,),) = await self._db.read("SELECT coalesce(sum(bytes), 0) FROM files")
         return used
 
     async def add_upload(self, upload: Path, file: FileObject) -> None:
@@ -187,12 +93,12 @@ class Store:
             _sync(self._storage.files)
 
         await _on_disk(move)
-        async with self._writing():
-            await self._insert_file(file)
+        async with self._db.writing() as db:
+            await _insert_file(db, file)
 
     async def file(self, file_id: str, now: int) -> FileObject | None:
         """The file with this id, unless it has expired."""
-        rows = await self._read(
+        rows = await self._db.read(
             "SELECT object FROM files WHERE id = ? AND (expires_at IS NULL OR expires_at > ?)",
             file_id,
             now,
@@ -224,15 +130,15 @@ class Store:
         Raises:
             FileInUse: an active batch reads it.
         """
-        async with self._writing():
+        async with self._db.writing() as db:
             if await self.file(file_id, now) is None:
                 return False
-            in_use = await self._read(
+            in_use = await self._db.read(
                 f"SELECT id FROM batches WHERE input_file_id = ? AND {_IS_ACTIVE}", file_id
             )
             if in_use:
                 raise FileInUse(f"{file_id} is the input of {in_use[0][0]}, which is not over")
-            await self._db.execute("DELETE FROM files WHERE id = ?", (file_id,))
+            await db.execute("DELETE FROM files WHERE id = ?", (file_id,))
         await asyncio.to_thread(self.content(file_id).unlink, missing_ok=True)
         return True
 
@@ -244,15 +150,15 @@ class Store:
         Raises:
             LookupError: the input file is not there.
         """
-        async with self._writing():
+        async with self._db.writing() as db:
             if key is not None:
                 query = "SELECT record FROM batches WHERE idempotency_key = ?"
-                if rows := await self._read(query, key):
+                if rows := await self._db.read(query, key):
                     return _decode(rows[0][0], BatchRecord)
             batch = record.batch
             if await self.file(batch.input_file_id, now) is None:
                 raise LookupError(batch.input_file_id)
-            await self._db.execute(
+            await db.execute(
                 "INSERT INTO batches (id, status, input_file_id, idempotency_key, record)"
                 " VALUES (?, ?, ?, ?, ?)",
                 (batch.id, batch.status, batch.input_file_id, key, _encode(record)),
@@ -261,7 +167,7 @@ class Store:
 
     async def batch(self, batch_id: str) -> BatchRecord | None:
         """The batch with this id."""
-        rows = await self._read("SELECT record FROM batches WHERE id = ?", batch_id)
+        rows = await self._db.read("SELECT record FROM batches WHERE id = ?", batch_id)
         return _decode(rows[0][0], BatchRecord) if rows else None
 
     async def batches(self, *, limit: int, after: str | None = None) -> Page | None:
@@ -270,21 +176,21 @@ class Store:
 
     async def active_batches(self) -> list[BatchRecord]:
         """The batches that are not over, oldest first."""
-        rows = await self._read(f"SELECT record FROM batches WHERE {_IS_ACTIVE} ORDER BY seq")
+        rows = await self._db.read(f"SELECT record FROM batches WHERE {_IS_ACTIVE} ORDER BY seq")
         return [_decode(record, BatchRecord) for (record,) in rows]
 
     async def update_batch(self, record: BatchRecord) -> None:
         """Replace what is kept of an active batch."""
-        async with self._writing():
-            await self._update(record, None)
+        async with self._db.writing() as db:
+            await _update(db, record, None)
 
     async def end_batch(self, record: BatchRecord, now: int, files: list[FileObject]) -> None:
         """Replace what is kept of a batch that is over, and publish its result files."""
-        async with self._writing():
+        async with self._db.writing() as db:
             for file in files:
-                await self._insert_file(file)
-            await self._update(record, now)
-            await self._db.execute("DELETE FROM lines WHERE batch_id = ?", (record.batch.id,))
+                await _insert_file(db, file)
+            await _update(db, record, now)
+            await db.execute("DELETE FROM lines WHERE batch_id = ?", (record.batch.id,))
 
     # ------------------------------------------- lines in the engine's hands
 
@@ -295,16 +201,16 @@ class Store:
         """
         begun = [line for line, in_flight in changes.items() if in_flight]
         ended = [line for line, in_flight in changes.items() if not in_flight]
-        async with self._writing(durable=False):
-            await self._db.executemany(
+        async with self._db.writing(durable=False) as db:
+            await db.executemany(
                 "INSERT INTO lines (batch_id, custom_id, in_flight) VALUES (?, ?, TRUE)"
                 " ON CONFLICT (batch_id, custom_id) DO UPDATE SET in_flight = TRUE",
                 begun,
             )
-            await self._db.executemany(
+            await db.executemany(
                 "UPDATE lines SET in_flight = FALSE WHERE batch_id = ? AND custom_id = ?", ended
             )
-            await self._db.executemany(
+            await db.executemany(
                 "DELETE FROM lines WHERE batch_id = ? AND custom_id = ? AND deaths = 0"
                 " AND NOT in_flight",
                 ended,
@@ -312,15 +218,15 @@ class Store:
 
     async def forget_marks(self) -> None:
         """No line is in flight."""
-        async with self._writing():
-            await self._db.execute("UPDATE lines SET in_flight = FALSE")
-            await self._db.execute("DELETE FROM lines WHERE deaths = 0")
+        async with self._db.writing() as db:
+            await db.execute("UPDATE lines SET in_flight = FALSE")
+            await db.execute("DELETE FROM lines WHERE deaths = 0")
 
     async def count_deaths(self) -> list[Line]:
         """A server died, if any line is marked: count that to each, and give them."""
-        async with self._writing():
-            lines = await self._read("SELECT batch_id, custom_id FROM lines WHERE in_flight")
-            await self._db.execute(
+        async with self._db.writing() as db:
+            lines = await self._db.read("SELECT batch_id, custom_id FROM lines WHERE in_flight")
+            await db.execute(
                 "UPDATE lines SET deaths = deaths + 1, in_flight = FALSE WHERE in_flight"
             )
         return [Line(*line) for line in lines]
@@ -328,19 +234,19 @@ class Store:
     async def deaths(self, batch_id: str) -> dict[str, int]:
         """At how many deaths each line of a batch was in flight, by custom_id; only those."""
         query = "SELECT custom_id, deaths FROM lines WHERE batch_id = ? AND deaths > 0"
-        return dict(await self._read(query, batch_id))
+        return dict(await self._db.read(query, batch_id))
 
     # ---------------------------------------------------------------- purging
 
     async def purge(self, now: int, ended_before: int) -> None:
         """Delete files that have expired and batches that ended before that time."""
-        async with self._writing():
-            gone = await self._read(
+        async with self._db.writing() as db:
+            gone = await self._db.read(
                 "DELETE FROM files WHERE expires_at <= ? AND id NOT IN"
                 f" (SELECT input_file_id FROM batches WHERE {_IS_ACTIVE}) RETURNING id",
                 now,
             )
-            await self._db.execute("DELETE FROM batches WHERE ended_at < ?", (ended_before,))
+            await db.execute("DELETE FROM batches WHERE ended_at < ?", (ended_before,))
         for (file_id,) in gone:
             await asyncio.to_thread(self.content(file_id).unlink, missing_ok=True)
 
@@ -358,61 +264,22 @@ class Store:
         newest_first: bool,
     ) -> Page | None:
         if after is not None:
-            found = await self._read(f"SELECT seq FROM {table} WHERE id = ?", after)
+            found = await self._db.read(f"SELECT seq FROM {table} WHERE id = ?", after)
             if not found:
                 return None
             where += f" AND seq {'<' if newest_first else '>'} ?"
             values = [*values, found[0][0]]
         order = "DESC" if newest_first else "ASC"
-        rows = await self._read(
+        rows = await self._db.read(
             f"SELECT {column} FROM {table} WHERE {where} ORDER BY seq {order} LIMIT ?",
             *values,
             limit + 1,
         )
         return Page([_decode(text, type_) for (text,) in rows[:limit]], len(rows) > limit)
 
-    async def _insert_file(self, file: FileObject) -> None:
-        await self._db.execute(
-            "INSERT INTO files (id, purpose, bytes, expires_at, object) VALUES (?, ?, ?, ?, ?)",
-            (file.id, file.purpose, file.bytes, file.expires_at, _encode(file)),
-        )
-
-    async def _update(self, record: BatchRecord, ended_at: int | None) -> None:
-        await self._db.execute(
-            "UPDATE batches SET status = ?, ended_at = ?, record = ? WHERE id = ?",
-            (record.batch.status, ended_at, _encode(record), record.batch.id),
-        )
-
-    async def _read(self, query: str, *values: Any) -> list[Any]:
-        try:
-            return list(await self._db.execute_fetchall(query, values))
-        except sqlite3.Error as e:
-            raise StorageError(f"cannot read {self._storage.database}: {e}") from e
-
-    @asynccontextmanager
-    async def _writing(self, *, durable: bool = True) -> AsyncIterator[None]:
-        """A transaction: all of it or nothing.
-
-        Args:
-            durable: whether it survives a power cut; all survive the end of the process.
-        """
-        async with self._writer:
-            try:
-                await self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-                await self._db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield
-                    await self._db.execute("COMMIT")
-                except BaseException:
-                    with suppress(sqlite3.Error):  # it may have been committed, or not begun
-                        await self._db.execute("ROLLBACK")
-                    raise
-            except sqlite3.Error as e:
-                raise StorageError(f"cannot write {self._storage.database}: {e}") from e
-
     async def _sweep(self) -> None:
         """Remove content that no row names: what a crash left behind."""
-        kept = {file_id for (file_id,) in await self._read("SELECT id FROM files")}
+        kept = {file_id for (file_id,) in await self._db.read("SELECT id FROM files")}
         for record in await self.active_batches():
             kept |= {record.output_id, record.error_id}
 
@@ -426,15 +293,18 @@ class Store:
         await _on_disk(sweep)
 
 
-async def _prepare(db: aiosqlite.Connection, path: Path) -> None:
-    await db.execute("PRAGMA journal_mode = WAL")
-    await db.execute("PRAGMA synchronous = FULL")
-    ((version,),) = await db.execute_fetchall("PRAGMA user_version")
-    if version == 0:
-        await db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {_VERSION}; COMMIT;")
-    elif version != _VERSION:
-        raise StorageError(f"{path} was made by another version of conserve (format {version})")
-    await db.execute(_LINES)
+async def _insert_file(db: aiosqlite.Connection, file: FileObject) -> None:
+    await db.execute(
+        "INSERT INTO files (id, purpose, bytes, expires_at, object) VALUES (?, ?, ?, ?, ?)",
+        (file.id, file.purpose, file.bytes, file.expires_at, _encode(file)),
+    )
+
+
+async def _update(db: aiosqlite.Connection, record: BatchRecord, ended_at: int | None) -> None:
+    await db.execute(
+        "UPDATE batches SET status = ?, ended_at = ?, record = ? WHERE id = ?",
+        (record.batch.status, ended_at, _encode(record), record.batch.id),
+    )
 
 
 async def _on_disk(do: Callable[[], T]) -> T:

@@ -1,4 +1,4 @@
-"""Runs a planned job: a fixed number of workers pull lines, ask, and store what comes back."""
+"""Runs a planned job: asks every line that is not finished, and stores what comes back."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from conserve_sgl.client.clock import Clock
+from conserve_sgl.client.faults import Faults
+from conserve_sgl.client.http import Client, LineFailed, NoSuchPath
+from conserve_sgl.client.in_flight import send_all
+from conserve_sgl.client.interrupt import Interrupt
+from conserve_sgl.client.progress import DONE, INTERRUPTED, Meter, ProgressView
+from conserve_sgl.client.retry import Attempts
 from conserve_sgl.errors import InputError, JobError
 from conserve_sgl.jobs.ask import ask, asked_path
-from conserve_sgl.jobs.client import Attempts, Client, Clock, LineFailed, NoSuchPath, Stopped
-from conserve_sgl.jobs.faults import Faults
-from conserve_sgl.jobs.interrupt import Interrupt
 from conserve_sgl.jobs.lm_eval.evaluate import Evaluation, load_tasks
+from conserve_sgl.jobs.output_folder import OutputFolder
 from conserve_sgl.jobs.plan import Line, Plan, PlannedTask, lines, make_plan
-from conserve_sgl.jobs.progress import Meter, ProgressView
+from conserve_sgl.jobs.records import Failure, Record
 from conserve_sgl.jobs.schema import LoglikelihoodChoice, Sampling
-from conserve_sgl.jobs.store import Failure, Record, Store
 from conserve_sgl.jobs.summary import (
     LmEvalSummary,
     Summary,
@@ -30,10 +35,7 @@ from conserve_sgl.jobs.summary import (
     print_summary,
 )
 
-__all__ = ["DONE", "INTERRUPTED", "SOME_FAILED", "Runner", "run_job"]
-
-DONE, SOME_FAILED, INTERRUPTED = 0, 1, 130
-TICK_S = 1.0
+__all__ = ["JobRun", "run_job"]
 
 
 def run_job(
@@ -79,13 +81,13 @@ def run_job(
             api_key = _api_key(path, plan.job.api_key_env)
         config = plan.job.lm_eval
         loaded = None if config is None else load_tasks(path, config)
-        with Store(plan, fresh=fresh) as store:
+        with OutputFolder(plan, fresh=fresh) as folder:
             evaluation = None
             if loaded is not None:
-                evaluation = Evaluation(path, plan, store, loaded, console, api_key=api_key)
+                evaluation = Evaluation(path, plan, folder, loaded, console, api_key=api_key)
                 evaluation.prepare(fresh=fresh)
-            runner = Runner(plan, store, console, api_key=api_key)
-            code = asyncio.run(runner.run()) if plan.tasks else DONE
+            run = JobRun(plan, folder, console, api_key=api_key)
+            code = asyncio.run(run.run()) if plan.tasks else DONE
             if evaluation is None or code == INTERRUPTED:
                 return code
             try:
@@ -93,7 +95,7 @@ def run_job(
             finally:
                 result = evaluation.summary()
                 print_lm_eval(console, plan, result)
-                store.write_summary(runner.summary(result))
+                folder.write_summary(run.summary(result))
             return INTERRUPTED if result.partial else code
     except KeyboardInterrupt:  # while nothing was being sent yet
         return INTERRUPTED
@@ -118,13 +120,24 @@ def _context_tokens(models: Any) -> int | None:
     return tokens if type(tokens) is int else None
 
 
-class Runner:
-    """One run of a plan into an open store."""
+def _check_length(planned: PlannedTask, context_tokens: int | None) -> None:
+    if context_tokens is None or isinstance(planned.task.score, LoglikelihoodChoice):
+        return
+    wanted_tokens = (planned.task.sampling or Sampling()).max_new_tokens
+    if wanted_tokens >= context_tokens:
+        raise JobError(
+            f"{planned.task.name}: max_new_tokens {wanted_tokens} leaves no token for a "
+            f"prompt in the model's context of {context_tokens}. Nothing was sent"
+        )
+
+
+class JobRun:
+    """One run of a plan into its open output folder."""
 
     def __init__(
         self,
         plan: Plan,
-        store: Store,
+        folder: OutputFolder,
         console: Console,
         *,
         api_key: str | None = None,
@@ -133,13 +146,13 @@ class Runner:
     ) -> None:
         self._plan = plan
         self._job = plan.job
-        self._store = store
+        self._folder = folder
         self._console = console
         self._api_key = api_key
         self._clock = clock or Clock()
         self._rng = random.Random(seed)
         self._tallies = {t.task.name: Tally(len(t.ids)) for t in plan.tasks}
-        self._done = {t.task.name: store.finished(t, self._tally(t).add) for t in plan.tasks}
+        self._done = {t.task.name: folder.finished(t, self._tally(t).add) for t in plan.tasks}
         self._started_s = self._clock.monotonic_s()
         self._meter = Meter(plan.total, self._started_s)
         self._meter.resumed = sum(len(done) for done in self._done.values())
@@ -157,32 +170,34 @@ class Runner:
                 if self._meter.resumed:
                     view.say(f"{self._meter.resumed} of {self._meter.total} lines are done already")
                 await self._send_all(view)
-            self._store.sync()
+            self._folder.sync()
         except BaseException:
             with suppress(JobError):  # the first error is the one to show
                 self._finish()
             raise
         self._finish()
-        if self._interrupt.stopping.is_set() and self._meter.left:
-            return INTERRUPTED
-        return SOME_FAILED if self._meter.failed else DONE
+        return self._meter.exit_code()
 
     async def _send_all(self, view: ProgressView) -> None:
-        pending = self._pending()
         count = min(self._job.max_in_flight, self._meter.left)
         if count == 0:
             return
         async with self._client() as client:
-            workers = (self._work(client, pending) for _ in range(count))
-            await self._interrupt.run(workers, self._tick(view))
+            await send_all(
+                self._pending(),
+                partial(self._answer, client),
+                in_flight=count,
+                interrupt=self._interrupt,
+                ticker=view.keep_fresh(self._clock, self._folder.sync),
+            )
 
     def _client(self) -> Client:
         return Client(
             self._job,
             name=self._plan.name,
-            deadline_s=self._clock.deadline_s(self._job),
+            deadline_s=self._clock.deadline_s(self._job.deadline_s),
             api_key=self._api_key,
-            identify=self._store.set_model,
+            identify=self._folder.set_model,
             note=self._meter.noted,
             stopping=self._interrupt.stopping,
             clock=self._clock,
@@ -195,36 +210,24 @@ class Runner:
             done = self._done[planned.task.name]
             yield from ((planned, line) for line in lines(planned) if line.id not in done)
 
-    async def _work(self, client: Client, pending: Iterator[tuple[PlannedTask, Line]]) -> None:
-        try:
-            async with self._checking:
-                await self._check_lengths(client)
-            for planned, line in pending:
-                await self._answer(client, planned, line)
-                if self._interrupt.stopping.is_set():
-                    return
-        except Stopped:
-            return
-
     async def _check_lengths(self, client: Client) -> None:
-        """Refuse answers that are as long as the model's context, where the server tells it."""
-        if self._lengths_checked:
-            return
-        context_tokens = None
-        with suppress(JobError):  # what is wrong with the server, the lines will say
-            context_tokens = _context_tokens(await client.get("/v1/models"))
-        for planned in self._plan.tasks:
-            if context_tokens is None or isinstance(planned.task.score, LoglikelihoodChoice):
-                continue
-            wanted_tokens = (planned.task.sampling or Sampling()).max_new_tokens
-            if wanted_tokens >= context_tokens:
-                raise JobError(
-                    f"{planned.task.name}: max_new_tokens {wanted_tokens} leaves no token for a "
-                    f"prompt in the model's context of {context_tokens}. Nothing was sent"
-                )
-        self._lengths_checked = True
+        """Refuse answers that are as long as the model's context, where the server tells it.
 
-    async def _answer(self, client: Client, planned: PlannedTask, line: Line) -> None:
+        The first line asks, and the others wait for what comes back.
+        """
+        async with self._checking:
+            if self._lengths_checked:
+                return
+            context_tokens = None
+            with suppress(JobError):  # what is wrong with the server, the lines will say
+                context_tokens = _context_tokens(await client.get("/v1/models"))
+            for planned in self._plan.tasks:
+                _check_length(planned, context_tokens)
+            self._lengths_checked = True
+
+    async def _answer(self, client: Client, asked: tuple[PlannedTask, Line]) -> None:
+        await self._check_lengths(client)
+        planned, line = asked
         attempts = Attempts()
         try:
             record = await ask(client, self._job, planned.task, line, attempts, self._clock)
@@ -234,9 +237,9 @@ class Runner:
             self._finished(planned, record)
 
     def _finished(self, planned: PlannedTask, record: Record) -> None:
-        self._store.add(planned.task.name, record)
+        self._folder.add(planned.task.name, record)
         self._tally(planned).add(record)
-        self._meter.count(record)
+        self._meter.count(record.prompt_tokens, record.completion_tokens)
         self._failures_in_a_row = 0
 
     def _failed(
@@ -249,7 +252,7 @@ class Runner:
             error=str(failed),
             attempts=attempts.sent,
         )
-        self._store.add_failure(planned.task.name, failure)
+        self._folder.add_failure(planned.task.name, failure)
         self._tally(planned).failed += 1
         self._meter.failed += 1
         self._faults.add(f"{planned.data}:{line.line}", failed.status, str(failed))
@@ -269,18 +272,12 @@ class Runner:
     def _tally(self, planned: PlannedTask) -> Tally:
         return self._tallies[planned.task.name]
 
-    async def _tick(self, view: ProgressView) -> None:
-        while True:
-            view.refresh(self._clock.monotonic_s())
-            await self._clock.sleep(TICK_S)
-            await asyncio.to_thread(self._store.sync)
-
     def summary(self, lm_eval: LmEvalSummary | None = None) -> Summary:
         """What this run has come to so far; `lm_eval` is what came after it."""
         meter = self._meter
         return Summary(
             job=self._plan.name,
-            model=self._store.job_file.model,
+            model=self._folder.job_file.model,
             partial=meter.left > 0 or (lm_eval is not None and lm_eval.partial),
             run_s=self._run_s,
             run_lines=meter.done,
@@ -295,4 +292,4 @@ class Runner:
         self._run_s = round(self._clock.monotonic_s() - self._started_s, 3)
         summary = self.summary()
         print_summary(self._console, self._plan, summary, self._faults)
-        self._store.write_summary(summary)
+        self._folder.write_summary(summary)

@@ -10,21 +10,23 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
+from conserve_sgl.client.clock import Clock
+from conserve_sgl.client.faults import Faults
+from conserve_sgl.client.http import Client, LineFailed, NoSuchPath
+from conserve_sgl.client.in_flight import send_all
+from conserve_sgl.client.interrupt import Interrupt, Stopped
+from conserve_sgl.client.progress import Meter, ProgressView
+from conserve_sgl.client.retry import Attempts
 from conserve_sgl.errors import JobError
 from conserve_sgl.jobs.ask import TextReply, read_text
-from conserve_sgl.jobs.client import Attempts, Client, Clock, LineFailed, NoSuchPath, Stopped
-from conserve_sgl.jobs.faults import Faults
-from conserve_sgl.jobs.interrupt import Interrupt
-from conserve_sgl.jobs.progress import Meter, ProgressView
 from conserve_sgl.jobs.schema import Job
 
-__all__ = ["Sender"]
+__all__ = ["Poster"]
 
 K = TypeVar("K")
-TICK_S = 1.0
 
 
-class Sender:
+class Poster:
     """Posts to `/generate` for one evaluation, in as many event loops as its caller runs.
 
     Attributes:
@@ -53,7 +55,7 @@ class Sender:
         self._identify = identify
         self._clock = clock or Clock()
         self._name = name
-        self._deadline_s = self._clock.deadline_s(job)
+        self._deadline_s = self._clock.deadline_s(job.deadline_s)
         self._rng = random.Random(seed)
         self._failures_in_a_row = 0
         self.requests = self.retries = self.prompt_tokens = self.completion_tokens = 0
@@ -95,60 +97,50 @@ class Sender:
         with ProgressView(self._console, name, meter) as view:
             interrupt = Interrupt(self._job.drain_s, view.say)
             async with self._client(interrupt.stopping, meter.noted) as client:
-                workers = (
-                    self._work(client, interrupt, bodies, answered, meter, faults)
-                    for _ in range(min(self._job.max_in_flight, total))
+                await send_all(
+                    bodies,
+                    partial(self._post, client, answered, meter, faults),
+                    in_flight=min(self._job.max_in_flight, total),
+                    interrupt=interrupt,
+                    ticker=view.keep_fresh(self._clock),
                 )
-                await interrupt.run(workers, self._tick(view))
         self.retries += meter.retries
         if meter.left:
             raise Stopped
         if faults.total:
             raise _failed(f"{faults.total} of {total} requests of {name} failed", faults)
 
-    async def _work(
+    async def _post(
         self,
         client: Client,
-        interrupt: Interrupt,
-        bodies: Iterator[tuple[K, dict[str, Any]]],
         answered: Callable[[K, TextReply], None],
         meter: Meter,
         faults: Faults,
+        asked: tuple[K, dict[str, Any]],
     ) -> None:
-        for key, body in bodies:
-            read = partial(_read, answered, key)
-            try:
-                reply, _ = await client.post("/generate", body, read, Attempts())
-            except Stopped:
-                return
-            except LineFailed as failed:
-                faults.add(f"{len(body['input_ids'])} tokens", failed.status, str(failed))
-                meter.failed += 1
-                if isinstance(failed, NoSuchPath):
-                    raise JobError(str(failed)) from failed
-                self._failures_in_a_row += 1
-                if self._failures_in_a_row >= self._job.retry.max_failures_in_a_row:
-                    what = f"{self._failures_in_a_row} requests failed in a row"
-                    raise _failed(what, faults) from failed
-            else:
-                self._failures_in_a_row = 0
-                self._count(reply, meter)
-            if interrupt.stopping.is_set():
-                return
+        key, body = asked
+        read = partial(_read, answered, key)
+        try:
+            reply, _ = await client.post("/generate", body, read, Attempts())
+        except LineFailed as failed:
+            faults.add(f"{len(body['input_ids'])} tokens", failed.status, str(failed))
+            meter.failed += 1
+            if isinstance(failed, NoSuchPath):
+                raise JobError(str(failed)) from failed
+            self._failures_in_a_row += 1
+            if self._failures_in_a_row >= self._job.retry.max_failures_in_a_row:
+                what = f"{self._failures_in_a_row} requests failed in a row"
+                raise _failed(what, faults) from failed
+        else:
+            self._failures_in_a_row = 0
+            self._count(reply, meter)
 
     def _count(self, reply: TextReply, meter: Meter) -> None:
         prompt, completion = reply.meta_info.prompt_tokens, reply.meta_info.completion_tokens
-        meter.done += 1
-        meter.prompt_tokens += prompt
-        meter.completion_tokens += completion
+        meter.count(prompt, completion)
         self.requests += 1
         self.prompt_tokens += prompt
         self.completion_tokens += completion
-
-    async def _tick(self, view: ProgressView) -> None:
-        while True:
-            view.refresh(self._clock.monotonic_s())
-            await self._clock.sleep(TICK_S)
 
     def _client(self, stopping: asyncio.Event, note: Callable[[str | None], None]) -> Client:
         return Client(

@@ -5,10 +5,10 @@ time that is left when the job has a deadline. What fails is one of:
 
 | what happens                        | what is done                                               |
 |-------------------------------------|------------------------------------------------------------|
-| 429, 503                            | wait (Retry-After, or back off) and retry, without limit   |
-| connection refused, host not found  | bench the endpoint; the job ends when no endpoint answered |
-|                                     | for `server_down_s`                                        |
+| 429, 503                            | wait and retry, without limit (`retry.py`)                 |
 | 408, 500, 502, 504, connection lost | back off and retry, `max_attempts` times per line          |
+| connection refused, host not found  | bench the endpoint; the job ends when no endpoint answered |
+|                                     | for `server_down_s` (`endpoints.py`)                       |
 | 401                                 | the job ends: no other line would fare better              |
 | 404, 405 to a path that is not there| the line has failed with `NoSuchPath`                      |
 | any other status                    | the line has failed                                        |
@@ -18,64 +18,27 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
 import socket
-import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
-from enum import Enum
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import aiohttp
 import msgspec
 
+from conserve_sgl.client.clock import Clock
+from conserve_sgl.client.endpoints import Endpoint, Endpoints
+from conserve_sgl.client.headers import deadline_header, key_header, offline_headers
+from conserve_sgl.client.interrupt import pause
+from conserve_sgl.client.retry import Attempts, Passing, Retry, RetryRule
 from conserve_sgl.errors import JobError
-from conserve_sgl.jobs.schema import Job, Retry
 
-__all__ = [
-    "Attempts",
-    "BadReply",
-    "Client",
-    "Clock",
-    "Endpoint",
-    "LineFailed",
-    "NoSuchPath",
-    "Stopped",
-    "Target",
-]
+__all__ = ["BadReply", "Client", "LineFailed", "NoSuchPath", "Target"]
 
 T = TypeVar("T")
 
-OFFLINE_HEADERS = {"x-sgl-conserve-class": "offline"}
-JOB_HEADER = "x-sgl-conserve-job"
-DEADLINE_HEADER = "x-sgl-conserve-deadline-s"
-JOB_NAME_CHARACTERS = 128
 CONNECT_TIMEOUT_S = 10.0
-_BUSY = {429, 503}
-_FLAKY = {408, 500, 502, 504}
 _CLOSED = 401
 _NO_PATH = {404, 405}
-
-
-class Clock:
-    """Time and sleep of this process; tests bring their own."""
-
-    def monotonic_s(self) -> float:
-        """Seconds that only go forward."""
-        return time.monotonic()
-
-    def wall_s(self) -> float:
-        """Seconds since 1970."""
-        return time.time()
-
-    def deadline_s(self, job: Job) -> float | None:
-        """When a run of `job` that starts now should be done; None where it does not say."""
-        return None if job.deadline_s is None else self.monotonic_s() + job.deadline_s
-
-    async def sleep(self, seconds: float) -> None:
-        """Let `seconds` pass."""
-        await asyncio.sleep(seconds)
 
 
 class LineFailed(Exception):
@@ -98,78 +61,26 @@ class NoSuchPath(LineFailed):
         self.path = path
 
 
-class Stopped(Exception):
-    """The run is being stopped and this line had nothing in flight."""
-
-
 class BadReply(Exception):
     """A reply with status 200 that does not answer the request; it may be better next time."""
 
 
-class _Kind(Enum):
-    BUSY = "busy"
-    REFUSED = "refused"
-    FLAKY = "flaky"
-    REJECTED = "rejected"
-
-
 class _Fault(Exception):
+    """No answer this time, or, where `why` is None, no connection.
+
+    `status`, `retry_after` and `body` are of the reply, if there was one.
+    """
+
     def __init__(
         self,
-        kind: _Kind,
+        why: Passing | None,
         reason: str,
         status: int | None = None,
-        retry_after_s: float | None = None,
+        retry_after: str | None = None,
         body: bytes | None = None,
     ) -> None:
         super().__init__(reason)
-        self.kind, self.status, self.retry_after_s = kind, status, retry_after_s
-        self.body = body
-
-
-@dataclass
-class Attempts:
-    """How often the requests of one line were sent; `lost` of them count towards the limit."""
-
-    sent: int = 0
-    busy: int = 0
-    lost: int = 0
-
-
-@dataclass
-class Endpoint:
-    """One server, as this client sees it. `in_flight` includes requests that wait to be retried."""
-
-    url: str
-    in_flight: int = 0
-    refusals: int = 0
-    benched_until_s: float = 0.0
-    identified: bool = False
-    paths: dict[str, bool] = field(default_factory=dict)  # whether they are there, once known
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    def forget(self) -> None:
-        """Ask anew what it serves."""
-        self.identified = False
-        self.paths.clear()
-
-
-def backoff_s(retry: Retry, failures: int, rng: random.Random) -> float:
-    """Seconds to wait after the `failures`-th failure (from 1): doubling, capped, half jittered."""
-    delay = min(retry.max_delay_s, retry.first_delay_s * 2 ** min(failures - 1, 60))
-    return delay * rng.uniform(0.5, 1.0)
-
-
-def retry_after_s(value: str | None, wall_s: float) -> float | None:
-    """The seconds that a Retry-After header asks for (a number or an HTTP date), or None."""
-    if value is None:
-        return None
-    if re.fullmatch(r"\s*-?\d+(\.\d+)?\s*", value):
-        return max(0.0, float(value))
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - wall_s)
-    except ValueError:
-        return None
+        self.why, self.status, self.retry_after, self.body = why, status, retry_after, body
 
 
 class Target(Protocol):
@@ -215,26 +126,28 @@ class Client:
         clock: Clock,
         rng: random.Random,
     ) -> None:
-        self.endpoints = [Endpoint(url.rstrip("/")) for url in target.endpoints]
-        self._retry = target.retry
+        self._rule = RetryRule(target.retry, clock=clock, rng=rng)
+        self._endpoints = Endpoints(
+            target.endpoints, target.retry, self._rule, stopping=stopping, clock=clock
+        )
         self._identify_model = identify
         self._note = note
         self._stopping = stopping
         self._clock = clock
-        self._rng = rng
-        self._last_answer_s = clock.monotonic_s()
         self._deadline_s = deadline_s
-        headers = OFFLINE_HEADERS | _job_header(name)
-        if api_key:
-            headers["Authorization"] = f"Bearer {api_key}"
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, socket_factory=_kept_alive_socket),
-            headers=headers,
+            headers=offline_headers(name) | key_header(api_key),
             timeout=aiohttp.ClientTimeout(
                 total=target.request_timeout_s, sock_connect=CONNECT_TIMEOUT_S
             ),
             json_serialize=lambda value: msgspec.json.encode(value).decode(),
         )
+
+    @property
+    def endpoints(self) -> list[Endpoint]:
+        """The servers, in the order of the target."""
+        return self._endpoints.all
 
     async def __aenter__(self) -> Client:
         return self
@@ -264,7 +177,7 @@ class Client:
             JobError: no line can be answered.
         """
         while True:
-            endpoint = await self._pick(near)
+            endpoint = await self._endpoints.pick(near)
             endpoint.in_flight += 1
             try:
                 return await self._send(endpoint, path, body, read, attempts), endpoint
@@ -285,7 +198,7 @@ class Client:
         """
         attempts = Attempts()
         while True:
-            endpoint = await self._pick(None)
+            endpoint = await self._endpoints.pick()
             try:
                 status, raw = await self._exchange(endpoint, "GET", path, None)
             except _Fault as fault:
@@ -297,24 +210,6 @@ class Client:
             if status == _CLOSED:
                 raise _closed(endpoint, path, raw)
             return _decoded(raw) if status == 200 else None
-
-    async def _pick(self, near: Endpoint | None) -> Endpoint:
-        while True:
-            if self._stopping.is_set():
-                raise Stopped
-            now_s = self._clock.monotonic_s()
-            up = [e for e in self.endpoints if e.benched_until_s <= now_s]
-            if near in up:
-                return near
-            if up:
-                return min(up, key=lambda e: e.in_flight)
-            if now_s - self._last_answer_s >= self._retry.server_down_s:
-                urls = ", ".join(e.url for e in self.endpoints)
-                raise JobError(
-                    f"no answer from {urls} for {self._retry.server_down_s:g} s. Finished lines "
-                    "are kept; run the same command again to go on"
-                )
-            await self._pause(min(e.benched_until_s for e in self.endpoints) - now_s)
 
     async def _send(
         self,
@@ -335,12 +230,12 @@ class Client:
             reason = f"{endpoint.url} has no {path}: {_message(raw)}"
             raise NoSuchPath(status, reason, raw, path)
         if status != 200:
-            raise _Fault(_Kind.REJECTED, _message(raw), status, body=raw)
+            raise LineFailed(status, _message(raw), raw)
         endpoint.paths[path] = True
         try:
             return read(raw)
         except (BadReply, msgspec.MsgspecError, UnicodeDecodeError) as e:
-            raise _Fault(_Kind.FLAKY, f"unexpected reply: {e}", status) from e
+            raise _Fault(Passing.LOST, f"unexpected reply: {e}", status) from e
 
     async def _has_path(self, endpoint: Endpoint, path: str, status: int) -> bool:
         """Whether `path`, which answered `status`, takes a POST: 404 may be about a line's model.
@@ -375,80 +270,37 @@ class Client:
                 method, endpoint.url + path, json=body, headers=self._time_left()
             ) as response:
                 status, raw = response.status, await response.read()
-                wait_s = retry_after_s(response.headers.get("Retry-After"), self._clock.wall_s())
+                retry_after = response.headers.get("Retry-After")
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as e:
-            raise _Fault(_Kind.REFUSED, _why(e)) from e
+            raise _Fault(None, _why(e)) from e
         except (aiohttp.ClientError, TimeoutError, OSError) as e:
-            raise _Fault(_Kind.FLAKY, _why(e)) from e
-        self._last_answer_s = self._now_s()
-        endpoint.refusals = 0
-        if status in _BUSY:
-            raise _Fault(_Kind.BUSY, _message(raw), status, wait_s)
-        if status in _FLAKY:
-            raise _Fault(_Kind.FLAKY, _message(raw), status, body=raw)
+            raise _Fault(Passing.LOST, _why(e)) from e
+        self._endpoints.answered(endpoint)
+        if why := Passing.of(status):
+            raise _Fault(why, _message(raw), status, retry_after, raw)
         self._note(None)
         return status, raw
 
     def _time_left(self) -> dict[str, str]:
         if self._deadline_s is None:
             return {}
-        return {DEADLINE_HEADER: f"{self._deadline_s - self._now_s():.3f}"}
+        return deadline_header(self._deadline_s - self._clock.monotonic_s())
 
     async def _recover(self, endpoint: Endpoint, attempts: Attempts, fault: _Fault) -> None:
-        """Wait as the fault asks for, or raise what ends the line."""
+        """Wait as the fault asks for. Raises LineFailed when the line was lost too often."""
         what = f"{endpoint.url}: {f'{fault.status} ' if fault.status else ''}{fault}"
-        if fault.kind is _Kind.REJECTED:
-            raise LineFailed(fault.status, str(fault), fault.body) from fault
-        if fault.kind is _Kind.REFUSED:
-            self._bench(endpoint)
-            self._note(f"{what}; next try in {endpoint.benched_until_s - self._now_s():.0f} s")
+        if fault.why is None:
+            wait_s = self._endpoints.bench(endpoint)
+            self._note(f"{what}; next try in {wait_s:.0f} s")
             return
-        if fault.kind is _Kind.BUSY:
-            attempts.busy += 1
-            wait_s = fault.retry_after_s
-            if wait_s is None:
-                wait_s = backoff_s(self._retry, attempts.busy, self._rng)
-        else:
-            attempts.lost += 1
+        if fault.why is Passing.LOST:
             endpoint.forget()  # it may come back as another server
-            if attempts.lost >= self._retry.max_attempts:
-                reason = f"{fault} (lost {attempts.lost} times)"
-                raise LineFailed(fault.status, reason, fault.body) from fault
-            wait_s = backoff_s(self._retry, attempts.lost, self._rng)
+        wait_s = self._rule.wait_s(fault.why, attempts, fault.retry_after)
+        if wait_s is None:
+            reason = f"{fault} (lost {attempts.lost} times)"
+            raise LineFailed(fault.status, reason, fault.body) from fault
         self._note(f"{what}; retry in {wait_s:.1f} s")
-        await self._pause(wait_s)
-
-    def _bench(self, endpoint: Endpoint) -> None:
-        endpoint.forget()
-        if endpoint.benched_until_s > self._now_s():
-            return  # all in flight see the same refusal: it counts once
-        endpoint.refusals += 1
-        wait_s = backoff_s(self._retry, endpoint.refusals, self._rng)
-        endpoint.benched_until_s = self._now_s() + wait_s
-
-    def _now_s(self) -> float:
-        return self._clock.monotonic_s()
-
-    async def _pause(self, seconds: float) -> None:
-        await first_of(self._clock.sleep(seconds), self._stopping.wait())
-        if self._stopping.is_set():
-            raise Stopped
-
-
-async def first_of(*awaitables: Awaitable[Any]) -> None:
-    """Wait until one of them is done, and cancel the others."""
-    tasks = [asyncio.ensure_future(a) for a in awaitables]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-def _job_header(name: str) -> dict[str, str]:
-    # A file's name may hold anything but a slash; a header and the server take less.
-    sent = "".join(c for c in name if c.isprintable())[:JOB_NAME_CHARACTERS].strip()
-    return {JOB_HEADER: sent} if sent else {}
+        await pause(wait_s, self._stopping, self._clock)
 
 
 def _kept_alive_socket(address: tuple) -> socket.socket:

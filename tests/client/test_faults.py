@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from conserve_sgl.jobs.faults import MAX_KINDS, Faults
+from conserve_sgl.client.faults import MAX_KINDS, Faults
 
 
 def test_kinds_are_counted_whatever_numbers_are_in_them():

@@ -1,0 +1,30 @@
+"""What a request says of itself in its headers: offline work, of which job, and until when.
+
+docs/service-class.md is the reference. Names are in lower case, as ASGI wants them.
+"""
+
+from __future__ import annotations
+
+__all__ = ["OFFLINE_HEADERS", "deadline_header", "key_header", "offline_headers"]
+
+OFFLINE_HEADERS = {"x-sgl-conserve-class": "offline"}
+_JOB = "x-sgl-conserve-job"
+_DEADLINE = "x-sgl-conserve-deadline-s"
+_JOB_CHARACTERS = 128
+
+
+def offline_headers(job: str) -> dict[str, str]:
+    """Offline work of `job`, a name that may be any text: what a header cannot hold is cut."""
+    # A file's name may hold anything but a slash; a header and the server take less.
+    name = "".join(c for c in job if c.isprintable())[:_JOB_CHARACTERS].strip()
+    return OFFLINE_HEADERS | ({_JOB: name} if name else {})
+
+
+def deadline_header(left_s: float) -> dict[str, str]:
+    """The job should be done in `left_s` seconds; below 0, it should have been."""
+    return {_DEADLINE: f"{left_s:.3f}"}
+
+
+def key_header(api_key: str | None) -> dict[str, str]:
+    """The server's key, where it wants one."""
+    return {"authorization": f"Bearer {api_key}"} if api_key else {}
