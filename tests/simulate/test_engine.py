@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from conserve_sgl.bench.arrivals import Arrival, Gamma, Lengths
-from conserve_sgl.bench.backlog import RandomPrompts
-from conserve_sgl.bench.metrics import Slo
+from conserve_sgl.bench.load.arrivals import Arrival, Gamma, Lengths
+from conserve_sgl.bench.load.backlog import RandomPrompts
+from conserve_sgl.bench.report.metrics import Slo
 from conserve_sgl.config import ConserveConfig, SlicesConfig, SloConfig
 from conserve_sgl.policy import StepPlan, StepWork
 from conserve_sgl.policy.slo import Pace

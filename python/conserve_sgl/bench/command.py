@@ -12,17 +12,23 @@ from typing import NoReturn
 import msgspec
 from rich.console import Console
 
-from conserve_sgl.bench.plots import write_plots
-from conserve_sgl.bench.results import Result, SystemResult, by_system, read_folder, write_together
-from conserve_sgl.bench.runner import Runner
-from conserve_sgl.bench.systems import BenchConfig, load_bench
-from conserve_sgl.bench.tables import (
+from conserve_sgl.bench.report.plots import write_plots
+from conserve_sgl.bench.report.results import (
+    Result,
+    SystemResult,
+    by_system,
+    read_folder,
+    write_together,
+)
+from conserve_sgl.bench.report.tables import (
     Harvest,
     comparison,
     results_markdown,
     summary_line,
     terminal_table,
 )
+from conserve_sgl.bench.systems.benchmark import Runner
+from conserve_sgl.bench.systems.config import BenchConfig, load_bench
 from conserve_sgl.errors import InputError
 
 __all__ = ["UNFINISHED", "compare_folders", "run_bench", "stop_on_signals"]

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import msgspec
 
-from conserve_sgl.bench.backlog import RandomPrompts
-from conserve_sgl.bench.config import OnlineConfig
-from conserve_sgl.bench.systems import OfflineLoad, SystemConfig, with_path
+from conserve_sgl.bench.demo.config import OnlineConfig
+from conserve_sgl.bench.load.backlog import RandomPrompts
+from conserve_sgl.bench.systems.config import OfflineLoad, SystemConfig, with_path
 from conserve_sgl.config import ConserveConfig, SloConfig
 from conserve_sgl.errors import InputError
 from conserve_sgl.simulate.device import Device, load_device

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-from conserve_sgl.bench.client import UNFINISHED, RequestRecord
+from conserve_sgl.bench.load.streams import UNFINISHED, RequestRecord
 from conserve_sgl.policy import StepWork
 
 __all__ = ["Batch", "Chunk", "Request"]

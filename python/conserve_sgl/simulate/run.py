@@ -7,11 +7,11 @@ from math import inf
 
 import msgspec
 
-from conserve_sgl.bench.arrivals import Arrival
-from conserve_sgl.bench.backlog import RandomPrompts
-from conserve_sgl.bench.client import RequestRecord
-from conserve_sgl.bench.metrics import OnlineSummary, Slo, summarize
-from conserve_sgl.bench.offline import OfflineSummary, summarize_backlog
+from conserve_sgl.bench.load.arrivals import Arrival
+from conserve_sgl.bench.load.backlog import RandomPrompts
+from conserve_sgl.bench.load.streams import RequestRecord
+from conserve_sgl.bench.report.metrics import OnlineSummary, Slo, summarize
+from conserve_sgl.bench.report.offline import OfflineSummary, summarize_backlog
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.policy import Policy, StepWork
 from conserve_sgl.policy.latency import LatencyModel, StepSample

@@ -11,9 +11,9 @@ from math import inf
 
 import msgspec
 
-from conserve_sgl.bench.environment import Environment, environment
-from conserve_sgl.bench.metrics import OnlineSummary, Slo
-from conserve_sgl.bench.results import Result, Run, SystemResult
+from conserve_sgl.bench.report.environment import Environment, environment
+from conserve_sgl.bench.report.metrics import OnlineSummary, Slo
+from conserve_sgl.bench.report.results import Result, Run, SystemResult
 from conserve_sgl.config import SloConfig
 from conserve_sgl.errors import InputError
 from conserve_sgl.policy.latency import StepKind
