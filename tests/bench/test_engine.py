@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-from conserve_sgl.bench.load.streams import RequestRecord, replay
+from conserve_sgl.bench.load.record import RequestRecord
+from conserve_sgl.bench.load.streams import replay
 from conserve_sgl.bench.report.metrics import Slo, summarize
 from conserve_sgl.bench.report.results import by_system, read_folder
 from support.server import TINY_FLAGS, Server

@@ -9,7 +9,8 @@ import msgspec
 
 from conserve_sgl.bench.load.arrivals import Arrival
 from conserve_sgl.bench.load.backlog import RandomPrompts
-from conserve_sgl.bench.load.streams import RequestRecord
+from conserve_sgl.bench.load.prompts import OFFLINE_DRAW
+from conserve_sgl.bench.load.record import RequestRecord
 from conserve_sgl.bench.report.metrics import OnlineSummary, Slo, summarize
 from conserve_sgl.bench.report.offline import OfflineSummary, summarize_backlog
 from conserve_sgl.config import ConserveConfig
@@ -22,9 +23,8 @@ from conserve_sgl.simulate.engine import Engine, Host, Step
 from conserve_sgl.simulate.load import backlog_requests, online_requests
 from conserve_sgl.simulate.stock import Limits, StockOptions, StockScheduler
 
-__all__ = ["OFFLINE_DRAW", "Load", "Outcome", "measure_profile", "run_system"]
+__all__ = ["Load", "Outcome", "measure_profile", "run_system"]
 
-OFFLINE_DRAW = 2  # as in bench/runner.py: the same requests
 _LONGEST_CONTEXT = 32_768
 
 MakePolicy = Callable[[ConserveConfig, LatencyModel], Policy]

@@ -11,6 +11,7 @@ from math import inf
 
 import msgspec
 
+from conserve_sgl.bench.load.prompts import OFFLINE_DRAW
 from conserve_sgl.bench.report.environment import Environment, environment
 from conserve_sgl.bench.report.metrics import OnlineSummary, Slo
 from conserve_sgl.bench.report.results import Result, Run, SystemResult
@@ -23,7 +24,7 @@ from conserve_sgl.simulate.config import Simulation, SystemRun
 from conserve_sgl.simulate.conserve import ConserveScheduler
 from conserve_sgl.simulate.device import StepTimes
 from conserve_sgl.simulate.load import online_requests
-from conserve_sgl.simulate.run import OFFLINE_DRAW, Load, Outcome, run_system
+from conserve_sgl.simulate.run import Load, Outcome, run_system
 
 __all__ = ["Simulated", "Simulator", "objectives_ms"]
 

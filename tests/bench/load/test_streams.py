@@ -14,7 +14,8 @@ from aiohttp.test_utils import TestServer as AppServer
 
 from conserve_sgl.bench.load.arrivals import Arrival
 from conserve_sgl.bench.load.prompts import TimedRequest, TokenIds, timed_requests
-from conserve_sgl.bench.load.streams import RequestRecord, keep_in_flight, replay
+from conserve_sgl.bench.load.record import RequestRecord
+from conserve_sgl.bench.load.streams import keep_in_flight, replay
 
 
 def stream(count: int, *, every_s: float = 0.0, output_tokens: int = 4) -> tuple[TimedRequest, ...]:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from conserve_sgl.bench.load.arrivals import Arrival
-from conserve_sgl.bench.load.streams import RequestRecord
+from conserve_sgl.bench.load.record import RequestRecord
 from conserve_sgl.bench.load.stretch import (
     device_counters,
     device_record,

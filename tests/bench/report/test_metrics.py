@@ -6,7 +6,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from conserve_sgl.bench.load.streams import RequestRecord
+from conserve_sgl.bench.load.record import RequestRecord
 from conserve_sgl.bench.report.metrics import Slo, attained, itls_s, summarize, tpot_s, ttft_s
 
 Make = Callable[..., RequestRecord]

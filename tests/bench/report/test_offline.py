@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conserve_sgl.bench.load.streams import RequestRecord
+from conserve_sgl.bench.load.record import RequestRecord
 from conserve_sgl.bench.report.offline import (
     OfflineRecord,
     read_results,

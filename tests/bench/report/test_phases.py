@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from conserve_sgl.bench.load.streams import RequestRecord
+from conserve_sgl.bench.load.record import RequestRecord
 from conserve_sgl.bench.report.metrics import Slo
 from conserve_sgl.bench.report.offline import OfflineRecord
 from conserve_sgl.bench.report.phases import Phase, markdown_table, plot_phases, rich_table

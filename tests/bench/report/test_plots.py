@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from conserve_sgl.bench.load.streams import RequestRecord
+from conserve_sgl.bench.load.record import RequestRecord
 from conserve_sgl.bench.report.plots import write_plots
 from conserve_sgl.bench.report.results import Result, by_system
 

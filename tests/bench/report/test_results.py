@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conserve_sgl.bench.load.streams import RequestRecord
+from conserve_sgl.bench.load.record import RequestRecord
 from conserve_sgl.bench.report.results import (
     Result,
     by_system,

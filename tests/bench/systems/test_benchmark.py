@@ -17,8 +17,9 @@ from rich.console import Console
 
 from conserve_sgl.bench.command import compare_folders, run_bench
 from conserve_sgl.bench.report.results import by_system, read_folder, run_folder
+from conserve_sgl.bench.report.system import SystemConfig
 from conserve_sgl.bench.report.tables import Harvest
-from conserve_sgl.bench.systems.config import BenchConfig, SystemConfig
+from conserve_sgl.bench.systems.config import BenchConfig
 from conserve_sgl.config import CONFIG_ENV
 from conserve_sgl.emulation import DEVICE_ENV, SCALE_ENV
 from conserve_sgl.errors import InputError, ServerError

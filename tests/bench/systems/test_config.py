@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conserve_sgl.bench.systems.config import BenchConfig, load_bench
+from conserve_sgl.bench.systems.config import BenchConfig, load_bench, offline_headers
 from conserve_sgl.errors import InputError
 
 FOLDER = Path(__file__).resolve().parents[3] / "configs" / "bench"
@@ -112,8 +112,8 @@ def test_systems_share_the_common_flags_and_add_their_own(load: Load) -> None:
 def test_offline_requests_to_conserve_carry_its_header(load: Load) -> None:
     plain, ours = load().systems
 
-    assert plain.offline_headers == {}
-    assert ours.offline_headers == {"x-sgl-conserve-class": "offline"}
+    assert offline_headers(plain) == {}
+    assert offline_headers(ours) == {"x-sgl-conserve-class": "offline"}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conserve_sgl.bench.systems.config import SystemConfig
+from conserve_sgl.bench.report.system import SystemConfig
 from conserve_sgl.bench.systems.server import free_port
 from conserve_sgl.bench.systems.shared import (
     SERVER_LOG,

@@ -27,17 +27,23 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from conserve_sgl.bench.command import stop_on_signals
 from conserve_sgl.bench.demo.config import DemoConfig, fill
 from conserve_sgl.bench.load.arrivals import Arrival
 from conserve_sgl.bench.load.prompts import TimedRequest, timed_requests
-from conserve_sgl.bench.load.streams import LoadResult, RequestRecord, replay
+from conserve_sgl.bench.load.record import LoadResult, RequestRecord
+from conserve_sgl.bench.load.streams import replay
 from conserve_sgl.bench.report.environment import Environment, environment
 from conserve_sgl.bench.report.metrics import Slo
 from conserve_sgl.bench.report.offline import read_results
 from conserve_sgl.bench.report.phases import Phase, markdown_table, plot_phases, rich_table
 from conserve_sgl.bench.systems.progress import PlainProgress
-from conserve_sgl.bench.systems.server import ManagedProcess, ServerProcess, check_free, free_port
+from conserve_sgl.bench.systems.server import (
+    ManagedProcess,
+    ServerProcess,
+    check_free,
+    free_port,
+    stop_on_signals,
+)
 from conserve_sgl.errors import ConserveError, JobError, ServerError
 from conserve_sgl.profile import DIR_ENV
 from conserve_sgl.strict_yaml import load_yaml

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import msgspec
 
-from conserve_sgl.bench.load.arrivals import Count, NotNegative, Positive, Source
-from conserve_sgl.bench.load.prompts import TokenIds
+from conserve_sgl.bench.load.arrivals import Count, NotNegative, Positive
+from conserve_sgl.bench.load.config import OnlineConfig
 from conserve_sgl.bench.report.metrics import Slo
 
-__all__ = ["DemoConfig", "OfflineConfig", "OnlineConfig", "ServerConfig", "fill"]
+__all__ = ["DemoConfig", "JobConfig", "ServerConfig", "fill"]
 
 Command = Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
 
@@ -34,19 +34,7 @@ class ServerConfig(_Config):
         _check_placeholders(self.command, {"python", "model", "port", "out"})
 
 
-class OnlineConfig(_Config):
-    """The online stream: the same arrivals and lengths in every phase, other prompts in each.
-
-    Requests unfinished `drain_s` seconds after the last arrival are given up and count as misses.
-    """
-
-    arrivals: Source
-    duration_s: Positive
-    drain_s: NotNegative = 30.0
-    token_ids: TokenIds = TokenIds()
-
-
-class OfflineConfig(_Config):
+class JobConfig(_Config):
     """The job beside the stream.
 
     `command` is an argument list in which {python}, {url} and {out} are filled in, and `output`
@@ -71,7 +59,7 @@ class DemoConfig(_Config):
     slo: Slo
     server: ServerConfig
     online: OnlineConfig
-    offline: OfflineConfig
+    offline: JobConfig
 
 
 def fill(text: str, values: dict[str, str]) -> str:

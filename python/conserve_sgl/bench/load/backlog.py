@@ -18,10 +18,10 @@ from conserve_sgl.bench.load.arrivals import Count, Lengths, Natural
 from conserve_sgl.bench.load.prompts import TokenIds, generate_body
 from conserve_sgl.errors import InputError
 
-__all__ = ["Backlog", "JsonlPrompts", "PromptShape", "RandomPrompts"]
+__all__ = ["STREAM_INTERVAL", "Backlog", "JsonlPrompts", "PromptShape", "RandomPrompts"]
 
-# Of each request the client looks at few chunks: it shares its cores with the engine.
-_STREAM_INTERVAL = 16
+STREAM_INTERVAL = 16
+"""Tokens of an answer that come at a time: the client shares its cores with the engine."""
 
 
 class PromptShape(msgspec.Struct, frozen=True):
@@ -51,7 +51,7 @@ class RandomPrompts(
         """Requests without end; `extra` fields go into every one."""
         for shape, ids in self._draws(seed):
             yield generate_body(
-                {"input_ids": ids}, shape.output_tokens, extra, stream_interval=_STREAM_INTERVAL
+                {"input_ids": ids}, shape.output_tokens, extra, stream_interval=STREAM_INTERVAL
             )
 
     def shapes(self, seed: Sequence[int]) -> Iterator[PromptShape]:
@@ -112,7 +112,7 @@ class JsonlPrompts(
                 self.max_tokens,
                 extra,
                 ignore_eos=self.ignore_eos,
-                stream_interval=_STREAM_INTERVAL,
+                stream_interval=STREAM_INTERVAL,
             )
             for prompt in itertools.cycle(prompts[self.shots :])
         )

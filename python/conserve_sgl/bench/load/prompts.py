@@ -15,7 +15,18 @@ import numpy as np
 
 from conserve_sgl.bench.load.arrivals import Arrival
 
-__all__ = ["TimedRequest", "TokenIds", "generate_body", "timed_requests"]
+__all__ = [
+    "OFFLINE_DRAW",
+    "ONLINE_DRAW",
+    "WARMUP_DRAW",
+    "TimedRequest",
+    "TokenIds",
+    "generate_body",
+    "timed_requests",
+]
+
+WARMUP_DRAW, ONLINE_DRAW, OFFLINE_DRAW = range(3)
+"""Behind the seed of a benchmark: each draws other prompts from it."""
 
 
 class TokenIds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

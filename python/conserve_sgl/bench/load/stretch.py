@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from conserve_sgl.bench.load.arrivals import Arrival
-from conserve_sgl.bench.load.streams import RequestRecord
+from conserve_sgl.bench.load.record import RequestRecord
 from conserve_sgl.config import SloConfig
 
 __all__ = ["device_counters", "device_record", "host_arrivals", "host_conserve"]

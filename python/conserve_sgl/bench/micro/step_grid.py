@@ -1,6 +1,6 @@
 """Measures a dense grid of an engine's steps, and keeps what it answers to fixed prompts.
 
-    python -m conserve_sgl.bench.micro.step_grid --model DIR --out DIR [--against DIR] [-- SGLANG FLAGS]
+    python -m conserve_sgl.bench.micro.step_grid --model DIR --out DIR [--against DIR] [-- FLAGS]
 
 Starts one server. The folder gets `grid.jsonl` (a step log of the grid), `profile.json` (the
 latency profile of the start), `answers.json` (greedy tokens, and how far the two likeliest ones

@@ -15,7 +15,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from conserve_sgl.bench.load.streams import RequestRecord
+from conserve_sgl.bench.load.record import RequestRecord
 
 __all__ = [
     "Distribution",

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from conserve_sgl.bench.load.streams import RequestRecord
+from conserve_sgl.bench.load.record import RequestRecord
 from conserve_sgl.errors import InputError
 
 __all__ = [

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from rich.table import Table
 
-from conserve_sgl.bench.load.streams import RequestRecord
+from conserve_sgl.bench.load.record import RequestRecord
 from conserve_sgl.bench.report.metrics import (
     OnlineSummary,
     Slo,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from conserve_sgl.bench.load.streams import RequestRecord
+from conserve_sgl.bench.load.record import RequestRecord
 from conserve_sgl.bench.report.metrics import attained, tpot_s, ttft_s
 from conserve_sgl.bench.report.offline import token_rates
 from conserve_sgl.bench.report.results import SystemResult

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from conserve_sgl.bench.load.streams import RequestRecord
+from conserve_sgl.bench.load.record import RequestRecord
 from conserve_sgl.bench.report.environment import Environment
 from conserve_sgl.bench.report.metrics import (
     OnlineSummary,
@@ -30,7 +30,7 @@ from conserve_sgl.bench.report.metrics import (
     ttft_s,
 )
 from conserve_sgl.bench.report.offline import OfflineSummary, summarize_backlog
-from conserve_sgl.bench.systems.config import SystemConfig
+from conserve_sgl.bench.report.system import SystemConfig
 from conserve_sgl.emulation import Emulation
 from conserve_sgl.errors import InputError
 from conserve_sgl.json_lines import json_line

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
 
-from conserve_sgl.bench.load.streams import UNFINISHED
+from conserve_sgl.bench.load.record import UNFINISHED
 from conserve_sgl.bench.report.results import Interval, SystemResult
 
 __all__ = [

@@ -37,8 +37,15 @@ from rich.progress import (
 )
 
 from conserve_sgl.bench.load.arrivals import Arrival
-from conserve_sgl.bench.load.prompts import TimedRequest, timed_requests
-from conserve_sgl.bench.load.streams import LoadResult, RequestRecord, keep_in_flight, replay
+from conserve_sgl.bench.load.prompts import (
+    OFFLINE_DRAW,
+    ONLINE_DRAW,
+    WARMUP_DRAW,
+    TimedRequest,
+    timed_requests,
+)
+from conserve_sgl.bench.load.record import LoadResult, RequestRecord
+from conserve_sgl.bench.load.streams import keep_in_flight, replay
 from conserve_sgl.bench.load.stretch import (
     device_counters,
     device_record,
@@ -47,7 +54,8 @@ from conserve_sgl.bench.load.stretch import (
 )
 from conserve_sgl.bench.report.environment import Environment, clocks, environment
 from conserve_sgl.bench.report.results import Result, Run, read_run, run_folder, write_run
-from conserve_sgl.bench.systems.config import BenchConfig, SystemConfig
+from conserve_sgl.bench.report.system import SystemConfig
+from conserve_sgl.bench.systems.config import BenchConfig, offline_headers
 from conserve_sgl.bench.systems.probe import Reading, busy_share, idle_share, read_server
 from conserve_sgl.bench.systems.progress import PlainProgress
 from conserve_sgl.bench.systems.server import ServerProcess, free_port
@@ -64,9 +72,8 @@ from conserve_sgl.emulation import DEVICE_ENV
 from conserve_sgl.errors import InputError, ServerError
 from conserve_sgl.profile.steps import STEP_LOG_ENV
 
-__all__ = ["Runner"]
+__all__ = ["Benchmark"]
 
-_WARMUP, _ONLINE, _OFFLINE = range(3)  # each draws other prompts from the seed
 _QUIET_LEAD_S = 0.5
 _DYING_S = 5.0
 _START_S, _END_S = 45.0, 5.0  # guesses, for the progress bar and for what fits into a time limit
@@ -95,7 +102,7 @@ class _Served(NamedTuple):
     files: ServerFiles
 
 
-class Runner:
+class Benchmark:
     """Measures the systems of one configuration.
 
     Args:
@@ -353,7 +360,7 @@ class Runner:
         url = server.base_url
         arrivals = [a for a in self.arrivals if a.at_s < self.window_s(system)]
         arrivals = host_arrivals(arrivals, self._scale)
-        requests = self._online(system, arrivals, _ONLINE) if system.load != "offline" else ()
+        requests = self._online(system, arrivals, ONLINE_DRAW) if system.load != "offline" else ()
         start_s = time.perf_counter() + self._lead_s(system)
         stop = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
@@ -371,7 +378,7 @@ class Runner:
     async def _serve_some(self, system: SystemConfig, url: str) -> None:
         first = self.arrivals[: self.config.server.warmup_requests]
         at_once = [Arrival(0.0, arrival.prompt_tokens, arrival.output_tokens) for arrival in first]
-        requests = self._online(system, at_once, _WARMUP)
+        requests = self._online(system, at_once, WARMUP_DRAW)
         result = await replay(url, requests, drain_s=self.config.server.ready_timeout_s)
         for record in result.records:
             if not record.completed:
@@ -397,10 +404,10 @@ class Runner:
             return ()
         load = self.config.offline
         bodies: Iterator[bytes] = load.backlog.bodies(
-            [self.config.seed, _OFFLINE], system.offline_body
+            [self.config.seed, OFFLINE_DRAW], system.offline_body
         )
         return await keep_in_flight(
-            url, bodies, load.in_flight, stop, start_s=start_s, headers=system.offline_headers
+            url, bodies, load.in_flight, stop, start_s=start_s, headers=offline_headers(system)
         )
 
     async def _watch(

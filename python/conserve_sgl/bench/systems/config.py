@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import msgspec
 
-from conserve_sgl.bench.demo.config import OnlineConfig
-from conserve_sgl.bench.load.arrivals import Count, NotNegative, Positive
-from conserve_sgl.bench.load.backlog import Backlog
+from conserve_sgl.bench.load.arrivals import Count, Positive
+from conserve_sgl.bench.load.config import OfflineLoad, OnlineConfig
 from conserve_sgl.bench.report.metrics import Slo
+from conserve_sgl.bench.report.system import SystemConfig
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.emulation import Emulation
-from conserve_sgl.errors import InputError
 from conserve_sgl.jobs.client import OFFLINE_HEADERS
 from conserve_sgl.strict_yaml import load_yaml
 
-__all__ = ["BenchConfig", "OfflineLoad", "SystemConfig", "load_bench", "with_path"]
-
-Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+__all__ = ["BenchConfig", "CommonFlags", "load_bench", "offline_headers"]
 
 
 class _Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,56 +40,6 @@ class CommonFlags(_Config):
     warmup_requests: Count = 4
     shared: bool = False
     step_log: bool = False
-
-
-class OfflineLoad(_Config):
-    """The backlog: `in_flight` requests at a time, from `lead_s` before the stream begins."""
-
-    backlog: Backlog
-    in_flight: Count
-    lead_s: NotNegative = 8.0
-
-
-class SystemConfig(_Config):
-    """One server to measure.
-
-    `load` says which of the two loads it gets. `online_body` and `offline_body` are request
-    fields of its own; offline requests to a `conserve` system carry conserve's header, too.
-    `conserve` is the content of the file that CONSERVE_CONFIG names. Systems that differ in the
-    setting of one dial say it in `dial`, and are joined by a line in the plot of the trade-off.
-    `slo` and `window_s` stand for the benchmark's objectives and duration: a system that is set to
-    another objective is judged by that one, and one that is a point of a curve may be shorter.
-    """
-
-    name: Name
-    kind: Literal["stock", "conserve"]
-    load: Literal["both", "online", "offline"] = "both"
-    flags: tuple[str, ...] = ()
-    env: dict[str, str] = {}
-    online_body: dict[str, Any] = {}
-    offline_body: dict[str, Any] = {}
-    conserve: dict[str, Any] | None = None
-    dial: str | None = None
-    slo: Slo | None = None
-    window_s: Positive | None = None
-
-    def __post_init__(self) -> None:
-        if self.conserve is not None and self.kind != "conserve":
-            raise ValueError("a stock system takes no conserve section")
-
-    @property
-    def offline_headers(self) -> dict[str, str]:
-        return OFFLINE_HEADERS if self.kind == "conserve" else {}
-
-    @property
-    def is_online_baseline(self) -> bool:
-        """Whether it measures stock SGLang without offline work."""
-        return self.kind == "stock" and self.load == "online"
-
-    @property
-    def is_offline_ceiling(self) -> bool:
-        """Whether it measures stock SGLang with offline work alone."""
-        return self.kind == "stock" and self.load == "offline"
 
 
 class BenchConfig(_Config, kw_only=True):
@@ -145,6 +91,11 @@ class BenchConfig(_Config, kw_only=True):
         return [*sglang, *place, "--enable-metrics", *self.server.flags, *system.flags]
 
 
+def offline_headers(system: SystemConfig) -> Mapping[str, str]:
+    """Of an offline request to `system`: stock SGLang knows no class."""
+    return OFFLINE_HEADERS if system.kind == "conserve" else {}
+
+
 class _ConserveSection(msgspec.Struct, frozen=True):
     conserve: ConserveConfig | None = None
 
@@ -165,16 +116,11 @@ def load_bench(path: Path, *, trace: Path | None = None) -> BenchConfig:
     """
     config = load_yaml(path, BenchConfig)
     load_yaml(path, _ConserveSections)
-    arrivals = config.online.arrivals
-    if trace is not None and not hasattr(arrivals, "path"):
-        raise InputError(path, "is not a trace, so --trace cannot stand for it", key=_ARRIVALS)
-    arrivals = with_path(path, arrivals, _ARRIVALS, trace)
-    backlog = with_path(path, config.offline.backlog, "offline.backlog", None)
     return msgspec.structs.replace(
         config,
         emulated=_found_from(path, config.emulated),
-        online=msgspec.structs.replace(config.online, arrivals=arrivals),
-        offline=msgspec.structs.replace(config.offline, backlog=backlog),
+        online=config.online.found_from(path, trace),
+        offline=config.offline.found_from(path),
     )
 
 
@@ -183,28 +129,3 @@ def _found_from(file: Path, emulated: Emulation | None) -> Emulation | None:
     if emulated is None or not emulated.device.endswith(".json"):
         return emulated
     return msgspec.structs.replace(emulated, device=str((file.parent / emulated.device).resolve()))
-
-
-_ARRIVALS = "online.arrivals"
-
-
-def with_path(file: Path, source: Any, key: str, given: Path | None) -> Any:
-    """`source` of the `file` with its path, if it has one, made ready to be opened.
-
-    Args:
-        file: what the path is relative to.
-        source: arrivals, or a backlog.
-        key: where it stands in the file.
-        given: stands for its path.
-
-    Raises:
-        InputError: an environment variable in it is not set.
-    """
-    if not hasattr(source, "path"):
-        return source
-    if given is not None:
-        return msgspec.structs.replace(source, path=str(given))
-    expanded = os.path.expandvars(source.path)
-    if "$" in expanded:
-        raise InputError(file, f"{source.path}: set that variable", key=f"{key}.path")
-    return msgspec.structs.replace(source, path=str(file.parent / expanded))

@@ -19,11 +19,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 from conserve_sgl.errors import ServerError
 
-__all__ = ["ManagedProcess", "ServerProcess", "check_free", "free_port", "serving", "split_flags"]
+__all__ = [
+    "ManagedProcess",
+    "ServerProcess",
+    "check_free",
+    "free_port",
+    "serving",
+    "split_flags",
+    "stop_on_signals",
+]
 
 _POLL_S = 0.1
 _READY_S = 300.0
@@ -274,3 +282,23 @@ def serving(
         with server:
             server.wait_healthy(ready_s)
             yield server
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Let every ending run the clean-up, in a background shell (which ignores SIGINT) too."""
+
+    def leave(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: leave,
+        signal.SIGHUP: leave,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

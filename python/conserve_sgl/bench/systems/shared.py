@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from conserve_sgl.bench.systems.config import SystemConfig
+from conserve_sgl.bench.report.system import SystemConfig
 from conserve_sgl.config import SloConfig
 from conserve_sgl.errors import ServerError
 from conserve_sgl.settings import slo_numbers
