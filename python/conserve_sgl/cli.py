@@ -448,8 +448,8 @@ def device(
 
     Exit code 0: written. 2: bad input, nothing was written.
     """
+    from conserve_sgl.device.make import make_device, write_device
     from conserve_sgl.profile import ProfileStore
-    from conserve_sgl.simulate.make import make_device, write_device
 
     path = profile or ProfileStore.of_environment().find([])
     made = make_device(

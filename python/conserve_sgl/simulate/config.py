@@ -12,8 +12,8 @@ from conserve_sgl.bench.load.backlog import RandomPrompts
 from conserve_sgl.bench.load.config import OfflineLoad, OnlineConfig
 from conserve_sgl.bench.report.system import SystemConfig
 from conserve_sgl.config import ConserveConfig, SloConfig
+from conserve_sgl.device.table import Device, load_device
 from conserve_sgl.errors import InputError
-from conserve_sgl.simulate.device import Device, load_device
 from conserve_sgl.simulate.engine import Host
 from conserve_sgl.simulate.flags import ServerFlags
 from conserve_sgl.strict_yaml import load_yaml

@@ -14,11 +14,11 @@ from conserve_sgl.bench.load.record import RequestRecord
 from conserve_sgl.bench.report.metrics import OnlineSummary, Slo, summarize
 from conserve_sgl.bench.report.offline import OfflineSummary, summarize_backlog
 from conserve_sgl.config import ConserveConfig
+from conserve_sgl.device.table import Device, StepTimes
 from conserve_sgl.policy import Policy, StepWork
 from conserve_sgl.policy.latency import LatencyModel, StepSample
 from conserve_sgl.policy.profile_plan import ProfileLimits, plan_profile
 from conserve_sgl.simulate.conserve import ConserveScheduler
-from conserve_sgl.simulate.device import Device, StepTimes
 from conserve_sgl.simulate.engine import Engine, Host, Step
 from conserve_sgl.simulate.load import backlog_requests, online_requests
 from conserve_sgl.simulate.stock import Limits, StockOptions, StockScheduler

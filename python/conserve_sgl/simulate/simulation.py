@@ -16,13 +16,13 @@ from conserve_sgl.bench.report.environment import Environment, environment
 from conserve_sgl.bench.report.metrics import OnlineSummary, Slo
 from conserve_sgl.bench.report.results import Result, Run, SystemResult
 from conserve_sgl.config import SloConfig
+from conserve_sgl.device.table import StepTimes
 from conserve_sgl.errors import InputError
 from conserve_sgl.policy.latency import StepKind
 from conserve_sgl.policy.slo import Factor, Seconds
 from conserve_sgl.simulate.ceiling import BacklogMean, Ceiling, OnlineRequest, Room, ceiling
 from conserve_sgl.simulate.config import Simulation, SystemRun
 from conserve_sgl.simulate.conserve import ConserveScheduler
-from conserve_sgl.simulate.device import StepTimes
 from conserve_sgl.simulate.load import online_requests
 from conserve_sgl.simulate.run import Load, Outcome, run_system
 

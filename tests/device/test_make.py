@@ -10,13 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from conserve_sgl.cli import app
+from conserve_sgl.device.make import kv_bytes_per_token, make_device
+from conserve_sgl.device.table import StepTimes, load_device
 from conserve_sgl.errors import InputError
 from conserve_sgl.policy import StepWork
 from conserve_sgl.policy.latency import StepSample
 from conserve_sgl.profile import Profile
-from conserve_sgl.simulate.device import StepTimes, load_device
-from conserve_sgl.simulate.make import kv_bytes_per_token, make_device
-from simulate.conftest import grid, truth_s
+from support.devices import grid, truth_s
 
 
 def log_of(tmp_path: Path, *lines: StepSample | str) -> Path:

@@ -13,8 +13,8 @@ from statistics import median, median_low
 import msgspec
 import numpy as np
 
+from conserve_sgl.device.table import Costs, Device, StepTimes, place
 from conserve_sgl.policy.latency import StepKind, StepSample, StepWork
-from conserve_sgl.simulate.device import Costs, Device, StepTimes, place
 
 __all__ = ["launch_times", "with_steps"]
 

@@ -5,11 +5,11 @@ import random
 import msgspec
 import pytest
 
+from conserve_sgl.device.measured import launch_times, with_steps
+from conserve_sgl.device.table import StepTimes
 from conserve_sgl.policy import StepWork
 from conserve_sgl.policy.latency import StepKind, StepSample
-from conserve_sgl.simulate.device import StepTimes
-from conserve_sgl.simulate.measured import launch_times, with_steps
-from simulate.conftest import grid, truth_s
+from support.devices import grid, truth_s
 
 HOST_S = 0.012
 

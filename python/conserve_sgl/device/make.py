@@ -12,12 +12,12 @@ from statistics import median
 import msgspec
 import numpy as np
 
+from conserve_sgl.device.measured import launch_times, with_steps
+from conserve_sgl.device.table import Costs, Device, check_step
 from conserve_sgl.errors import InputError
 from conserve_sgl.policy.latency import LatencyModel, StepKind, StepSample
 from conserve_sgl.profile.steps import read_steps
 from conserve_sgl.profile.store import EngineIdentity, Profile, read_profile
-from conserve_sgl.simulate.device import Costs, Device, check_step
-from conserve_sgl.simulate.measured import launch_times, with_steps
 
 __all__ = ["kv_bytes_per_token", "make_device", "write_device"]
 
@@ -56,7 +56,7 @@ def make_device(
     for log in logs:
         samples += _steps_of(log, found)
     identity = found.identity
-    on_gpu = not identity.device.endswith("threads")  # as `engine/profiling.py` names a CPU
+    on_gpu = not identity.device.endswith("threads")  # as `engine/device.py` names a CPU
     graphs = on_gpu and "disabled" not in identity.graphs
     device = Device(
         name=name,

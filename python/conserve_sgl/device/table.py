@@ -1,4 +1,4 @@
-"""A device: what a step truly takes on it, in the simulator.
+"""A device: what a step truly takes on it, in the simulator and on the emulated device.
 
 A device is a table of measured steps. The time of a step that was not measured is interpolated
 between its neighbours in the table, of the same regime:
@@ -208,7 +208,7 @@ def read_device(path: Path) -> Device:
 
 def shipped_devices() -> dict[str, Path]:
     """By name; files of this package."""
-    folder = Path(str(resources.files("conserve_sgl.simulate") / "devices"))
+    folder = Path(str(resources.files("conserve_sgl.device") / "shipped"))
     return {path.stem: path for path in sorted(folder.glob("*.json"))}
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from conserve_sgl.device.table import Device, StepTimes, load_device, shipped_devices
 from conserve_sgl.errors import InputError
 from conserve_sgl.policy import StepWork
 from conserve_sgl.policy.latency import StepKind, StepSample
-from conserve_sgl.simulate.device import Device, StepTimes, load_device, shipped_devices
-from simulate.conftest import grid, truth_s
+from support.devices import grid, truth_s
 
 
 @pytest.mark.parametrize("name", shipped_devices())
