@@ -53,8 +53,8 @@ from conserve_sgl.engine.host import (
 from conserve_sgl.engine.ranks import from_rank_zero
 from conserve_sgl.errors import InputError
 from conserve_sgl.policy.latency import LatencyModel, StepKind, StepSample
-from conserve_sgl.policy.profile_plan import ProfileLimits, StepShape, plan_grid, plan_profile
 from conserve_sgl.profile import EngineIdentity, Profile, ProfileStore
+from conserve_sgl.profile.plan import ProfileLimits, StepShape, plan_grid, plan_profile
 from conserve_sgl.profile.steps import GRID_ENV, StepLog
 
 __all__ = [

@@ -17,7 +17,7 @@ from conserve_sgl.config import ConserveConfig
 from conserve_sgl.device.table import Device, StepTimes
 from conserve_sgl.policy import Policy, StepWork
 from conserve_sgl.policy.latency import LatencyModel, StepSample
-from conserve_sgl.policy.profile_plan import ProfileLimits, plan_profile
+from conserve_sgl.profile.plan import ProfileLimits, plan_profile
 from conserve_sgl.simulate.conserve import ConserveScheduler
 from conserve_sgl.simulate.engine import Engine, Host, Step
 from conserve_sgl.simulate.load import backlog_requests, online_requests

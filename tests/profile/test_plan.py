@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conserve_sgl.policy.latency import Coefficients, LatencyModel, StepKind, StepSample, StepWork
-from conserve_sgl.policy.profile_plan import ProfileLimits, plan_profile
+from conserve_sgl.profile.plan import ProfileLimits, plan_profile
 
 SERVERS = {
     "tiny": ProfileLimits(chunk_tokens=128, context_tokens=4096, pool_tokens=4096, rows=16),
