@@ -17,6 +17,7 @@ __all__ = [
     "OfflineRecord",
     "OfflineSummary",
     "TokenRates",
+    "job_rates",
     "rates",
     "read_results",
     "spread",
@@ -164,6 +165,18 @@ def token_rates(edges_s: Sequence[float], records: Sequence[RequestRecord]) -> T
         computed=spread(edges_s, sent, first, computed),
         cached=spread(edges_s, sent, first, cached),
         output=spread(edges_s, before, times, tokens),
+    )
+
+
+def job_rates(
+    edges_s: Sequence[float], records: Sequence[OfflineRecord], started_unix_s: float
+) -> TokenRates:
+    """What a job got done, by `rates`; edges are seconds after the stream began."""
+    edges_unix_s = [started_unix_s + edge_s for edge_s in edges_s]
+    return TokenRates(
+        computed=rates(edges_unix_s, records, "computed_tokens"),
+        cached=rates(edges_unix_s, records, "prefix_tokens"),
+        output=rates(edges_unix_s, records, "completion_tokens"),
     )
 
 

@@ -18,14 +18,14 @@ from conserve_sgl.bench.load.record import RequestRecord
 from conserve_sgl.bench.report.metrics import attained, tpot_s, ttft_s
 from conserve_sgl.bench.report.offline import token_rates
 from conserve_sgl.bench.report.results import SystemResult
-from conserve_sgl.bench.report.tables import Harvest
+from conserve_sgl.bench.report.tables import Harvest, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import XAxis, YAxis
     from matplotlib.figure import Figure
 
-__all__ = ["write_plots"]
+__all__ = ["plot_over_time", "write_plots"]
 
 Latency = Callable[[RequestRecord], float | None]
 
@@ -50,6 +50,11 @@ def write_plots(systems: Sequence[SystemResult], out: Path) -> list[str]:
     if harvest.online_only is not None and any(s.system.load == "both" for s in with_online):
         written += [_save(_tradeoff(with_online, harvest), out / "tradeoff.png")]
     return written
+
+
+def plot_over_time(systems: Sequence[SystemResult], path: Path) -> None:
+    """Write the picture of each system over the stream."""
+    _save(_over_time(systems), path)
 
 
 def _save(figure: Figure, path: Path) -> str:
@@ -90,10 +95,10 @@ def _colors(systems: Sequence[SystemResult]) -> dict[str, str]:
 
 def _caption(systems: Sequence[SystemResult]) -> str:
     run = systems[0].results[0].run
-    version = run.environment.versions.get("sglang", "-")
+    version, slo = run.environment.versions.get("sglang", "-"), run.slo
     return (
         f"{Path(run.model).name} on {run.environment.hardware}; SGLang {version}; "
-        f"{run.window_s:g} s, seed {run.seed}"
+        f"{run.window_s:g} s, seed {run.seed}; TTFT {slo.ttft_ms:g} ms, TPOT {slo.tpot_ms:g} ms"
     )
 
 
@@ -188,8 +193,8 @@ def _over_time(systems: Sequence[SystemResult]) -> Figure:
 
 def _column(axes: Sequence[Axes], system: SystemResult, limits: list) -> None:
     result = system.results[0]
-    slo, online = system.slo, system.online
-    met = f"{100 * online.slo_attainment:.0f} % within objectives"
+    slo = system.slo
+    met = f"{percent(system.online.slo_attainment)} within objectives"
     done = (
         "no offline work"
         if system.offline is None
@@ -205,23 +210,32 @@ def _column(axes: Sequence[Axes], system: SystemResult, limits: list) -> None:
         axis.axhline(objective_ms, color="0.3", ls="--", lw=1, label="objective")
         axis.set(yscale="log", ylim=(low, high))
         _plain_log(axis.yaxis, "{x:,.0f}")
+    for axis in axes[:2]:
+        _mark(axis, 0.0, "|", "0.25", [record.due_s for record in result.online], "arrival")
     lost = [record.due_s for record in result.online if not record.completed]
-    axes[0].plot(
-        lost,
-        [0.97] * len(lost),
-        "v",
-        color=_MISS,
-        ms=6,
-        mew=0,
-        transform=axes[0].get_xaxis_transform(),
-        clip_on=False,
-        in_layout=False,  # else the layout tries to make room for them, and fails
-        label="never completed",
-    )
+    _mark(axes[0], 0.97, "v", _MISS, lost, "never completed")
     _tokens(axes[2], system)
     axes[2].set(xlim=(0, result.run.window_s), ylim=(0, limits[2]), xlabel="seconds")
     for axis in axes:
         _bare(axis)
+
+
+def _mark(
+    axis: Axes, height: float, marker: str, color: str, times_s: Sequence[float], label: str
+) -> None:
+    """Marks at `height`, 0 being the bottom of the panel and 1 its top, whatever its scale."""
+    axis.plot(
+        times_s,
+        [height] * len(times_s),
+        marker,
+        color=color,
+        ms=6,
+        mew=1 if marker == "|" else 0,
+        transform=axis.get_xaxis_transform(),
+        clip_on=False,
+        in_layout=False,  # else the layout tries to make room for them, and fails
+        label=label,
+    )
 
 
 def _scatter(
@@ -256,7 +270,7 @@ def _layers(system: SystemResult) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     result = system.results[0]
     window_s = result.run.window_s
     edges = np.linspace(0, window_s, max(2, round(window_s / _STEP_S) + 1))
-    online, offline = token_rates(edges, result.online), token_rates(edges, result.offline)
+    online, offline = token_rates(edges, result.online), result.offline_rates(edges)
     return edges, (online.computed + online.output, offline.output, offline.computed)
 
 

@@ -29,7 +29,15 @@ from conserve_sgl.bench.report.metrics import (
     tpot_s,
     ttft_s,
 )
-from conserve_sgl.bench.report.offline import OfflineSummary, summarize_backlog
+from conserve_sgl.bench.report.offline import (
+    OfflineRecord,
+    OfflineSummary,
+    TokenRates,
+    job_rates,
+    summarize_backlog,
+    summarize_offline,
+    token_rates,
+)
 from conserve_sgl.bench.report.system import SystemConfig
 from conserve_sgl.emulation import Emulation
 from conserve_sgl.errors import InputError
@@ -108,10 +116,18 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Result(msgspec.Struct, frozen=True):
-    """A run and its requests."""
+    """A run and its requests.
+
+    Args:
+        run: all but these.
+        records: what our own clients saw.
+        job: of a run whose offline work was a job instead of a backlog, the lines that it finished;
+            not kept by `write_run`.
+    """
 
     run: Run
     records: tuple[RequestRecord, ...]
+    job: tuple[OfflineRecord, ...] | None = None
 
     @property
     def online(self) -> list[RequestRecord]:
@@ -131,7 +147,16 @@ class Result(msgspec.Struct, frozen=True):
         """None when there was no offline work."""
         if self.run.system.load == "online":
             return None
-        return summarize_backlog(self.offline, self.run.window_s)
+        if self.job is None:
+            return summarize_backlog(self.offline, self.run.window_s)
+        began_unix_s = self.run.started_unix_s
+        return summarize_offline(self.job, began_unix_s, began_unix_s + self.run.window_s)
+
+    def offline_rates(self, edges_s: Sequence[float]) -> TokenRates:
+        """Of the offline work, between seconds after the stream began."""
+        if self.job is None:
+            return token_rates(edges_s, self.offline)
+        return job_rates(edges_s, self.job, self.run.started_unix_s)
 
 
 class Interval(msgspec.Struct, frozen=True):

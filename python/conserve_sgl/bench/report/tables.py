@@ -15,8 +15,11 @@ __all__ = [
     "comparison",
     "markdown",
     "ms",
+    "percent",
+    "plain_markdown",
     "results_markdown",
     "row",
+    "side_by_side",
     "summary_line",
     "terminal_table",
 ]
@@ -72,15 +75,15 @@ def row(system: SystemResult, harvest: Harvest) -> Row:
         "TPOT P50": ms(online and online.tpot_ms.median),
         "TPOT P99": ms(online and online.tpot_ms.p99),
         "ITL P99": ms(online and online.itl_ms.p99),
-        "SLO met": _percent(online and online.slo_attainment),
+        "SLO met": percent(online and online.slo_attainment),
         "goodput": _number(online and online.request_goodput, ".2f", " req/s"),
         "offline in": _rate(offline and offline.input_tokens_per_s),
         "offline cached": _rate(offline and offline.cached_tokens_per_s),
         "offline out": _rate(offline and offline.output_tokens_per_s),
         "offline total": _rate(offline and offline.total_tokens_per_s),
-        "of offline-only": _percent(harvest.share(system)),
-        "idle": _percent(system.idle_share),
-        "harvest": _percent(harvest.efficiency(system)),
+        "of offline-only": percent(harvest.share(system)),
+        "idle": percent(system.idle_share),
+        "harvest": percent(harvest.efficiency(system)),
     }
 
 
@@ -99,14 +102,50 @@ def results_markdown(systems: Sequence[SystemResult]) -> str:
     return "\n".join(part for part in parts if part)
 
 
+_PLAIN = (
+    *("system", "requests", "TTFT P50", "TTFT P99", "TPOT P50", "TPOT P99", "SLO met"),
+    *("offline in", "offline out", "offline total"),
+)
+"""Figures that are set against no other system's."""
+_OFFLINE_UNIT = "Offline: tokens a second, input without what came from the cache"
+
+
+def _plain(system: SystemResult) -> Row:
+    figures = row(system, Harvest([]))
+    return {column: figures[column] for column in _PLAIN}
+
+
+def plain_markdown(systems: Sequence[SystemResult]) -> str:
+    """A table of the figures that are set against no other system's; what they were measured on."""
+    table = markdown([_plain(system) for system in systems])
+    return f"{table}\n{_OFFLINE_UNIT}.\n{_conditions(systems)}"
+
+
+def side_by_side(systems: Sequence[SystemResult]) -> Table:
+    """The same figures for a terminal of 80 columns: one column for each of a few systems."""
+    rows = [_plain(system) for system in systems]
+    table = _objectives_table(systems)
+    table.caption = _OFFLINE_UNIT
+    table.add_column("")
+    for cells in rows:
+        table.add_column(cells["system"], justify="right")
+    for figure in _PLAIN[1:]:
+        table.add_row(figure, *(cells[figure] for cells in rows))
+    return table
+
+
+def _objectives_table(systems: Sequence[SystemResult]) -> Table:
+    slo = systems[0].slo
+    return Table(title=f"Objectives: TTFT {slo.ttft_ms:g} ms, TPOT {slo.tpot_ms:g} ms")
+
+
 def terminal_table(systems: Sequence[SystemResult]) -> Table:
     """The main figures for a terminal, which is narrow."""
     harvest = Harvest(systems)
     rows = [row(system, harvest) for system in systems]
-    slo = systems[0].slo
     left_out = ("goodput", "offline in", "offline cached", "offline out")
     shown = [column for column in rows[0] if column not in left_out]
-    table = Table(title=f"Objectives: TTFT {slo.ttft_ms:g} ms, TPOT {slo.tpot_ms:g} ms")
+    table = _objectives_table(systems)
     for column in shown:
         justify = "left" if column == "system" else "right"
         table.add_column(column, justify=justify, overflow="fold")  # a figure is never cut either
@@ -319,5 +358,6 @@ def _rate(value: float | None) -> str:
     return _number(value, ",.0f")
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """A share as a cell."""
     return _number(None if share is None else 100 * share, ".0f", " %")
