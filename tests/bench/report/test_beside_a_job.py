@@ -63,6 +63,7 @@ def test_the_page_says_what_was_measured_on_what(phases: list[SystemResult]) -> 
     assert "Objectives: TTFT 500 ms, TPOT 150 ms. Window 20 s, seed 1" in text
     assert "a cpu, 2 cores, 8 GiB" in text
     assert "Offline: tokens a second" in text
+    assert "- beside: 1 of 12 online requests failed; first: HTTP 503" in text
 
 
 def test_the_terminal_table_sets_the_phases_side_by_side(phases: list[SystemResult]) -> None:

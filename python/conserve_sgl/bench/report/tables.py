@@ -107,7 +107,7 @@ _PLAIN = (
     *("offline in", "offline out", "offline total"),
 )
 """Figures that are set against no other system's."""
-_OFFLINE_UNIT = "Offline: tokens a second, input without what came from the cache"
+_OFFLINE_UNIT = "Offline: tokens a second, input without cache hits"
 
 
 def _plain(system: SystemResult) -> Row:
@@ -118,7 +118,7 @@ def _plain(system: SystemResult) -> Row:
 def plain_markdown(systems: Sequence[SystemResult]) -> str:
     """A table of the figures that are set against no other system's; what they were measured on."""
     table = markdown([_plain(system) for system in systems])
-    return f"{table}\n{_OFFLINE_UNIT}.\n{_conditions(systems)}"
+    return f"{table}\n{_OFFLINE_UNIT}.\n{_conditions(systems)}{_faults(systems)}"
 
 
 def side_by_side(systems: Sequence[SystemResult]) -> Table:

@@ -18,7 +18,7 @@ from conserve_sgl.emulation import Emulation
 from conserve_sgl.jobs.client import OFFLINE_HEADERS
 from conserve_sgl.strict_yaml import load_yaml
 
-__all__ = ["BenchConfig", "CommonFlags", "load_bench", "offline_headers"]
+__all__ = ["BenchConfig", "load_bench", "offline_headers"]
 
 
 class _Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
