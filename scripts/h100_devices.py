@@ -11,11 +11,11 @@ from pathlib import Path
 
 import msgspec
 
+from conserve_sgl.device.measured import launch_times, with_steps
+from conserve_sgl.device.table import Costs, Device
 from conserve_sgl.profile.steps import read_steps
-from conserve_sgl.simulate.device import Costs, Device
-from conserve_sgl.simulate.measured import launch_times, with_steps
 
-DEVICES = Path(__file__).parent.parent / "python" / "conserve_sgl" / "simulate" / "devices"
+DEVICES = Path(__file__).parent.parent / "python" / "conserve_sgl" / "device" / "shipped"
 
 PARAMETERS, KV_BYTES = 8.03e9, 131_072
 BYTES_PER_S, FLOP_PER_S = 3.35e12, 989e12  # HBM3, dense bf16

@@ -24,7 +24,8 @@ PACKAGE = Path(conserve_sgl.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of the package besides itself. A part is a subpackage or a module
-# directly under the package.
+# directly under the package; in FLOORS one further down.
+FLOORS = {"bench"}
 _LEAVES = {"errors"}
 MAY_IMPORT = {
     "__init__": _LEAVES,
@@ -56,36 +57,71 @@ MAY_IMPORT = {
         "emulation",
         *_LEAVES,
     },
-    # simulate/device.py: the step times of a device.
-    "platform": {"emulation", "policy", "simulate", *_LEAVES},
-    # bench/micro.py times parts of the house.
-    "bench": {
+    # The step times of a device: what the simulator and the emulated device share.
+    "device": {"policy", "profile", *_LEAVES},
+    "platform": {"device", "emulation", "policy", *_LEAVES},
+    "bench/__init__": set(),
+    "bench/load": {"config", *_LEAVES},
+    "bench/report": {"bench/load", "emulation", "json_lines", "machine", *_LEAVES},
+    "bench/systems": {
+        "bench/load",
+        "bench/report",
         "config",
+        "emulation",
+        "client",
         "profile",
         "settings",
+        "strict_yaml",
         "tune",
-        "policy",
-        "ingress",
+        *_LEAVES,
+    },
+    # micro/operations.py times parts of the house.
+    "bench/micro": {
+        "bench/report",
+        "bench/systems",
+        "config",
         "engine",
+        "ingress",
         "client",
-        "json_lines",
-        "machine",
-        "emulation",
+        "policy",
+        "profile",
+        *_LEAVES,
+    },
+    "bench/command": {"bench/report", "bench/systems", *_LEAVES},
+    "bench/demo": {
+        "bench/load",
+        "bench/report",
+        "bench/systems",
+        "profile",
         "strict_yaml",
         *_LEAVES,
     },
+    "bench/gpu": {"bench/command", "bench/report", "bench/systems", "profile", *_LEAVES},
     # What a benchmark measures on servers, a simulation works out: one load, one set of figures.
-    "simulate": {"bench", "config", "policy", "profile", "strict_yaml", *_LEAVES},
+    "simulate": {
+        "bench/load",
+        "bench/report",
+        "config",
+        "device",
+        "policy",
+        "profile",
+        "strict_yaml",
+        *_LEAVES,
+    },
     "plugin": {"batch", "config", "compat", "engine", "ingress", "profile", "settings", *_LEAVES},
     "tune": _LEAVES,
     "doctor": {"config", "compat", "plugin", "profile", "emulation", "__init__", *_LEAVES},
     "cli": {
         "config",
         "compat",
+        "device",
         "doctor",
         "client",
         "jobs",
-        "bench",
+        "bench/command",
+        "bench/gpu",
+        "bench/micro",
+        "bench/systems",
         "batch",
         "profile",
         "settings",
@@ -104,8 +140,14 @@ def relative(file: Path) -> str:
 
 
 def part_of(module: str) -> str:
-    """`conserve_sgl.jobs.plan` -> `jobs`, `conserve_sgl` -> `__init__`."""
-    return [*module.split("."), "__init__"][1]
+    """`conserve_sgl.jobs.plan` -> `jobs`, `conserve_sgl.bench.load.record` -> `bench/load`,
+    `conserve_sgl` -> `__init__`."""
+    first, *rest = [*module.split(".")[1:], "__init__"]
+    return f"{first}/{rest[0]}" if first in FLOORS else first
+
+
+def part_of_file(file: Path) -> str:
+    return part_of(".".join([PACKAGE.name, *file.relative_to(PACKAGE).with_suffix("").parts]))
 
 
 def imported(file: Path) -> Iterator[str]:
@@ -132,7 +174,7 @@ def module_of(name: str) -> str:
 
 @pytest.mark.parametrize("file", FILES, ids=relative)
 def test_imports_run_one_way(file):
-    part = relative(file).split("/")[0].removesuffix(".py")
+    part = part_of_file(file)
     assert part in MAY_IMPORT, f"{part} has no place in the order yet: add it to MAY_IMPORT"
     used = {part_of(module_of(name)) for name in ours(file)}
     assert used <= MAY_IMPORT[part] | {part}
@@ -153,8 +195,7 @@ def test_engine_imports_only_the_channels_of_ingress():
 
 
 def test_no_part_is_named_that_does_not_exist():
-    parts = {relative(file).split("/")[0].removesuffix(".py") for file in FILES}
-    assert set(MAY_IMPORT) <= parts
+    assert set(MAY_IMPORT) <= {part_of_file(file) for file in FILES}
 
 
 @pytest.mark.parametrize("file", FILES, ids=relative)
@@ -235,10 +276,10 @@ LIGHT = [
     "conserve_sgl.client.progress",
     "conserve_sgl.jobs",
     "conserve_sgl.batch.run_batch",
-    "conserve_sgl.bench",
-    "conserve_sgl.profile",
+    "conserve_sgl.bench.command",
+    "conserve_sgl.profile.measure",
     "conserve_sgl.simulate.command",
-    "conserve_sgl.simulate.make",
+    "conserve_sgl.device.make",
     "conserve_sgl.tune",
 ]
 HEAVY = ("torch", "sglang", "transformers")
@@ -272,15 +313,19 @@ def test_what_works_without_sglang_imports_only_what_is_installed_with_it():
         assert {name.split(".")[0] for name in imported(file)} <= there, relative(file)
 
 
+# The plan of a profile's shapes lies beside what keeps them, and is as pure as a policy.
+PURE = [*(PACKAGE / "policy").rglob("*.py"), PACKAGE / "profile" / "plan.py"]
+
+
 def test_policy_imports_nothing_but_itself_and_plain_python():
     allowed = {"conserve_sgl", "msgspec", *sys.stdlib_module_names}
     fits = {"policy/latency/fit.py": {"numpy", "scipy"}}
-    for file in (PACKAGE / "policy").rglob("*.py"):
+    for file in PURE:
         used = {name.split(".")[0] for name in imported(file)}
         assert used <= allowed | fits.get(relative(file), set()), relative(file)
 
 
 @pytest.mark.parametrize("module", ["time", "datetime", "asyncio", "threading", "zmq"])
 def test_policy_has_no_clock_and_no_input_of_its_own(module):
-    used = {name.split(".")[0] for f in (PACKAGE / "policy").rglob("*.py") for name in imported(f)}
+    used = {name.split(".")[0] for file in PURE for name in imported(file)}
     assert module not in used

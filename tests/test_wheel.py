@@ -34,7 +34,7 @@ def test_the_wheel_holds_the_package_and_its_entry_points(wheel: Path):
         (points,) = [name for name in names if name.endswith("entry_points.txt")]
         text = archive.read(points).decode()
     assert "conserve_sgl/plugin.py" in names
-    assert "conserve_sgl/simulate/devices/h100-llama8b-triton.json" in names
+    assert "conserve_sgl/device/shipped/h100-llama8b-triton.json" in names
     assert not [name for name in names if name.startswith(("tests", "scripts"))]
     assert "conserve = conserve_sgl.plugin:register" in text
     assert "conserve_cpu = conserve_sgl.platform:activate" in text

@@ -335,7 +335,7 @@ def bench(
     limit left runs out.
     """
     from conserve_sgl.bench.command import UNFINISHED, compare_folders, run_bench
-    from conserve_sgl.bench.micro import micro_table, run_micros
+    from conserve_sgl.bench.micro.operations import micro_table, run_micros
 
     if micro:
         Console().print(micro_table(run_micros()))
@@ -448,8 +448,8 @@ def device(
 
     Exit code 0: written. 2: bad input, nothing was written.
     """
+    from conserve_sgl.device.make import make_device, write_device
     from conserve_sgl.profile import ProfileStore
-    from conserve_sgl.simulate.make import make_device, write_device
 
     path = profile or ProfileStore.of_environment().find([])
     made = make_device(
@@ -483,8 +483,8 @@ def _checked(config: Path | None) -> Path:
 
 def _measured_in(folder: Path, flags: list[str], config: Path, console: Console) -> Path:
     """Run a server until it is ready, with `folder` as its profiles; the one it measured."""
-    from conserve_sgl.bench.progress import PlainProgress
-    from conserve_sgl.bench.server import ServerProcess, free_port
+    from conserve_sgl.bench.systems.progress import PlainProgress
+    from conserve_sgl.bench.systems.server import ServerProcess, free_port
     from conserve_sgl.profile import DIR_ENV, ProfileStore
 
     port, log = free_port(), folder / "server.log"

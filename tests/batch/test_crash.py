@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from batch.lines import CHAT, jsonl, request, requests
-from conserve_sgl.bench.server import ManagedProcess, free_port
+from conserve_sgl.bench.systems.server import ManagedProcess, free_port
 
 LINES = 400
 ENGINE = Path(__file__).with_name("fake_engine.py")

@@ -10,11 +10,11 @@ from types import ModuleType
 import msgspec
 import pytest
 
-from conserve_sgl.bench.client import RequestRecord
-from conserve_sgl.bench.environment import Environment
-from conserve_sgl.bench.metrics import Slo
-from conserve_sgl.bench.results import Result, Run
-from conserve_sgl.bench.systems import SystemConfig
+from conserve_sgl.bench.load.record import RequestRecord
+from conserve_sgl.bench.report.environment import Environment
+from conserve_sgl.bench.report.metrics import Slo
+from conserve_sgl.bench.report.results import Result, Run
+from conserve_sgl.bench.report.system import SystemConfig
 
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 

@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from conserve_sgl import cli
-from conserve_sgl.bench import micro
-from conserve_sgl.bench.results import Result, run_folder, write_run
+from conserve_sgl.bench.micro import operations
+from conserve_sgl.bench.report.results import Result, run_folder, write_run
 from conserve_sgl.errors import InputError
 
 
@@ -102,8 +102,8 @@ def test_a_folder_without_results_is_bad_input(tmp_path: Path) -> None:
 
 
 def test_single_operations_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = micro.Row("an operation", 16, 1.5, 2.5, 1000)
-    monkeypatch.setattr(micro, "MICROS", [lambda: iter([row])])
+    row = operations.Row("an operation", 16, 1.5, 2.5, 1000)
+    monkeypatch.setattr(operations, "MICROS", [lambda: iter([row])])
 
     done = run("--micro")
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import yaml
 
-from conserve_sgl.bench.client import RequestRecord, replay
-from conserve_sgl.bench.metrics import Slo, summarize
-from conserve_sgl.bench.results import by_system, read_folder
+from conserve_sgl.bench.load.record import RequestRecord
+from conserve_sgl.bench.load.streams import replay
+from conserve_sgl.bench.report.metrics import Slo, summarize
+from conserve_sgl.bench.report.results import by_system, read_folder
 from support.server import TINY_FLAGS, Server
 
 pytestmark = pytest.mark.engine
@@ -125,8 +126,8 @@ def _record(
 
 
 def test_the_same_load_through_both_counts_the_same(plain_server: Server, theirs: dict) -> None:
-    from conserve_sgl.bench.arrivals import Arrival
-    from conserve_sgl.bench.prompts import TokenIds, timed_requests
+    from conserve_sgl.bench.load.arrivals import Arrival
+    from conserve_sgl.bench.load.prompts import TokenIds, timed_requests
 
     arrivals = [Arrival(i / 8, n, OUTPUT_TOKENS) for i, n in enumerate(theirs["input_lens"])]
     requests = timed_requests(arrivals, TokenIds(10, 250), 5)

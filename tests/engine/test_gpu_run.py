@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from conserve_sgl.bench.gpu.page import page
-from conserve_sgl.bench.results import by_system, read_folder
+from conserve_sgl.bench.report.results import by_system, read_folder
 from conserve_sgl.profile.steps import read_steps
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1000)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conserve_sgl.bench.server import free_port
+from conserve_sgl.bench.systems.server import free_port
 from conserve_sgl.plugin import HOOK_TARGETS
 
 pytestmark = pytest.mark.engine

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from conserve_sgl.bench.server import free_port
+from conserve_sgl.bench.systems.server import free_port
 
 READY_S = 60
 

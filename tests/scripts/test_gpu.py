@@ -15,7 +15,7 @@ import pytest
 
 from conserve_sgl.bench.gpu.__main__ import main
 from conserve_sgl.bench.gpu.parts import PARTS
-from conserve_sgl.bench.systems import load_bench
+from conserve_sgl.bench.systems.config import load_bench
 from conserve_sgl.cli import app
 
 RECORDER = """#!/bin/sh
@@ -151,11 +151,11 @@ def test_triton_has_no_second_row_where_it_is_the_first(run):
 
 
 def test_a_part_that_fails_leaves_the_others(run, tmp_path):
-    done, commands = run("resume", "overlap", fails="conserve_sgl.bench.resume")
+    done, commands = run("resume", "overlap", fails="conserve_sgl.bench.micro.resume")
     assert done.returncode == 0, done.stdout  # status 3 says that time ran out
     assert "== resume: out of time" in done.stdout
     assert "== overlap: done" in done.stdout
-    assert [c[1] for c in commands if c[0] == "-m"][-1] == "conserve_sgl.bench.overlap"
+    assert [c[1] for c in commands if c[0] == "-m"][-1] == "conserve_sgl.bench.micro.overlap"
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"machine.tar.xz", "summary.md"}
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from conserve_sgl.bench.command import compare_folders
-from conserve_sgl.bench.results import by_system, read_folder
+from conserve_sgl.bench.report.results import by_system, read_folder
 from conserve_sgl.cli import app
 from conserve_sgl.errors import InputError
 from conserve_sgl.simulate.command import run_simulation

@@ -11,11 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from conserve_sgl.cli import app
+from conserve_sgl.device.table import load_device, shipped_devices
 from conserve_sgl.profile import DIR_ENV
-from conserve_sgl.simulate.device import load_device, shipped_devices
 from conserve_sgl.simulate.engine import Host
+from device.test_make import SERVED, log_of
 from simulate.test_command import KEYS
-from simulate.test_make import SERVED, log_of
 
 CHECKOUT = Path(__file__).parent.parent.parent
 PAGE = (CHECKOUT / "docs" / "simulate.md").read_text(encoding="utf-8")

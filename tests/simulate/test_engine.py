@@ -7,13 +7,13 @@ import random
 
 import pytest
 
-from conserve_sgl.bench.arrivals import Arrival, Gamma, Lengths
-from conserve_sgl.bench.backlog import RandomPrompts
-from conserve_sgl.bench.metrics import Slo
+from conserve_sgl.bench.load.arrivals import Arrival, Gamma, Lengths
+from conserve_sgl.bench.load.backlog import RandomPrompts
+from conserve_sgl.bench.report.metrics import Slo
 from conserve_sgl.config import ConserveConfig, SlicesConfig, SloConfig
+from conserve_sgl.device.table import StepTimes
 from conserve_sgl.policy import StepPlan, StepWork
 from conserve_sgl.policy.slo import Pace
-from conserve_sgl.simulate.device import StepTimes
 from conserve_sgl.simulate.engine import Engine, Host, Step
 from conserve_sgl.simulate.load import backlog_requests, online_requests
 from conserve_sgl.simulate.request import Request

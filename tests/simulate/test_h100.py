@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from conserve_sgl.bench.arrivals import AzureTrace, Gamma, Lengths
-from conserve_sgl.bench.backlog import RandomPrompts
-from conserve_sgl.bench.metrics import Slo
+from conserve_sgl.bench.load.arrivals import AzureTrace, Gamma, Lengths
+from conserve_sgl.bench.load.backlog import RandomPrompts
+from conserve_sgl.bench.report.metrics import Slo
 from conserve_sgl.config import ConserveConfig, SloConfig
-from conserve_sgl.simulate.device import load_device
+from conserve_sgl.device.table import load_device
 from conserve_sgl.simulate.run import Load, Outcome, run_system
 from conserve_sgl.simulate.stock import StockOptions
 

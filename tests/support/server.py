@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from conserve_sgl.bench.server import ServerProcess, free_port
+from conserve_sgl.bench.systems.server import ServerProcess, free_port
 
 OFFLINE = {"x-sgl-conserve-class": "offline"}
 HICACHE = (

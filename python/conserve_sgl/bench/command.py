@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import msgspec
 from rich.console import Console
 
-from conserve_sgl.bench.plots import write_plots
-from conserve_sgl.bench.results import Result, SystemResult, by_system, read_folder, write_together
-from conserve_sgl.bench.runner import Runner
-from conserve_sgl.bench.systems import BenchConfig, load_bench
-from conserve_sgl.bench.tables import (
+from conserve_sgl.bench.report.plots import write_plots
+from conserve_sgl.bench.report.results import (
+    Result,
+    SystemResult,
+    by_system,
+    read_folder,
+    write_together,
+)
+from conserve_sgl.bench.report.tables import (
     Harvest,
     comparison,
     results_markdown,
     summary_line,
     terminal_table,
 )
+from conserve_sgl.bench.systems.benchmark import Benchmark
+from conserve_sgl.bench.systems.config import BenchConfig, load_bench
+from conserve_sgl.bench.systems.server import stop_on_signals
 from conserve_sgl.errors import InputError
 
-__all__ = ["UNFINISHED", "compare_folders", "run_bench", "stop_on_signals"]
+__all__ = ["UNFINISHED", "compare_folders", "run_bench"]
 
 UNFINISHED = 3
 """Exit code of a benchmark whose time limit left runs out."""
@@ -64,9 +68,9 @@ def run_bench(
     out = out or Path("out") / "bench" / path.stem
     # Read now: a fault in it must not come up after the first server has started.
     next(config.offline.backlog.bodies([config.seed], {}))
-    runner = Runner(config, model, out, console)
+    benchmark = Benchmark(config, model, out, console)
     with stop_on_signals():
-        left_out = runner.run_all(
+        left_out = benchmark.run_all(
             fresh=fresh,
             time_limit_s=time_limit_s,
             on_result=lambda result: _report_on(result, out, console),
@@ -125,23 +129,3 @@ def _in_order(config: BenchConfig, systems: list[SystemResult]) -> list[SystemRe
     """In the order of the configuration; what an earlier run left beside them comes last."""
     names = [system.name for system in config.systems]
     return sorted(systems, key=lambda s: names.index(s.name) if s.name in names else len(names))
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Let every ending run the clean-up, in a background shell (which ignores SIGINT) too."""
-
-    def leave(number: int, _: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    handlers = {
-        signal.SIGINT: signal.default_int_handler,
-        signal.SIGTERM: leave,
-        signal.SIGHUP: leave,
-    }
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,4 +1,6 @@
-"""Profiles on disk: what they belong to, how they are kept, and how a person looks at them."""
+"""Latency profiles: which steps are measured, how, where they are kept, and how a person looks at
+them.
+"""
 
 from conserve_sgl.profile.store import (
     DIR_ENV,

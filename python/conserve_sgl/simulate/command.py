@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from conserve_sgl.bench.plots import write_plots
-from conserve_sgl.bench.results import run_folder, write_run, write_together
+from conserve_sgl.bench.report.plots import write_plots
+from conserve_sgl.bench.report.results import run_folder, write_run, write_together
 from conserve_sgl.simulate.config import load_simulation
 from conserve_sgl.simulate.plots import plot_dial
 from conserve_sgl.simulate.report import planning, simulation_markdown, terminal_table

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import msgspec
 
-from conserve_sgl.bench.backlog import RandomPrompts
-from conserve_sgl.bench.config import OnlineConfig
-from conserve_sgl.bench.systems import OfflineLoad, SystemConfig, with_path
+from conserve_sgl.bench.load.backlog import RandomPrompts
+from conserve_sgl.bench.load.config import OfflineLoad, OnlineConfig
+from conserve_sgl.bench.report.system import SystemConfig
 from conserve_sgl.config import ConserveConfig, SloConfig
+from conserve_sgl.device.table import Device, load_device
 from conserve_sgl.errors import InputError
-from conserve_sgl.simulate.device import Device, load_device
 from conserve_sgl.simulate.engine import Host
 from conserve_sgl.simulate.flags import ServerFlags
 from conserve_sgl.strict_yaml import load_yaml
@@ -129,16 +129,11 @@ def load_simulation(
     """
     file = load_yaml(path, _File, changes=changes)
     given = None if conserve is None else ConserveConfig.load(conserve)
-    if trace is not None and not hasattr(file.online.arrivals, "path"):
-        reason = "is not a trace, so --trace cannot stand for it"
-        raise InputError(path, reason, key="online.arrivals")
+    online = file.online.found_from(path, trace)
     if not isinstance(file.offline.backlog, RandomPrompts):
         reason = "the simulator needs lengths in tokens: kind random"
         raise InputError(path, reason, key="offline.backlog")
-    arrivals = with_path(path, file.online.arrivals, "online.arrivals", trace)
-    online = msgspec.structs.replace(
-        file.online, arrivals=arrivals, duration_s=duration_s or file.online.duration_s
-    )
+    online = msgspec.structs.replace(online, duration_s=duration_s or online.duration_s)
     return Simulation(
         path=path,
         seed=file.seed,

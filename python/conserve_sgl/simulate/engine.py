@@ -21,8 +21,8 @@ from math import inf
 
 import msgspec
 
+from conserve_sgl.device.table import StepTimes
 from conserve_sgl.simulate.conserve import ConserveScheduler
-from conserve_sgl.simulate.device import StepTimes
 from conserve_sgl.simulate.request import Batch, Request
 from conserve_sgl.simulate.stock import StockScheduler
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from conserve_sgl.bench.arrivals import Arrival
-from conserve_sgl.bench.backlog import RandomPrompts
+from conserve_sgl.bench.load.arrivals import Arrival
+from conserve_sgl.bench.load.backlog import RandomPrompts
 from conserve_sgl.simulate.request import Request
 
 __all__ = ["backlog_requests", "online_requests"]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from conserve_sgl.bench.results import SystemResult
-from conserve_sgl.bench.tables import Harvest, markdown, ms, row
+from conserve_sgl.bench.report.results import SystemResult
+from conserve_sgl.bench.report.tables import Harvest, markdown, ms, row
 from conserve_sgl.simulate.config import Simulation
 from conserve_sgl.simulate.simulation import Simulated
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-from conserve_sgl.bench.client import UNFINISHED, RequestRecord
+from conserve_sgl.bench.load.backlog import STREAM_INTERVAL
+from conserve_sgl.bench.load.record import UNFINISHED, RequestRecord
 from conserve_sgl.policy import StepWork
 
 __all__ = ["Batch", "Chunk", "Request"]
-
-_STREAM_INTERVAL = 16
-"""Tokens of an offline answer that its client gets at a time, as in `bench/backlog.py`."""
 
 
 @dataclass(slots=True, eq=False)
@@ -74,7 +72,7 @@ class Request:
     def record(self, egress_s: float = 0.0) -> RequestRecord:
         """What a client saw of it, `egress_s` after the steps that brought its tokens."""
         times = [time_s + egress_s for time_s in self.token_times_s]
-        step = 1 if self.online else _STREAM_INTERVAL
+        step = 1 if self.online else STREAM_INTERVAL
         ends = list(range(step, len(times) + 1, step))
         if len(times) % step and self.finished:
             ends.append(len(times))

@@ -7,24 +7,24 @@ from math import inf
 
 import msgspec
 
-from conserve_sgl.bench.arrivals import Arrival
-from conserve_sgl.bench.backlog import RandomPrompts
-from conserve_sgl.bench.client import RequestRecord
-from conserve_sgl.bench.metrics import OnlineSummary, Slo, summarize
-from conserve_sgl.bench.offline import OfflineSummary, summarize_backlog
+from conserve_sgl.bench.load.arrivals import Arrival
+from conserve_sgl.bench.load.backlog import RandomPrompts
+from conserve_sgl.bench.load.prompts import OFFLINE_DRAW
+from conserve_sgl.bench.load.record import RequestRecord
+from conserve_sgl.bench.report.metrics import OnlineSummary, Slo, summarize
+from conserve_sgl.bench.report.offline import OfflineSummary, summarize_backlog
 from conserve_sgl.config import ConserveConfig
+from conserve_sgl.device.table import Device, StepTimes
 from conserve_sgl.policy import Policy, StepWork
 from conserve_sgl.policy.latency import LatencyModel, StepSample
-from conserve_sgl.policy.profile_plan import ProfileLimits, plan_profile
+from conserve_sgl.profile.plan import ProfileLimits, plan_profile
 from conserve_sgl.simulate.conserve import ConserveScheduler
-from conserve_sgl.simulate.device import Device, StepTimes
 from conserve_sgl.simulate.engine import Engine, Host, Step
 from conserve_sgl.simulate.load import backlog_requests, online_requests
 from conserve_sgl.simulate.stock import Limits, StockOptions, StockScheduler
 
-__all__ = ["OFFLINE_DRAW", "Load", "Outcome", "measure_profile", "run_system"]
+__all__ = ["Load", "Outcome", "measure_profile", "run_system"]
 
-OFFLINE_DRAW = 2  # as in bench/runner.py: the same requests
 _LONGEST_CONTEXT = 32_768
 
 MakePolicy = Callable[[ConserveConfig, LatencyModel], Policy]

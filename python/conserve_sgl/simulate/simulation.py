@@ -11,19 +11,20 @@ from math import inf
 
 import msgspec
 
-from conserve_sgl.bench.environment import Environment, environment
-from conserve_sgl.bench.metrics import OnlineSummary, Slo
-from conserve_sgl.bench.results import Result, Run, SystemResult
+from conserve_sgl.bench.load.prompts import OFFLINE_DRAW
+from conserve_sgl.bench.report.environment import Environment, environment
+from conserve_sgl.bench.report.metrics import OnlineSummary, Slo
+from conserve_sgl.bench.report.results import Result, Run, SystemResult
 from conserve_sgl.config import SloConfig
+from conserve_sgl.device.table import StepTimes
 from conserve_sgl.errors import InputError
 from conserve_sgl.policy.latency import StepKind
 from conserve_sgl.policy.slo import Factor, Seconds
 from conserve_sgl.simulate.ceiling import BacklogMean, Ceiling, OnlineRequest, Room, ceiling
 from conserve_sgl.simulate.config import Simulation, SystemRun
 from conserve_sgl.simulate.conserve import ConserveScheduler
-from conserve_sgl.simulate.device import StepTimes
 from conserve_sgl.simulate.load import online_requests
-from conserve_sgl.simulate.run import OFFLINE_DRAW, Load, Outcome, run_system
+from conserve_sgl.simulate.run import Load, Outcome, run_system
 
 __all__ = ["Simulated", "Simulator", "objectives_ms"]
 

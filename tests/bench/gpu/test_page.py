@@ -10,12 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from conserve_sgl import cli
-from conserve_sgl.bench.environment import Environment
 from conserve_sgl.bench.gpu.page import first_seconds, page, write_page
 from conserve_sgl.bench.gpu.parts import Setting
 from conserve_sgl.bench.gpu.state import State, States
 from conserve_sgl.bench.gpu.summary import summary
-from conserve_sgl.bench.results import run_folder, write_run
+from conserve_sgl.bench.report.environment import Environment
+from conserve_sgl.bench.report.results import run_folder, write_run
 from conserve_sgl.errors import InputError
 
 GPU = Environment(

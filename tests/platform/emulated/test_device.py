@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
+from conserve_sgl.device.table import StepTimes, load_device
 from conserve_sgl.platform.emulated.device import EmulatedDevice
 from conserve_sgl.platform.emulated.queue import DeviceQueue
 from conserve_sgl.policy.latency import StepWork
-from conserve_sgl.simulate.device import StepTimes, load_device
 
 LAYERS = 4
 STEP_S, LAYER_S, COPY_S = 0.08, 0.03, 0.001

@@ -11,11 +11,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from conserve_sgl.device.table import Device, StepTimes, load_device
 from conserve_sgl.emulation import Emulation
 from conserve_sgl.platform.emulated.device import BUSY_METRIC
 from conserve_sgl.policy.latency import StepKind, StepWork
 from conserve_sgl.profile.store import read_profile
-from conserve_sgl.simulate.device import Device, StepTimes, load_device
 from support.server import HICACHE, OFFLINE, until
 
 pytestmark = pytest.mark.engine

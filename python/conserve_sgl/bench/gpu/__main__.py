@@ -10,12 +10,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from conserve_sgl.bench.command import stop_on_signals
 from conserve_sgl.bench.gpu.archive import unpack
 from conserve_sgl.bench.gpu.parts import PARTS, Setting, part_named
 from conserve_sgl.bench.gpu.plan import plan
 from conserve_sgl.bench.gpu.run import Run
 from conserve_sgl.bench.gpu.summary import summary
+from conserve_sgl.bench.systems.server import stop_on_signals
 from conserve_sgl.errors import ConserveError
 
 _RESULTS = Path("out", "gpu")

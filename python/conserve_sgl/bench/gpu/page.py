@@ -8,11 +8,11 @@ from pathlib import Path
 
 import msgspec
 
-from conserve_sgl.bench.environment import Environment
 from conserve_sgl.bench.gpu.parts import PARTS, Setting
 from conserve_sgl.bench.gpu.state import States
 from conserve_sgl.bench.gpu.summary import bench_table
-from conserve_sgl.bench.results import Result, SystemResult, by_system, read_folder
+from conserve_sgl.bench.report.environment import Environment
+from conserve_sgl.bench.report.results import Result, SystemResult, by_system, read_folder
 from conserve_sgl.errors import InputError
 
 __all__ = ["first_seconds", "page", "write_page"]

@@ -130,7 +130,7 @@ def _check(setting: Setting, left_s: LeftS) -> Iterator[Argv]:
         size = ["--layers=2", "--hidden=512", "--prompts=6"]
         backends = ["--reference=default", "--candidate=default"]
     yield [
-        *("-m", "conserve_sgl.bench.backends", *backends, *size),
+        *("-m", "conserve_sgl.bench.micro.backends", *backends, *size),
         *(f"--ready-s={max(left_s() - 15, 10):.0f}", f"--out={setting.machine}"),
         *("--", *setting.flags),
     ]
@@ -162,12 +162,12 @@ def _module(
     rehearsed: tuple[str, ...] = (),
     flags: tuple[str, ...] = (),
 ):
-    """A measurement with a server of its own, by a module of `conserve_sgl.bench`."""
+    """A measurement with a server of its own, by a module of `conserve_sgl.bench.micro`."""
 
     def commands(setting: Setting, _: LeftS) -> Iterator[Argv]:
         yield setting.write_model(LLAMA)
         yield [
-            *("-m", f"conserve_sgl.bench.{name}", "--model", setting.model(LLAMA)),
+            *("-m", f"conserve_sgl.bench.micro.{name}", "--model", setting.model(LLAMA)),
             *(rehearsed if setting.rehearse else options),
             *("--out", str(setting.costs / out)),
             *("--", *([] if setting.rehearse else flags)),

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import msgspec
 
-from conserve_sgl.bench.environment import Environment, clocks, environment
 from conserve_sgl.bench.gpu.archive import KERNELS, Packer
 from conserve_sgl.bench.gpu.parts import Part, Setting
 from conserve_sgl.bench.gpu.plan import END_S, plan
 from conserve_sgl.bench.gpu.state import State, States
-from conserve_sgl.bench.server import ManagedProcess
+from conserve_sgl.bench.report.environment import Environment, clocks, environment
+from conserve_sgl.bench.systems.server import ManagedProcess
 from conserve_sgl.errors import ServerError
 from conserve_sgl.profile import DIR_ENV
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import msgspec
 
-from conserve_sgl.bench.environment import Environment
 from conserve_sgl.bench.gpu.parts import PARTS, Setting
 from conserve_sgl.bench.gpu.state import States
-from conserve_sgl.bench.metrics import Distribution
-from conserve_sgl.bench.results import SystemResult, by_system, read_folder
-from conserve_sgl.bench.tables import markdown
+from conserve_sgl.bench.report.environment import Environment
+from conserve_sgl.bench.report.metrics import Distribution
+from conserve_sgl.bench.report.results import SystemResult, by_system, read_folder
+from conserve_sgl.bench.report.tables import markdown
 from conserve_sgl.errors import InputError
 
 __all__ = ["bench_table", "summary"]

@@ -10,11 +10,11 @@ from functools import cache
 import msgspec
 import torch
 
+from conserve_sgl.device.table import StepTimes, load_device
 from conserve_sgl.emulation import Emulation
 from conserve_sgl.errors import IncompatibleError
 from conserve_sgl.platform.emulated.queue import DeviceQueue
 from conserve_sgl.policy.latency import StepWork
-from conserve_sgl.simulate.device import StepTimes, load_device
 
 __all__ = ["BUSY_METRIC", "EmulatedDevice", "the_device"]
 

@@ -1,0 +1,1 @@
+"""The demo: `python -m conserve_sgl.bench.demo`."""
