@@ -100,7 +100,9 @@ def test_a_kustomization_lists_every_file_of_its_folder_and_no_other(folder):
     found = kustomization(folder)
     assert found["apiVersion"] == "kustomize.config.k8s.io/v1beta1"
     assert found["kind"] == "Kustomization"
-    assert set(found) <= {"apiVersion", "kind", "resources", "configMapGenerator", "images"}
+    assert found["namespace"] == named("Namespace", "conserve")["metadata"]["name"]
+    keys = {"apiVersion", "kind", "namespace", "resources", "configMapGenerator", "images"}
+    assert set(found) <= keys
     generators = found.get("configMapGenerator", [])
     listed = [*found["resources"], *(file for maps in generators for file in maps["files"])]
     there = {path.name for path in (DEPLOY / folder).iterdir()} - {"kustomization.yaml"}
@@ -317,7 +319,10 @@ def test_the_gateway_may_watch_pods():
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
     account = pod(GATEWAY)["serviceAccountName"]
     assert named("ServiceAccount", account)
-    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account}]
+    namespace = kustomization("base")["namespace"]
+    assert binding["subjects"] == [
+        {"kind": "ServiceAccount", "name": account, "namespace": namespace}
+    ]
 
 
 def test_no_answer_of_a_server_closes_the_gateway_to_online_requests():
@@ -436,4 +441,36 @@ def test_both_autoscalers_say_the_same():
     assert behavior == hpa["spec"]["behavior"]
     thresholds = [float(t["metadata"]["threshold"]) for t in scaled["spec"]["triggers"]]
     targets = [m["pods"]["target"]["averageValue"] for m in hpa["spec"]["metrics"]]
-    assert [int(t[:-1]) / 1000 if t.endswith("m") else float(t) for t in targets] == thresholds
+    assert [float(t) for t in targets] == thresholds
+
+
+# ------------------------------------------------------------------------------------ docs/fleet.md
+
+
+PAGE = (CHECKOUT / "docs" / "fleet.md").read_text()
+
+
+def test_the_page_lists_what_there_is_and_applies_nothing_else():
+    listed = re.findall(r"^\| (`.+`) \|", PAGE.split("## The recipe")[0], re.MULTILINE)
+    rows = [name for row in listed for name in re.findall(r"`([\w./-]+)`", row)]
+    assert sorted(rows) == sorted(["Dockerfile", *(f"{folder}/" for folder in FOLDERS)])
+    everywhere = [PAGE, *(path.read_text() for path in DEPLOY.glob("*/kustomization.yaml"))]
+    applied = [f for text in everywhere for f in re.findall(r"kubectl apply -k (\S+)", text)]
+    assert {f"deploy/{folder}" for folder in FOLDERS} == set(applied) - {"..."}
+
+
+def test_our_commands_on_the_page_are_ours():
+    commands = re.findall(r"^conserve .+$", PAGE, re.MULTILINE)
+    assert commands
+    for line in commands:
+        name, options, rest = parsed(line.split())
+        assert not rest
+        assert name != "simulate" or (CHECKOUT / options["simulation"]).is_file()
+
+
+def test_the_autoscalers_stay_below_what_one_server_was_simulated_to_answer():
+    rows = re.findall(r"^\| ([\d.]+) \| (\d+) % \|", PAGE, re.MULTILINE)
+    most = max(float(rate) for rate, share in rows if int(share) >= 99)
+    (scaled,) = objects("autoscaling-keda")
+    threshold = float(scaled["spec"]["triggers"][0]["metadata"]["threshold"])
+    assert 0.7 * most <= threshold <= 0.8 * most
