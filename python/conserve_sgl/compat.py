@@ -60,7 +60,8 @@ _REFUSED = (
         "dp_size",
         "--dp-size",
         _unless(1),
-        "the arrival channel reaches one scheduler; run one server a replica behind a gateway",
+        "the arrival channel reaches one scheduler; run one server a replica behind a gateway, "
+        "as docs/fleet.md has it",
     ),
     _Refusal("pp_size", "--pp-size", _unless(1), "pipeline stages run batches of their own"),
     _Refusal("enable_lora", "--enable-lora", _unless(None, False), _ADAPTERS),

@@ -113,7 +113,11 @@ def test_a_server_that_is_told_to_end_waits_for_online_requests_alone(server):
         body = {"text": f"{number} {FOX}", "sampling_params": long}
         return httpx.post(f"{server.base_url}/generate", json=body, headers=OFFLINE, timeout=120)
 
+    def probes() -> list[int]:
+        return [server.http.get(path).status_code for path in ("/ready", "/health")]
+
     alone = server.generate(FOX, sampling_params=online)["text"]
+    assert probes() == [200, 200]
     body = {"text": FOX, "sampling_params": online, "stream": True}
     with ThreadPoolExecutor(20) as pool:
         answers = [pool.submit(ask_offline, number) for number in range(20)]  # 16 rows
@@ -127,6 +131,7 @@ def test_a_server_that_is_told_to_end_waits_for_online_requests_alone(server):
                 assert refused.status_code == 503
                 assert "shutting down" in refused.text
                 assert refused.headers["retry-after"] == "3"
+            assert probes() == [503, 503]  # nobody sends it more
             *_, last = events
         assert json.loads(last)["text"] == alone
     assert server.process.wait(60) is not None
