@@ -32,6 +32,7 @@ def ingress(monkeypatch) -> Ingress:
     from sglang.srt.managers.utils import is_health_check_generate_req
 
     monkeypatch.setattr("conserve_sgl.ingress.hooks.ArrivalSender", Sender)
+    monkeypatch.setattr("conserve_sgl.ingress.hooks.SpareReceiver", lambda _endpoint: None)
     ingress = Ingress(ConserveConfig(), is_health_check_generate_req)
     args = SimpleNamespace(
         default_priority_value=None, schedule_low_priority_values_first=False, enable_metrics=False
