@@ -11,6 +11,10 @@ import pytest
 
 from support.server import Server, Servers
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers have a core each: a second thread of torch would only wait for the first, busily.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
