@@ -62,7 +62,7 @@ class KvPool:
         self._evict()
 
     def grow_rows(self, rows: Sequence[Request]) -> None:
-        """A token more of each of `rows` has KV. Their prompts have, so no block of theirs fills."""
+        """A token more of each of `rows` has KV; their prompts have, so that no block fills."""
         for row in rows:
             row.resident += 1
         self._own += len(rows)
