@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,11 +12,15 @@ import pytest
 
 from support.server import Server, Servers
 
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+gc.disable()  # until the modules of the tests are imported: it would take a fifth of that time
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers have a core each: a second thread of torch would only wait for the first, busily.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-CHECKOUT = Path(__file__).resolve().parent.parent
+    # All that they speak is plain HTTP, for which every client of httpx would read certificates.
+    os.environ.setdefault("SSL_CERT_DIR", str(CHECKOUT))
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +40,11 @@ def shared_data() -> Path:
 
 SHARED_SERVERS = ("stock_texts", "smollm2_server", "plain_server")
 """Fixtures whose tests stand together at the end, in this order: what they run on starts once."""
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays; no collection needs to look at it
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
