@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # All that they speak is plain HTTP, for which every client of httpx would read certificates.
     os.environ.setdefault("SSL_CERT_DIR", str(CHECKOUT))
+
+
+def _models_but(*used: str) -> str:
+    """The model files of SGLang without those that are used, as SGLang wants them listed."""
+    sglang = find_spec("sglang")
+    assert sglang is not None, "scripts/setup.sh installs it"
+    files = (Path(sglang.origin).parent / "srt" / "models").glob("*.py")
+    return ",".join(sorted({file.stem for file in files} - {*used}))
+
+
+# Every scheduler would import all 250, which takes it two seconds of each start.
+os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", _models_but("llama", "qwen2", "qwen3"))
 
 
 @pytest.fixture(scope="session")

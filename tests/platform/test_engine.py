@@ -33,6 +33,7 @@ ROUNDS = [SHORT, [prompt + " and then" for prompt in SHORT]]
 def _generate(model: Path, rounds: list[list[str]], **engine: object) -> list[list[dict]]:
     job = {"engine": {"model_path": str(model), **engine}, "rounds": rounds, "new_tokens": 24}
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SGLANG_", "CONSERVE_"))}
+    kept["SGLANG_DISABLED_MODEL_ARCHS"] = os.environ["SGLANG_DISABLED_MODEL_ARCHS"]
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("generate.py")), json.dumps(job)],
         env=kept | {"SGLANG_PLATFORM": "conserve_cpu"},
