@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,26 @@ import pytest
 from support.server import Server, Servers
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+
+gc.disable()  # until the modules of the tests are imported: it would take a fifth of that time
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers have a core each: a second thread of torch would only wait for the first, busily.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # All that they speak is plain HTTP, for which every client of httpx would read certificates.
+    os.environ.setdefault("SSL_CERT_DIR", str(CHECKOUT))
+
+
+def _models_but(*used: str) -> str:
+    """The model files of SGLang without those that are used, as SGLang wants them listed."""
+    sglang = find_spec("sglang")
+    assert sglang is not None, "scripts/setup.sh installs it"
+    files = (Path(sglang.origin).parent / "srt" / "models").glob("*.py")
+    return ",".join(sorted({file.stem for file in files} - {*used}))
+
+
+# Every scheduler would import all 250, which takes it two seconds of each start.
+os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", _models_but("llama", "qwen2", "qwen3"))
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +53,11 @@ def shared_data() -> Path:
 
 SHARED_SERVERS = ("stock_texts", "smollm2_server", "plain_server")
 """Fixtures whose tests stand together at the end, in this order: what they run on starts once."""
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays; no collection needs to look at it
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

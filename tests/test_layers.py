@@ -11,9 +11,10 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -150,14 +151,36 @@ def part_of_file(file: Path) -> str:
     return part_of(".".join([PACKAGE.name, *file.relative_to(PACKAGE).with_suffix("").parts]))
 
 
-def imported(file: Path) -> Iterator[str]:
-    """Every module that `file` imports anywhere, with the names taken from a package."""
+class Source(NamedTuple):
+    """What a file imports, with the names taken from a package; its constant texts; what it calls
+    that has to do with hooks by its name."""
+
+    imported: list[str]
+    texts: list[str]
+    called: list[str]
+
+
+@cache
+def source(file: Path) -> Source:
+    found = Source([], [], [])
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found.imported.extend(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}:{node.lineno}: a relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found.imported.extend(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.texts.append(node.value)
+        elif isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name.endswith(("register", "plugin_hook")):
+                found.called.append(ast.unparse(node.func))
+    return found
+
+
+def imported(file: Path) -> list[str]:
+    """Every module that `file` imports anywhere, with the names taken from a package."""
+    return source(file).imported
 
 
 def ours(file: Path) -> set[str]:
@@ -210,9 +233,7 @@ def test_sglang_is_imported_only_where_the_host_is_met(file):
 def test_only_the_plugin_names_hook_targets(file):
     if relative(file) == "plugin.py":
         return
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-    named = {t for t in HOOK_TARGETS for text in texts if isinstance(text, str) and t in text}
+    named = {t for t in HOOK_TARGETS for text in source(file).texts if t in text}
     assert not named
 
 
@@ -220,9 +241,8 @@ def test_only_the_plugin_names_hook_targets(file):
 def test_only_the_plugin_registers_hooks(file):
     if relative(file) == "plugin.py":
         return
-    calls = [n for n in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(n, ast.Call)]
-    for call in calls:
-        assert not ast.unparse(call.func).endswith(("HookRegistry.register", "plugin_hook"))
+    for called in source(file).called:
+        assert not called.endswith(("HookRegistry.register", "plugin_hook"))
 
 
 THE_HOSTS = {"policy", "invariant_checker", "batch_result_processor", "waiting_queue"}

@@ -15,18 +15,27 @@ import time
 from aiohttp import web
 
 CACHED_TOKENS = 3
+ANSWER_S = 0.02
+"""Of the program: a backlog that is answered at once keeps it and its client busy for nothing."""
 
 
 class FakeEngine:
     """Answers `/generate` in chunks of `chunk_tokens` tokens, in the way that `faults` say.
 
     `faults` is taken in turn, one for each request: None is a good answer. While `gate` is clear
-    no request is answered.
+    no request is answered; otherwise an answer begins after `answer_s`.
     """
 
-    def __init__(self, *, faults: tuple[str | None, ...] = (None,), chunk_tokens: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        faults: tuple[str | None, ...] = (None,),
+        chunk_tokens: int = 1,
+        answer_s: float = 0.0,
+    ) -> None:
         self.faults = faults
         self.chunk_tokens = chunk_tokens
+        self.answer_s = answer_s
         self.bodies: list[dict] = []
         self.headers: list[dict[str, str]] = []
         self.in_hand = self.most_in_hand = 0
@@ -86,6 +95,8 @@ class FakeEngine:
         self.bodies.append(body)
         self.headers.append(dict(request.headers))
         await self.gate.wait()
+        if self.answer_s:
+            await asyncio.sleep(self.answer_s)
         if fault == "busy":
             return web.json_response({"error": {"message": "come back later"}}, status=503)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -129,7 +140,7 @@ class Mortal(FakeEngine):
     """Dies at its `last` request."""
 
     def __init__(self, last: int) -> None:
-        super().__init__()
+        super().__init__(answer_s=ANSWER_S)
         self.last = last
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
@@ -144,7 +155,7 @@ async def app() -> web.Application:
         with open(log, "a") as file:
             file.write("a step\n")
     mortal = [int(word) for word in sys.argv[2:3] if word.isdigit()]
-    return (Mortal(*mortal) if mortal else FakeEngine()).app()
+    return (Mortal(*mortal) if mortal else FakeEngine(answer_s=ANSWER_S)).app()
 
 
 if __name__ == "__main__":

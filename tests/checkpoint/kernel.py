@@ -45,6 +45,15 @@ def _fingerprint(tokens: array) -> float:
     return float(zlib.crc32(tokens.tobytes()) & 0xFFFFFF)  # exact in a float32
 
 
+def _fingerprints(tokens: array) -> list[float]:
+    """`_fingerprint` of each token and all before it, each from the one before."""
+    octets, crc, found = tokens.tobytes(), 0, []
+    for at in range(0, len(octets), tokens.itemsize):
+        crc = zlib.crc32(octets[at : at + tokens.itemsize], crc)
+        found.append(float(crc & 0xFFFFFF))
+    return found
+
+
 def make_request(rid: str, prompt: list[int], output_tokens: int) -> Req:
     sampling = SamplingParams(max_new_tokens=output_tokens)
     return Req(rid, "", array("q", prompt), sampling, priority=OFFLINE)
@@ -234,6 +243,6 @@ class Kernel:
         row = self.rows.req_to_token[req.kv.req_pool_idx, : req.kv.kv_committed_len]
         seen = self.kv[row.long()]
         tokens = req.origin_input_ids + req.output_ids
-        right = [_fingerprint(tokens[: i + 1]) for i in range(len(tokens))]
+        right = _fingerprints(tokens)
         wrong = sum(a != b for a, b in zip(seen.tolist(), right, strict=True))
         req.output_ids.append(next_token(seen[-1].item()) + wrong)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from functools import cache
 
 import pytest
 
@@ -34,6 +35,7 @@ def prompt(i: int) -> list[int]:
     return [*SHARED, *range(1000 * (i + 1), 1000 * (i + 1) + 5 + i)]
 
 
+@cache
 def run_alone(i: int, tokens: int) -> list[int]:
     engine = kernel(kv_tokens=1000)
     req = make_request("alone", prompt(i), tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import warnings
 
 import pytest
@@ -13,3 +14,6 @@ def _sglang() -> None:
         warnings.simplefilter("ignore")
         import sglang.srt.entrypoints.http_server
         import sglang.srt.managers.scheduler  # noqa: F401
+    # Importing it makes uvloop the loop of this process; its timers count in milliseconds and may
+    # end early, which is not for the tests that come after these.
+    asyncio.set_event_loop_policy(None)

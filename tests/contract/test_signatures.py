@@ -12,6 +12,7 @@ import inspect
 import pkgutil
 import textwrap
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,7 @@ def uses_of_self(node: ast.ClassDef, context: type[ast.expr_context]) -> set[str
     }
 
 
+@cache
 def attributes_of(host_class: type) -> set[str]:
     """The names that an instance has: of the classes, and assigned in their methods."""
     names = set(dir(host_class))

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from conserve_sgl.cli import app
 from conserve_sgl.config import ConserveConfig
 
 
@@ -51,10 +53,7 @@ def test_commands_of_ours_exist(commands):
         "simulate",
     }
     for _, name, *_ in ours:
-        help_text = subprocess.run(
-            [sys.executable, "-m", "conserve_sgl.cli", name, "--help"], capture_output=True
-        )
-        assert help_text.returncode == 0
+        assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
 
 
 def test_the_configuration_shown_is_the_default(readme, tmp_path):

@@ -30,9 +30,15 @@ SHORT = [_prompt(seed, tokens) for seed, tokens in enumerate((1, 17, 128, 129, 3
 ROUNDS = [SHORT, [prompt + " and then" for prompt in SHORT]]
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("qwen3"), arch="qwen3")
+
+
 def _generate(model: Path, rounds: list[list[str]], **engine: object) -> list[list[dict]]:
     job = {"engine": {"model_path": str(model), **engine}, "rounds": rounds, "new_tokens": 24}
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SGLANG_", "CONSERVE_"))}
+    kept["SGLANG_DISABLED_MODEL_ARCHS"] = os.environ["SGLANG_DISABLED_MODEL_ARCHS"]
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("generate.py")), json.dumps(job)],
         env=kept | {"SGLANG_PLATFORM": "conserve_cpu"},
@@ -49,26 +55,33 @@ def _tokens(rounds: list[list[dict]]) -> list[list[list[int]]]:
     return [[reply["tokens"] for reply in replies] for replies in rounds]
 
 
-def test_tokens_equal_torch_natives(tmp_path: Path) -> None:
-    model = make_tiny_model(tmp_path, arch="qwen3")
-    ours = _generate(model, ROUNDS, enable_mixed_chunk=True, chunked_prefill_size=64)
-    native = _generate(
-        model, ROUNDS, attention_backend="torch_native", disable_overlap_schedule=True
-    )
-    assert _tokens(ours) == _tokens(native)
+LONG = [[str(seed) + _prompt(seed)] for seed in range(6)]  # no two of all share a prefix
 
 
-def test_hicache_reads_back_more_than_the_device_holds(tmp_path: Path) -> None:
-    model = make_tiny_model(tmp_path, arch="llama")
-    prompts = [[str(seed) + _prompt(seed)] for seed in range(6)]  # no two share a prefix
-    replies = _generate(
+@pytest.fixture(scope="module")
+def ours(model: Path) -> list[list[dict]]:
+    """`ROUNDS`, then `LONG` twice, of one engine with chunks, mixed steps and a host cache."""
+    return _generate(
         model,
-        prompts + prompts,
+        [*ROUNDS, *LONG, *LONG],
+        enable_mixed_chunk=True,
+        chunked_prefill_size=64,
         enable_hierarchical_cache=True,
         hicache_ratio=4.0,
         max_total_tokens=POOL_TOKENS,
     )
-    first, again = replies[: len(prompts)], replies[len(prompts) :]
+
+
+def test_tokens_equal_torch_natives(model: Path, ours: list[list[dict]]) -> None:
+    native = _generate(
+        model, ROUNDS, attention_backend="torch_native", disable_overlap_schedule=True
+    )
+    assert _tokens(ours[: len(ROUNDS)]) == _tokens(native)
+
+
+def test_hicache_reads_back_more_than_the_device_holds(ours: list[list[dict]]) -> None:
+    replies = ours[len(ROUNDS) :]
+    first, again = replies[: len(LONG)], replies[len(LONG) :]
     assert sum(reply["cached_tokens"] for [reply] in first) == 0
     assert sum(reply["cached_tokens"] for [reply] in again) > POOL_TOKENS
     assert _tokens(again) == _tokens(first)

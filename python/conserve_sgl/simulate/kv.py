@@ -61,6 +61,13 @@ class KvPool:
                 self._held += request.block_tokens
         self._evict()
 
+    def grow_rows(self, rows: Sequence[Request]) -> None:
+        """A token more of each of `rows` has KV; their prompts have, so that no block fills."""
+        for row in rows:
+            row.resident += 1
+        self._own += len(rows)
+        self._evict()
+
     def release(self, request: Request) -> None:
         """`request` holds nothing any more."""
         self._own -= request.resident - request.shared

@@ -125,7 +125,8 @@ class Batch:
     def of(cls, chunks: list[Chunk], rows: Sequence[Request], now_s: float) -> Batch:
         """Formed now; the chunks' tokens count as computed, and every row gets a token."""
         work = StepWork.of(
-            ((chunk.new, chunk.resident) for chunk in chunks), (row.context for row in rows)
+            [(chunk.new, chunk.resident) for chunk in chunks],
+            [row.prompt_tokens + row.launched for row in rows],
         )
         for chunk in chunks:
             chunk.request.launched += chunk.last

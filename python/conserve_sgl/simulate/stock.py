@@ -88,14 +88,14 @@ class StockScheduler:
                 self._got_token(chunk.request, now_s, done)
         for row, epoch in batch.rows:
             # With overlap a row runs once more before its end is seen.
-            if epoch == row.epoch and not row.finished:
+            if epoch == row.epoch and row.read < row.output_tokens:
                 self._got_token(row, now_s, done)
         return done
 
     def _got_token(self, request: Request, now_s: float, done: list[Request]) -> None:
         request.read += 1
         request.token_times_s.append(now_s)
-        if request.finished:
+        if request.read >= request.output_tokens:
             self.pool.release(request)
             done.append(request)
 
@@ -110,7 +110,7 @@ class StockScheduler:
         """Prompts that `last` completed decode from here on; rows that ended leave."""
         if last is not None:
             self.running += [c.request for c in last.chunks if c.last and _is_new(c)]
-        self.running = [row for row in self.running if not row.finished]
+        self.running = [row for row in self.running if row.read < row.output_tokens]
 
     def _defers_prefill(self) -> bool:
         if not self._decodes_due:
@@ -173,7 +173,11 @@ class StockScheduler:
 
     def promised(self, requests: Iterable[Request]) -> int:
         """Tokens of KV that requests which hold some will still ask for."""
-        return sum(max(r.fill_tokens - r.resident, 0) + max(r.left, 0) for r in requests)
+        tokens = 0
+        for r in requests:  # every row of every step: the attributes themselves, not through names
+            unfilled, left = r.prompt_tokens + r.read - r.resident, r.output_tokens - r.launched
+            tokens += (unfilled if unfilled > 0 else 0) + (left if left > 0 else 0)
+        return tokens
 
     @property
     def rows_held(self) -> int:
@@ -203,8 +207,7 @@ class StockScheduler:
         return (spared, row.read, -row.prompt_tokens)
 
     def _grown(self, rows: list[Request]) -> list[Request]:
-        for row in rows:
-            self.pool.grow(row, 1)
+        self.pool.grow_rows(rows)
         return rows
 
     def preempt(self, request: Request) -> None:

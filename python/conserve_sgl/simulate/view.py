@@ -56,7 +56,7 @@ def observe(scheduler: ConserveScheduler, now_s: float) -> StepView:
 
 
 def _rows(requests: list[Request]) -> Rows:
-    return Rows(len(requests), sum(request.context for request in requests))
+    return Rows(len(requests), sum([r.prompt_tokens + r.launched for r in requests]))
 
 
 def _next_due_s(pace: Pace, row: Request, now_s: float) -> tuple[float, float]:
