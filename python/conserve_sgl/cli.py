@@ -204,6 +204,10 @@ def run_batch(
         list[str] | None,
         typer.Option(help="Base URL of a server or gateway; may be repeated."),
     ] = None,
+    discover: Annotated[
+        str | None,
+        typer.Option(help="Base URL of a gateway of SGLang: send straight to its workers."),
+    ] = None,
     max_in_flight: Annotated[
         int, typer.Option(min=1, max=MOST_IN_FLIGHT, help="Requests at a time.")
     ] = 64,
@@ -228,7 +232,8 @@ def run_batch(
         input=input,
         output=output,
         errors=error_file or str(local_copy(output).with_suffix(".errors.jsonl")),
-        endpoints=endpoint or [_DEFAULT_ENDPOINT],
+        endpoints=endpoint or ([] if discover else [_DEFAULT_ENDPOINT]),
+        discover=discover,
         max_in_flight=max_in_flight,
         priority=priority,
         api_key=api_key,

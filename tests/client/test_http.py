@@ -41,6 +41,7 @@ class Servers(msgspec.Struct, frozen=True):
     endpoints: list[str]
     retry: Retry
     request_timeout_s: float | None = None
+    max_in_flight: int = 64
 
 
 class Bench:

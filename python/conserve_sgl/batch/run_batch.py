@@ -14,10 +14,11 @@ import fcntl
 import os
 import random
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -53,6 +54,7 @@ from conserve_sgl.errors import InputError, JobError
 
 __all__ = ["RunBatch", "run_batch"]
 
+_BEGINNING_BYTES = 256
 _FIRST_BYTES = b'{"id":"batch_req_'
 # A file of one's own may be as large as one likes.
 _LIMITS = Limits(max_requests=sys.maxsize, max_embedding_inputs=sys.maxsize)
@@ -66,6 +68,7 @@ class RunBatch(msgspec.Struct, frozen=True, kw_only=True):
             are made. From a URL the input is fetched. To a URL results are put at the end, and
             until then are in a file of that name in the current folder. The input may be `-`.
         endpoints: base URLs without /v1.
+        discover: base URL of a gateway whose workers are the endpoints, instead.
         priority: sent in every body; None sends none.
         request_timeout_s: gives a request up and counts it as lost; None waits for ever.
         drain_s: how long an interrupt waits for what is in flight.
@@ -75,6 +78,7 @@ class RunBatch(msgspec.Struct, frozen=True, kw_only=True):
     output: str
     errors: str
     endpoints: list[str]
+    discover: str | None = None
     max_in_flight: int = 64
     priority: int | None = -1
     api_key: str | None = None
@@ -140,11 +144,14 @@ def _put(job: RunBatch, files: _Files, console: Console) -> None:
 
 
 def _check(job: RunBatch) -> None:
-    for endpoint in job.endpoints:
+    if job.discover is not None and job.endpoints:
+        raise InputError("--discover", "finds the endpoints: leave --endpoint out")
+    for endpoint in [*job.endpoints, *([job.discover] if job.discover is not None else [])]:
         try:
             check_endpoint(endpoint)
         except ValueError as e:
-            raise InputError("--endpoint", str(e).removeprefix("endpoints: ")) from e
+            option = "--endpoint" if endpoint in job.endpoints else "--discover"
+            raise InputError(option, str(e).removeprefix("endpoints: ")) from e
     timeout_s, priority = job.request_timeout_s, job.priority
     if timeout_s is not None and not 0 < timeout_s <= MOST_S:  # nor what is no number
         raise InputError("--request-timeout-s", f"must be above 0 and at most {MOST_S}")
@@ -279,7 +286,7 @@ class _Run:
             rng=random.Random(),
         )
         try:
-            async with client:
+            async with client, self._discovering(client):
                 await send_all(
                     iter(self._plan),
                     partial(self._answer, client, source),
@@ -289,6 +296,18 @@ class _Run:
                 )
         finally:
             os.close(source)
+
+    @asynccontextmanager
+    async def _discovering(self, client: Client) -> AsyncIterator[None]:
+        if self._job.discover is None:
+            yield
+            return
+        await client.discover(self._job.discover)
+        follows = asyncio.create_task(client.keep_up_with(self._job.discover))
+        try:
+            yield
+        finally:
+            follows.cancel()
 
     async def _answer(self, client: Client, source: int, where: tuple[int, int]) -> None:
         request = read_request(source, *where)
@@ -303,7 +322,8 @@ class _Run:
         body = msgspec.json.decode(request.body) | {"service_tier": "flex"}
         if self._job.priority is not None:
             body["priority"] = self._job.priority
-        answer, _ = await client.post(request.url, body, _whole, Attempts())
+        near = client.home(_beginning(body))
+        answer, _ = await client.post(request.url, body, _whole, Attempts(), near)
         return result_line(request.custom_id, 200, answer, new_request_id())
 
     def _failed(self, custom_id: str, failed: LineFailed) -> None:
@@ -321,6 +341,14 @@ class _Run:
         self._results.add(line)
         usage = usage_of(line.response.body)
         self._meter.count(usage.input_tokens, usage.output_tokens)
+
+
+def _beginning(body: dict[str, Any]) -> bytes:
+    """How the prompt begins: lines that begin alike should find each other's KV."""
+    prompt = next((body[key] for key in ("messages", "prompt", "input") if key in body), "")
+    if not isinstance(prompt, str | list):
+        return b""  # the server says what is wrong with it
+    return msgspec.json.encode(prompt[:_BEGINNING_BYTES])[:_BEGINNING_BYTES]
 
 
 def _whole(raw: bytes) -> bytes:

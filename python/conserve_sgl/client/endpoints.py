@@ -1,7 +1,9 @@
 """Where the next request goes: the servers of one run, and what is known of each.
 
-The least loaded one gets it. One that takes no connections is left alone for a pause that grows,
-and when none has answered for `server_down_s` the run ends.
+The one whose window is the emptiest gets it, or the home of its prompt's beginning while that is
+about as empty. One that takes no connections is left alone for a pause that grows, one that has
+enough to do for the pause that it asks for, as long as another takes more; and when none has
+answered for `server_down_s` the run ends.
 """
 
 from __future__ import annotations
@@ -10,14 +12,20 @@ import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from urllib.parse import urlsplit
 
-from conserve_sgl.client.clock import Clock
-from conserve_sgl.client.interrupt import Stopped, pause
+from conserve_sgl.client.clock import Clock, first_of
+from conserve_sgl.client.interrupt import Stopped
 from conserve_sgl.client.retry import Retry, RetryRule
+from conserve_sgl.client.window import Window
 from conserve_sgl.errors import JobError
 
 __all__ = ["Endpoint", "Endpoints", "check_endpoint"]
+
+_HOME_MAY_HAVE = 1.25, 4
+"""A prompt goes to its home while that has at most so many times and so many more in flight than
+the emptiest server."""
 
 
 @dataclass
@@ -25,6 +33,7 @@ class Endpoint:
     """One server, as this client sees it. `in_flight` includes requests that wait to be retried."""
 
     url: str
+    window: Window
     in_flight: int = 0
     refusals: int = 0
     benched_until_s: float = 0.0
@@ -37,12 +46,18 @@ class Endpoint:
         self.identified = False
         self.paths.clear()
 
+    @property
+    def has_room(self) -> bool:
+        """Whether its window takes one more."""
+        return self.in_flight < self.window.size
+
 
 class Endpoints:
     """The servers of one run.
 
     Args:
-        urls: base URLs, at least one.
+        urls: base URLs; none where they are to be found.
+        most: requests in flight at one of them at most.
         stopping: once set, there is none to be picked.
     """
 
@@ -52,18 +67,42 @@ class Endpoints:
         retry: Retry,
         rule: RetryRule,
         *,
+        most: int,
         stopping: asyncio.Event,
         clock: Clock,
     ) -> None:
-        self.all = [Endpoint(url.rstrip("/")) for url in urls]
+        self._most = most
         self._down_s = retry.server_down_s
         self._rule = rule
         self._stopping = stopping
         self._clock = clock
         self._last_answer_s = clock.monotonic_s()
+        self._room = asyncio.Event()
+        self.all: list[Endpoint] = []
+        self.use(urls)
+
+    def use(self, urls: Sequence[str]) -> None:
+        """From here on these. Of one that is among them already all that is known stays; one that
+        is not gets nothing more, and what it has in flight goes on."""
+        known = {endpoint.url: endpoint for endpoint in self.all}
+        urls = dict.fromkeys(url.rstrip("/") for url in urls)
+        self.all = [known.get(url) or Endpoint(url, Window(self._most)) for url in urls]
+        self._room.set()
+
+    def home(self, beginning: bytes) -> Endpoint | None:
+        """The server that prompts which begin so have in common, so that they find each other's KV
+        there; None while it has too much to do, next to the others."""
+        if len(self.all) < 2:
+            return None
+        # Rendezvous hashing: when a server comes or goes, only its own prompts move.
+        home = max(self.all, key=lambda e: blake2b(e.url.encode() + b"\0" + beginning).digest())
+        times, more = _HOME_MAY_HAVE
+        least = min(endpoint.in_flight for endpoint in self.all)
+        return home if home.in_flight <= times * least + more else None
 
     async def pick(self, near: Endpoint | None = None) -> Endpoint:
-        """The one to send to, which is `near` while that is up; waits until there is one.
+        """The one to send to, which is `near` while that takes more; waits until there is one. It
+        has one more in flight from here on, until `leave`.
 
         Raises:
             Stopped: the run is being stopped.
@@ -73,24 +112,55 @@ class Endpoints:
             if self._stopping.is_set():
                 raise Stopped
             now_s = self._clock.monotonic_s()
-            up = [e for e in self.all if e.benched_until_s <= now_s]
-            if near in up:
-                return near
-            if up:
-                return min(up, key=lambda e: e.in_flight)
-            if now_s - self._last_answer_s >= self._down_s:
+            free = [e for e in self.all if e.benched_until_s <= now_s and e.has_room]
+            if free:
+                picked = near
+                if near not in free:
+                    picked = min(free, key=lambda e: (e.in_flight / e.window.size, e.in_flight))
+                picked.in_flight += 1
+                return picked
+            benched = [e.benched_until_s for e in self.all if e.benched_until_s > now_s]
+            is_down = len(benched) == len(self.all)
+            if is_down and now_s - self._last_answer_s >= self._down_s:
+                names = ", ".join(e.url for e in self.all) or "any server"
                 raise JobError(
-                    f"no answer from {', '.join(e.url for e in self.all)} for {self._down_s:g} s. "
-                    "Finished lines are kept; run the same command again to go on"
+                    f"no answer from {names} for {self._down_s:g} s. Finished lines are kept; run "
+                    "the same command again to go on"
                 )
-            await pause(
-                min(e.benched_until_s for e in self.all) - now_s, self._stopping, self._clock
-            )
+            self._room.clear()
+            waits = [self._room.wait(), self._stopping.wait()]
+            if benched or is_down:  # that nobody is there is looked at again, too
+                waits.append(self._clock.sleep(min(benched, default=now_s + 1.0) - now_s))
+            await first_of(*waits)
+
+    def leave(self, endpoint: Endpoint) -> None:
+        """What was picked for it is over."""
+        endpoint.in_flight -= 1
+        self._room.set()
 
     def answered(self, endpoint: Endpoint) -> None:
         """It has answered, whatever it was."""
         self._last_answer_s = self._clock.monotonic_s()
         endpoint.refusals = 0
+
+    def served(self, endpoint: Endpoint, spare: int | None) -> None:
+        """It has done what it was asked for, and says how many more it would take, or nothing."""
+        endpoint.window.answered(endpoint.in_flight, spare)
+        self._room.set()
+
+    def refused(self, endpoint: Endpoint, wait_s: float) -> bool:
+        """It has enough to do, and asks for a pause of so long.
+
+        Returns:
+            Whether another one takes what it does not.
+        """
+        now_s = self._clock.monotonic_s()
+        endpoint.window.refused(endpoint.in_flight, now_s)
+        others = [e for e in self.all if e is not endpoint]
+        if not any(e.benched_until_s <= now_s and e.has_room for e in others):
+            return False
+        endpoint.benched_until_s = max(endpoint.benched_until_s, now_s + wait_s)
+        return True
 
     def bench(self, endpoint: Endpoint) -> float:
         """It takes no connections: leave it alone for the seconds that this returns."""

@@ -5,11 +5,14 @@ docs/service-class.md is the reference. Names are in lower case, as ASGI wants t
 
 from __future__ import annotations
 
-__all__ = ["OFFLINE_HEADERS", "deadline_header", "key_header", "offline_headers"]
+from collections.abc import Mapping
+
+__all__ = ["OFFLINE_HEADERS", "deadline_header", "key_header", "offline_headers", "spare_of"]
 
 OFFLINE_HEADERS = {"x-sgl-conserve-class": "offline"}
 _JOB = "x-sgl-conserve-job"
 _DEADLINE = "x-sgl-conserve-deadline-s"
+_SPARE = "x-sgl-conserve-spare"
 _JOB_CHARACTERS = 128
 
 
@@ -28,3 +31,10 @@ def deadline_header(left_s: float) -> dict[str, str]:
 def key_header(api_key: str | None) -> dict[str, str]:
     """The server's key, where it wants one."""
     return {"authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def spare_of(headers: Mapping[str, str]) -> int | None:
+    """How many more offline requests a server says in its reply that it would take now; None where
+    it says nothing of the kind."""
+    said = headers.get(_SPARE, "")
+    return int(said) if said.isascii() and said.isdigit() and len(said) < 10 else None

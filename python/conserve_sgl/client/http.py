@@ -26,8 +26,9 @@ import aiohttp
 import msgspec
 
 from conserve_sgl.client.clock import Clock
+from conserve_sgl.client.discovery import healthy_workers
 from conserve_sgl.client.endpoints import Endpoint, Endpoints
-from conserve_sgl.client.headers import deadline_header, key_header, offline_headers
+from conserve_sgl.client.headers import deadline_header, key_header, offline_headers, spare_of
 from conserve_sgl.client.interrupt import pause
 from conserve_sgl.client.retry import Attempts, Passing, Retry, RetryRule
 from conserve_sgl.errors import JobError
@@ -37,6 +38,7 @@ __all__ = ["BadReply", "Client", "LineFailed", "NoSuchPath", "Target"]
 T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 10.0
+REDISCOVER_S = 5.0
 _CLOSED = 401
 _NO_PATH = {404, 405}
 
@@ -91,6 +93,10 @@ class Target(Protocol):
         """Base URLs."""
 
     @property
+    def max_in_flight(self) -> int:
+        """Requests at a time, at all of them together."""
+
+    @property
     def retry(self) -> Retry:
         """What to do when a request fails."""
 
@@ -100,7 +106,7 @@ class Target(Protocol):
 
 
 class Client:
-    """Posts JSON to the least loaded endpoint until it is answered; an async context manager.
+    """Posts JSON to the endpoint that has most room until it is answered; an async context manager.
 
     Args:
         target: endpoints, retry policy, timeout.
@@ -128,7 +134,12 @@ class Client:
     ) -> None:
         self._rule = RetryRule(target.retry, clock=clock, rng=rng)
         self._endpoints = Endpoints(
-            target.endpoints, target.retry, self._rule, stopping=stopping, clock=clock
+            target.endpoints,
+            target.retry,
+            self._rule,
+            most=target.max_in_flight,
+            stopping=stopping,
+            clock=clock,
         )
         self._identify_model = identify
         self._note = note
@@ -155,6 +166,27 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
+    def home(self, beginning: bytes) -> Endpoint | None:
+        """The endpoint that prompts which begin so should share; see `Endpoints.home`."""
+        return self._endpoints.home(beginning)
+
+    async def discover(self, gateway: str) -> None:
+        """From here on the endpoints are the workers of `gateway` that are well.
+
+        Raises:
+            JobError: it does not say, or has none.
+        """
+        self._endpoints.use(await healthy_workers(self._session, gateway))
+
+    async def keep_up_with(self, gateway: str) -> None:
+        """Do it again and again, for ever; while the gateway is away, what was there last stays."""
+        while True:
+            await self._clock.sleep(REDISCOVER_S)
+            try:
+                await self.discover(gateway)
+            except JobError as e:
+                self._note(str(e))
+
     async def post(
         self,
         path: str,
@@ -178,14 +210,13 @@ class Client:
         """
         while True:
             endpoint = await self._endpoints.pick(near)
-            endpoint.in_flight += 1
             try:
                 return await self._send(endpoint, path, body, read, attempts), endpoint
             except _Fault as fault:
                 near = None
                 await self._recover(endpoint, attempts, fault)
             finally:
-                endpoint.in_flight -= 1
+                self._endpoints.leave(endpoint)
 
     async def get(self, path: str) -> Any | None:
         """What an endpoint answers to GET `path`: JSON or text, None if it has no such path for us.
@@ -207,6 +238,8 @@ class Client:
                 except LineFailed as e:
                     raise JobError(f"{endpoint.url}{path}: {e}") from e
                 continue
+            finally:
+                self._endpoints.leave(endpoint)
             if status == _CLOSED:
                 raise _closed(endpoint, path, raw)
             return _decoded(raw) if status == 200 else None
@@ -271,6 +304,7 @@ class Client:
             ) as response:
                 status, raw = response.status, await response.read()
                 retry_after = response.headers.get("Retry-After")
+                spare = spare_of(response.headers)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as e:
             raise _Fault(None, _why(e)) from e
         except (aiohttp.ClientError, TimeoutError, OSError) as e:
@@ -278,6 +312,8 @@ class Client:
         self._endpoints.answered(endpoint)
         if why := Passing.of(status):
             raise _Fault(why, _message(raw), status, retry_after, raw)
+        if method == "POST":
+            self._endpoints.served(endpoint, spare)
         self._note(None)
         return status, raw
 
@@ -299,6 +335,9 @@ class Client:
         if wait_s is None:
             reason = f"{fault} (lost {attempts.lost} times)"
             raise LineFailed(fault.status, reason, fault.body) from fault
+        if fault.why is Passing.BUSY and self._endpoints.refused(endpoint, wait_s):
+            self._note(f"{what}; sent to another")
+            return
         self._note(f"{what}; retry in {wait_s:.1f} s")
         await pause(wait_s, self._stopping, self._clock)
 
