@@ -38,9 +38,9 @@ class Fleet:
 
 
 async def test_requests_are_spread_by_the_room_that_windows_have():
-    fleet = Fleet(A, B, most=40)
-    fleet[A].window.refused(14, 0.0)  # leaves 9
-    assert Counter(await fleet.pick(20)) == {A: 4, B: 16}
+    fleet = Fleet(A, B)
+    fleet[A].window.answered(2, 0)
+    assert Counter(await fleet.pick(10)) == {A: 2, B: 8}
 
 
 async def test_one_that_is_full_is_left_alone_until_something_of_it_is_over():
@@ -76,23 +76,52 @@ async def test_whoever_waits_for_room_is_stopped():
 async def test_what_one_refuses_goes_to_another_and_nothing_to_it_for_a_while():
     fleet = Fleet(A, B)
     await fleet.pick(2)
-    assert fleet.endpoints.refused(fleet[A], 30.0)
+    fleet.endpoints.refused(fleet[A], 30.0)
+    fleet.endpoints.leave(fleet[A])
     assert await fleet.pick(3) == [B, B, B]
     fleet.clock.now_s += 31.0
     assert A in await fleet.pick(2)
 
 
-async def test_where_all_refuse_nobody_is_sent_elsewhere():
-    fleet = Fleet(A, B)
-    await fleet.pick(2)
-    assert fleet.endpoints.refused(fleet[A], 30.0)
-    assert not fleet.endpoints.refused(fleet[B], 30.0)
-
-
-async def test_a_server_alone_keeps_what_it_refuses():
+async def test_of_many_refusals_at_once_the_first_says_for_how_long():
     fleet = Fleet(A)
+    await fleet.pick(3)
+    for wait_s in (10.0, 20.0, 30.0):
+        fleet.endpoints.refused(fleet[A], wait_s)
+        fleet.endpoints.leave(fleet[A])
     await fleet.pick()
-    assert not fleet.endpoints.refused(fleet[A], 30.0)
+    assert fleet.clock.sleeps_s == [10.0]
+
+
+async def test_a_server_that_says_that_it_takes_more_is_left_alone_no_longer():
+    fleet = Fleet(A)
+    await fleet.pick(4)
+    fleet.endpoints.refused(fleet[A], 30.0)
+    fleet.endpoints.leave(fleet[A])
+    fleet.endpoints.served(fleet[A], 6)
+    assert await fleet.pick() == [A]
+    assert fleet.clock.sleeps_s == []
+
+
+@pytest.mark.parametrize("spare", [None, 0])
+async def test_an_answer_alone_does_not_shorten_what_it_asked_for(spare):
+    fleet = Fleet(A)
+    await fleet.pick(4)
+    fleet.endpoints.refused(fleet[A], 30.0)
+    fleet.endpoints.served(fleet[A], spare)
+    fleet.endpoints.leave(fleet[A])
+    fleet.endpoints.leave(fleet[A])
+    fleet.endpoints.leave(fleet[A])
+    await fleet.pick()
+    assert fleet.clock.sleeps_s == [30.0]
+
+
+async def test_a_server_that_asks_for_a_long_pause_is_not_down():
+    fleet = Fleet(A, server_down_s=60.0)
+    await fleet.pick()
+    fleet.endpoints.answered(fleet[A])
+    fleet.endpoints.refused(fleet[A], 300.0)
+    fleet.endpoints.leave(fleet[A])
     assert await fleet.pick() == [A]
 
 

@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 from conserve_sgl.client.window import Window
 
 
-def test_it_begins_as_large_as_it_may_be():
-    assert Window(64).size == 64
+def test_until_the_first_refusal_every_answer_adds_one():
+    window = Window(64, 8)
+    for _ in range(8):
+        window.answered(8, None)
+    assert window.size == 16
 
 
 def test_refusals_at_about_the_same_time_cut_it_once():
-    window = Window(100)
+    window = Window(100, 100)
     for i in range(100):
         window.refused(100, 50 + i / 1000)
     assert window.size == 70
@@ -23,13 +26,13 @@ def test_refusals_at_about_the_same_time_cut_it_once():
 
 
 def test_what_is_cut_is_what_was_in_flight():
-    window = Window(100)
+    window = Window(100, 100)
     window.refused(10, 50.0)
     assert window.size == 7
 
 
 def test_it_grows_by_one_while_as_many_as_it_holds_are_answered():
-    window = Window(100)
+    window = Window(100, 100)
     window.refused(20, 50.0)
     for _ in range(15):
         window.answered(14, None)
@@ -37,19 +40,19 @@ def test_it_grows_by_one_while_as_many_as_it_holds_are_answered():
 
 
 def test_a_server_that_would_take_more_gets_half_of_it_at_once():
-    window = Window(100)
+    window = Window(100, 100)
     window.answered(10, 8)
     assert window.size == 14
 
 
 def test_a_server_that_would_take_nothing_keeps_what_it_has():
-    window = Window(100)
+    window = Window(100, 100)
     window.answered(10, 0)
     assert window.size == 10
 
 
 def test_it_is_never_larger_than_it_may_be_nor_shut():
-    window = Window(8)
+    window = Window(8, 8)
     window.answered(8, 1000)
     assert window.size == 8
     for second in range(50):
@@ -65,7 +68,7 @@ def test_it_is_never_larger_than_it_may_be_nor_shut():
     ),
 )
 def test_whatever_happens_one_fits_and_no_more_than_may(most, events):
-    window = Window(most)
+    window = Window(most, most)
     for second, (in_flight, spare, refused) in enumerate(events):
         if refused:
             window.refused(in_flight, float(second))
@@ -78,7 +81,7 @@ def test_whatever_happens_one_fits_and_no_more_than_may(most, events):
 def test_two_clients_share_a_server_and_keep_its_rows_busy(says):
     """In rounds: each client sends what its window allows, what is beyond is refused."""
     rows, takes = 32, 36
-    windows = [Window(256), Window(256)]
+    windows = [Window(256, 256), Window(256, 256)]
     idle_rows = refused = 0
     for second in range(200):
         sent = [w.size for w in windows]

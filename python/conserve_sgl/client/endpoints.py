@@ -1,8 +1,8 @@
 """Where the next request goes: the servers of one run, and what is known of each.
 
 The one whose window is the emptiest gets it, or the home of its prompt's beginning while that is
-about as empty. One that takes no connections is left alone for a pause that grows, one that has
-enough to do for the pause that it asks for, as long as another takes more; and when none has
+about as empty. One that has enough to do is left alone for as long as it asks for, or until it
+says that it takes more; one that takes no connections for a pause that grows; and when none has
 answered for `server_down_s` the run ends.
 """
 
@@ -23,6 +23,9 @@ from conserve_sgl.errors import JobError
 
 __all__ = ["Endpoint", "Endpoints", "check_endpoint"]
 
+_BEGIN = 8
+"""Requests that one of several servers gets at first: what one takes is not known yet."""
+
 _HOME_MAY_HAVE = 1.25, 4
 """A prompt goes to its home while that has at most so many times and so many more in flight than
 the emptiest server."""
@@ -37,6 +40,7 @@ class Endpoint:
     in_flight: int = 0
     refusals: int = 0
     benched_until_s: float = 0.0
+    busy_until_s: float = 0.0
     identified: bool = False
     paths: dict[str, bool] = field(default_factory=dict)  # whether they are there, once known
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -46,10 +50,14 @@ class Endpoint:
         self.identified = False
         self.paths.clear()
 
+    def takes_more(self, now_s: float) -> bool:
+        """Whether one more may be sent to it now."""
+        return self.opens_s <= now_s and self.in_flight < self.window.size
+
     @property
-    def has_room(self) -> bool:
-        """Whether its window takes one more."""
-        return self.in_flight < self.window.size
+    def opens_s(self) -> float:
+        """When it is to be left alone no more."""
+        return max(self.benched_until_s, self.busy_until_s)
 
 
 class Endpoints:
@@ -86,7 +94,8 @@ class Endpoints:
         is not gets nothing more, and what it has in flight goes on."""
         known = {endpoint.url: endpoint for endpoint in self.all}
         urls = dict.fromkeys(url.rstrip("/") for url in urls)
-        self.all = [known.get(url) or Endpoint(url, Window(self._most)) for url in urls]
+        begin = self._most if len(urls) == 1 else min(_BEGIN, self._most)
+        self.all = [known.get(url) or Endpoint(url, Window(self._most, begin)) for url in urls]
         self._room.set()
 
     def home(self, beginning: bytes) -> Endpoint | None:
@@ -112,15 +121,14 @@ class Endpoints:
             if self._stopping.is_set():
                 raise Stopped
             now_s = self._clock.monotonic_s()
-            free = [e for e in self.all if e.benched_until_s <= now_s and e.has_room]
+            free = [e for e in self.all if e.takes_more(now_s)]
             if free:
                 picked = near
                 if near not in free:
                     picked = min(free, key=lambda e: (e.in_flight / e.window.size, e.in_flight))
                 picked.in_flight += 1
                 return picked
-            benched = [e.benched_until_s for e in self.all if e.benched_until_s > now_s]
-            is_down = len(benched) == len(self.all)
+            is_down = all(e.benched_until_s > now_s for e in self.all)
             if is_down and now_s - self._last_answer_s >= self._down_s:
                 names = ", ".join(e.url for e in self.all) or "any server"
                 raise JobError(
@@ -129,8 +137,9 @@ class Endpoints:
                 )
             self._room.clear()
             waits = [self._room.wait(), self._stopping.wait()]
-            if benched or is_down:  # that nobody is there is looked at again, too
-                waits.append(self._clock.sleep(min(benched, default=now_s + 1.0) - now_s))
+            shut = [e.opens_s for e in self.all if e.opens_s > now_s]
+            if shut or is_down:  # that nobody is there is looked at again, too
+                waits.append(self._clock.sleep(min(shut, default=now_s + 1.0) - now_s))
             await first_of(*waits)
 
     def leave(self, endpoint: Endpoint) -> None:
@@ -146,21 +155,16 @@ class Endpoints:
     def served(self, endpoint: Endpoint, spare: int | None) -> None:
         """It has done what it was asked for, and says how many more it would take, or nothing."""
         endpoint.window.answered(endpoint.in_flight, spare)
+        if spare:
+            endpoint.busy_until_s = 0.0
         self._room.set()
 
-    def refused(self, endpoint: Endpoint, wait_s: float) -> bool:
-        """It has enough to do, and asks for a pause of so long.
-
-        Returns:
-            Whether another one takes what it does not.
-        """
+    def refused(self, endpoint: Endpoint, wait_s: float) -> None:
+        """It has enough to do, and asks for a pause of so long."""
         now_s = self._clock.monotonic_s()
         endpoint.window.refused(endpoint.in_flight, now_s)
-        others = [e for e in self.all if e is not endpoint]
-        if not any(e.benched_until_s <= now_s and e.has_room for e in others):
-            return False
-        endpoint.benched_until_s = max(endpoint.benched_until_s, now_s + wait_s)
-        return True
+        if endpoint.busy_until_s <= now_s:  # of many at once the first one counts
+            endpoint.busy_until_s = now_s + wait_s
 
     def bench(self, endpoint: Endpoint) -> float:
         """It takes no connections: leave it alone for the seconds that this returns."""

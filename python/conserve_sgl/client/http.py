@@ -5,7 +5,8 @@ time that is left when the job has a deadline. What fails is one of:
 
 | what happens                        | what is done                                               |
 |-------------------------------------|------------------------------------------------------------|
-| 429, 503                            | wait and retry, without limit (`retry.py`)                 |
+| 429, 503                            | leave the endpoint alone and retry, there or elsewhere,    |
+|                                     | without limit (`retry.py`, `endpoints.py`)                 |
 | 408, 500, 502, 504, connection lost | back off and retry, `max_attempts` times per line          |
 | connection refused, host not found  | bench the endpoint; the job ends when no endpoint answered |
 |                                     | for `server_down_s` (`endpoints.py`)                       |
@@ -335,10 +336,10 @@ class Client:
         if wait_s is None:
             reason = f"{fault} (lost {attempts.lost} times)"
             raise LineFailed(fault.status, reason, fault.body) from fault
-        if fault.why is Passing.BUSY and self._endpoints.refused(endpoint, wait_s):
-            self._note(f"{what}; sent to another")
-            return
         self._note(f"{what}; retry in {wait_s:.1f} s")
+        if fault.why is Passing.BUSY:
+            self._endpoints.refused(endpoint, wait_s)  # another one may take it meanwhile
+            return
         await pause(wait_s, self._stopping, self._clock)
 
 

@@ -1,9 +1,9 @@
 """How many requests a server gets at a time.
 
-The congestion window of TCP (additive increase, multiplicative decrease; RFC 5681), in requests: a
-refusal cuts it, answers let it grow. A server that says what else it would take
-(`x-sgl-conserve-spare`) is believed instead: half of that is added at once, the other half is left
-to other clients, who were told the same.
+The congestion window of TCP (slow start, additive increase, multiplicative decrease; RFC 5681), in
+requests: a refusal cuts it, answers let it grow, by one each until the first refusal. A server that
+says what else it would take (`x-sgl-conserve-spare`) is believed instead: half of that is added at
+once, the other half is left to other clients, who were told the same.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ class Window:
 
     Args:
         most: requests in flight at most.
+        begin: at first.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, begin: int) -> None:
         self._most = most
-        self._size = float(most)
+        self._size = float(begin)
         self._cut_s = -inf
 
     @property
@@ -41,7 +42,12 @@ class Window:
             in_flight: this one included.
             spare: what the server says that it would take beyond what it has, or None.
         """
-        size = self._size + 1 / self._size if spare is None else in_flight + ceil(spare / 2)
+        if spare is not None:
+            size = float(in_flight + ceil(spare / 2))
+        elif self._cut_s == -inf:
+            size = self._size + 1
+        else:
+            size = self._size + 1 / self._size
         self._size = min(max(size, 1.0), float(self._most))
 
     def refused(self, in_flight: int, now_s: float) -> None:
