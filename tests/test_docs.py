@@ -167,3 +167,43 @@ def test_every_file_that_a_page_names_is_there(page):
     named = re.findall(r"(?:configs|docs|scripts)/[\w./-]+\.(?:yaml|md|sh|py)", page.read_text())
     missing = [name for name in named if not (DOCS.parent / name).is_file()]
     assert not missing
+
+
+# ------------------------------------------------------------ docs/structure.md
+
+PACKAGE = Path(compat.__file__).parent
+STRUCTURE = (DOCS / "structure.md").read_text(encoding="utf-8")
+FLOORS = re.split(
+    r"^### `([a-z]+)/`", STRUCTURE.split("## Where do I change")[0], flags=re.MULTILINE
+)[1:]
+FLOOR_PAGES = dict(zip(FLOORS[::2], FLOORS[1::2], strict=True))
+
+
+def test_every_folder_is_a_floor_of_the_page():
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert set(FLOOR_PAGES) == folders
+
+
+@pytest.mark.parametrize("floor", FLOOR_PAGES)
+def test_a_floor_names_what_is_there_and_all_of_it(floor):
+    page = FLOOR_PAGES[floor]
+    named = set(re.findall(r"`([a-z_]+\.py)`", page))
+    named |= {f"{folder}/" for folder in re.findall(r"`([a-z_]+)/`", page)} - {
+        "policy/",
+        "profile/",
+    }
+    there = {p.name for p in (PACKAGE / floor).glob("*.py")} - {"__init__.py"}
+    folders = {f"{p.parent.name}/" for p in (PACKAGE / floor).glob("*/__init__.py")}
+    below = {p.name for folder in folders for p in (PACKAGE / floor / folder).glob("*.py")}
+    assert there | folders <= named
+    assert named - {"shipped/"} <= there | folders | below
+
+
+@pytest.mark.parametrize("floor", FLOOR_PAGES)
+def test_a_floor_fits_on_a_screen(floor):
+    assert len(FLOOR_PAGES[floor]) < 1500
+
+
+def test_places_to_change_exist():
+    places = re.findall(r"`([a-z_/]+(?:\.py|/))`", STRUCTURE.split("## Where do I change")[1])
+    assert [p for p in places if not (PACKAGE / p).exists()] == []

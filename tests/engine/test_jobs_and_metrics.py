@@ -88,14 +88,33 @@ def test_every_metric_is_scraped_and_says_what_the_state_says(server):
     until(lambda: samples(server)["conserve:offline_finished_total"][""] == finished)
     found = samples(server)
     for metric in METRICS:
-        if metric.key.startswith("latency"):
-            continue  # moves with every step
+        if metric.key.startswith(("latency", "spare")):
+            continue  # moves with every step, or by the second
         value = metric.value_in(state)
         expected = value if metric.label else {"": value}
         assert found[metric.name] == expected, metric.name
     assert found[f"{ARRIVAL_LATENCY.name}_count"][""] == state["arrivals_received"] >= 1
     assert found["conserve:offline_http_refused_total"][""] == 0
     assert "sglang:num_queue_reqs" in found
+
+
+def test_answers_to_offline_work_say_what_else_would_be_taken(server, pool):
+    def said(headers: dict[str, str]) -> str | None:
+        answer = server.http.post("/generate", headers=headers, json={"text": PROMPT})
+        return answer.raise_for_status().headers.get("x-sgl-conserve-spare")
+
+    until(lambda: said(OFFLINE) is not None)
+    assert int(said(OFFLINE)) > 1
+    assert said({}) is None
+    futures = in_queue(server, pool, {}, {}, {}, {}, {}, {})
+    until(lambda: samples(server)["conserve:offline_spare_reqs"][""] == 0)
+    assert server.state()["spare"]["requests"] == 0
+    for future in futures:
+        future.result()
+    state = server.state()["spare"]
+    assert state["tokens_per_s"] >= 0
+    assert state["age_s"] >= 0
+    server.assert_idle_and_balanced()
 
 
 def test_the_backlog_shows_in_the_metrics_and_not_in_those_of_online_load(server, pool):
