@@ -111,9 +111,6 @@ def test_answers_to_offline_work_say_what_else_would_be_taken(server, pool):
     assert server.state()["spare"]["requests"] == 0
     for future in futures:
         future.result()
-    state = server.state()["spare"]
-    assert state["tokens_per_s"] >= 0
-    assert state["age_s"] >= 0
     server.assert_idle_and_balanced()
 
 
