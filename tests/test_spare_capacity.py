@@ -13,7 +13,8 @@ from conserve_sgl.policy import Rows, StepView
 class Sent(list):
     """Stands where the sender does."""
 
-    send = list.append
+    def send(self, requests: int, *, held: bool) -> None:
+        self.append((requests, held))
 
 
 def ledger(**counts: int) -> Any:
@@ -30,7 +31,15 @@ def test_it_looks_once_a_second_and_tells_the_http_process():
     spare = SpareCapacity(ledger(), sent)
     for ms in range(0, 2500, 10):
         spare.step(50 + ms / 1000, view(rows=3), waiting=0, held=False)
-    assert sent == [9, 9, 9]
+    assert sent == [(9, False)] * 3
+
+
+def test_a_pause_is_told_at_once_and_so_is_its_end():
+    sent = Sent()
+    spare = SpareCapacity(ledger(), sent)
+    for ms, held in ((0, False), (10, True), (20, True), (30, False), (40, False)):
+        spare.step(50 + ms / 1000, view(rows=3), waiting=0, held=held)
+    assert sent == [(9, False), (0, True), (9, False)]
 
 
 def test_other_ranks_tell_nobody():

@@ -49,11 +49,11 @@ class Channel:
         self.sender = SpareSender(endpoint)
         self.receiver = SpareReceiver(endpoint)
         while self.receiver.latest() is None:  # a PUB socket drops while nobody has subscribed
-            self.sender.send(-1)
+            self.sender.send(-1, held=False)
 
-    def send(self, requests: int) -> None:
+    def send(self, requests: int, *, held: bool = False) -> None:
         """Send, and wait until it is there."""
-        self.sender.send(requests)
+        self.sender.send(requests, held=held)
         while self.receiver.latest().requests != requests:
             pass
 
@@ -94,7 +94,7 @@ def test_what_is_left_is_the_latest_message_less_what_went_since(channel):
 
 def test_only_the_latest_of_many_messages_is_kept(channel):
     for requests in range(500):
-        channel.sender.send(requests)
+        channel.sender.send(requests, held=False)
     channel.send(1000)
     assert SpareRoom(channel.receiver).left() == 1000
 
@@ -106,6 +106,16 @@ def test_an_old_message_says_nothing(channel, clock):
     assert room.left() == 3
     clock.now_s += 0.1
     assert room.left() is None
+
+
+def test_a_pause_lasts_until_it_is_said_that_it_is_over(channel, clock):
+    # The scheduler may sleep all the while.
+    room = SpareRoom(channel.receiver)
+    channel.send(0, held=True)
+    clock.now_s += 1000.0
+    assert room.left() == 0
+    channel.send(3)
+    assert room.left() == 3
 
 
 # ------------------------------------------------------------------ the HTTP layer
@@ -183,16 +193,20 @@ async def test_a_new_message_makes_room():
     assert (await waiting).status_code == 200
 
 
-@pytest.mark.parametrize("says", [None, 0])
-async def test_one_request_is_taken_though_nobody_knows_or_wants_it(says):
+async def test_while_nobody_knows_one_request_is_taken():
     # A scheduler that sleeps while it is idle says nothing, and wakes up for a request.
     server = Server()
-    if says is not None:
-        server.says(says)
     waiting = await server.in_hand(1)
     assert (await server.post()).status_code == 429
     server.gate.set()
     assert (await waiting[0]).status_code == 200
+
+
+async def test_an_engine_that_wants_nothing_gets_nothing():
+    # Offline work is paused.
+    server = Server()
+    server.says(0)
+    assert (await server.post()).status_code == 429
 
 
 async def test_a_server_that_takes_the_whole_queue_refuses_nobody_for_it():

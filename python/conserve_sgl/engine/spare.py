@@ -30,6 +30,7 @@ class SpareCapacity:
         self._meter = SpareMeter()
         self._now = Spare(requests=0)
         self._next_s = 0.0
+        self._held = False
 
     def step(self, now_s: float, view: StepView, *, waiting: int, held: bool) -> None:
         """A step was planned on what `view` shows.
@@ -39,9 +40,9 @@ class SpareCapacity:
             waiting: offline requests in the queue.
             held: whether an operator keeps offline work from running.
         """
-        if now_s < self._next_s:
+        if now_s < self._next_s and held is self._held:
             return
-        self._next_s = now_s + _EVERY_S
+        self._next_s, self._held = now_s + _EVERY_S, held
         tokens = self._ledger.tokens
         self._now = self._meter.look(
             now_s,
@@ -53,7 +54,7 @@ class SpareCapacity:
             held=held,
         )
         if self._sender is not None:
-            self._sender.send(self._now.requests)
+            self._sender.send(self._now.requests, held=held)
 
     def state(self, now_s: float) -> dict[str, Any]:
         """What `/server_info` shows."""

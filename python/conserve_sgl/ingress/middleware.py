@@ -63,7 +63,7 @@ class ServiceClassMiddleware:
         on_refusal: called at every 429 of this layer.
         room: tells what the engine would take now, once it can be told.
         take_spare_only: answer 429 beyond that, too, so that what would wait here for long can go
-            to another server. One request is in hand in any case.
+            to another server. While it cannot be told, one request is taken.
     """
 
     def __init__(
@@ -155,7 +155,11 @@ class ServiceClassMiddleware:
     def _is_full(self) -> bool:
         if self.offline_in_hand >= self._max_offline:
             return True
-        return self._take_spare_only and self.offline_in_hand > 0 and not self._left()
+        if not self._take_spare_only:
+            return False
+        left = self._left()
+        # A scheduler that sleeps says nothing, and wakes up for a request.
+        return self.offline_in_hand > 0 if left is None else left == 0
 
     def _with_hints(self, send: Send, *, is_offline: bool) -> Send:
         """A `send` that says when to come back where the scheduler refused, its queue full (429) or

@@ -21,11 +21,18 @@ STALE_S = 5.0
 
 
 class SpareNow(msgspec.Struct, frozen=True, array_like=True):
-    """So many offline requests the engine would take at `at_s`, in seconds of `time.monotonic`,
-    which is one clock for a machine."""
+    """What the engine would take.
+
+    Args:
+        requests: offline requests.
+        at_s: when, in seconds of `time.monotonic`, which is one clock for a machine.
+        held: whether an operator keeps offline work from running: then it is none until the next
+            message, however old this one is.
+    """
 
     requests: int
     at_s: float
+    held: bool = False
 
 
 def spare_endpoint(instance_id: str) -> str:
@@ -41,9 +48,9 @@ class SpareSender:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(endpoint)
 
-    def send(self, requests: int) -> None:
-        """Publish what the engine would take now."""
-        message = msgspec.msgpack.encode(SpareNow(requests, time.monotonic()))
+    def send(self, requests: int, *, held: bool) -> None:
+        """Publish what the engine would take now, and whether offline work is held."""
+        message = msgspec.msgpack.encode(SpareNow(requests, time.monotonic(), held))
         self._socket.send(message, zmq.NOBLOCK)
 
     def close(self) -> None:
@@ -90,7 +97,11 @@ class SpareRoom:
         """Offline requests that the engine would take now; None where nobody knows: there was no
         message, or none of late."""
         self._look()
-        if self._of is None or time.monotonic() - self._of.at_s > STALE_S:
+        if self._of is None:
+            return None
+        if self._of.held:
+            return 0
+        if time.monotonic() - self._of.at_s > STALE_S:
             return None
         return max(self._of.requests - self._went, 0)
 
