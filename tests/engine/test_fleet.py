@@ -129,8 +129,10 @@ def test_a_worker_whose_offline_work_is_paused_gets_none(workers, gateway, tmp_p
 def _refuses(worker: Server) -> bool:
     body = {"text": "x", "sampling_params": {"max_new_tokens": 1}}
     worker.generate("online work keeps the scheduler awake")
-    answer = worker.http.post("/offline/generate", json=body, timeout=2)
-    return answer.status_code == 429
+    try:
+        return worker.http.post("/offline/generate", json=body, timeout=2).status_code == 429
+    except httpx.TimeoutException:  # it was in time to be taken, and waits
+        return False
 
 
 def test_a_worker_that_is_killed_leaves_its_lines_to_the_other(workers, gateway, tmp_path):
