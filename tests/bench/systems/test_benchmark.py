@@ -89,7 +89,7 @@ def bench(tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch) -
     """A benchmark that begins at once, and whose pictures, a second or two each, are not drawn."""
     del started  # only there to be in place
     monkeypatch.setattr("conserve_sgl.bench.command.write_plots", lambda *_: ["a.png"])
-    monkeypatch.setattr("conserve_sgl.bench.runner._QUIET_LEAD_S", 0.05)
+    monkeypatch.setattr("conserve_sgl.bench.systems.benchmark._QUIET_LEAD_S", 0.05)
     return Bench(tmp_path)
 
 
