@@ -144,6 +144,10 @@ def run_eval(
         list[str] | None,
         typer.Option(help="A server's base URL, instead of the job's; may be repeated."),
     ] = None,
+    discover: Annotated[
+        str | None,
+        typer.Option(help="Base URL of a gateway of SGLang: send straight to its workers."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="The folder for results, instead of the job's.")
     ] = None,
@@ -170,6 +174,7 @@ def run_eval(
         job,
         console=Console(stderr=True),
         endpoints=endpoint,
+        discover=discover,
         output=output,
         max_in_flight=max_in_flight,
         limit=limit,

@@ -10,7 +10,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from client.test_http import Bench, Servers
 from conserve_sgl.client.discovery import healthy_workers
+from conserve_sgl.client.retry import Retry
 from conserve_sgl.errors import JobError
 
 
@@ -81,3 +83,22 @@ async def test_a_gateway_that_is_not_there_is_an_error_that_names_it():
         pass
     with pytest.raises(JobError, match=f"{url}/workers"):
         await found(url)
+
+
+# ----------------------------------------------------------------- a client that discovers
+
+
+async def test_a_client_sends_to_the_workers_that_its_gateway_names(server):
+    async with gateway(json.dumps({"workers": [worker(server.url)]})) as url:
+        bench = Bench(target=Servers([], Retry(), discover=url))
+        async with bench.client:
+            answer, endpoint = await bench.post("x")
+        assert (answer, endpoint.url) == ("X", server.url)
+
+
+async def test_a_client_does_not_begin_where_the_gateway_has_nobody():
+    async with gateway('{"workers": []}') as url:
+        bench = Bench(target=Servers([], Retry(), discover=url))
+        with pytest.raises(JobError, match="none of its 0 workers"):
+            async with bench.client:
+                pass

@@ -42,13 +42,19 @@ class Servers(msgspec.Struct, frozen=True):
     retry: Retry
     request_timeout_s: float | None = None
     max_in_flight: int = 64
+    discover: str | None = None
 
 
 class Bench:
     """A client on a fake clock, what it noted, and the models it met."""
 
     def __init__(
-        self, *urls: str, name: str = "job", deadline_s: float | None = None, **retry: object
+        self,
+        *urls: str,
+        name: str = "job",
+        deadline_s: float | None = None,
+        target: Servers | None = None,
+        **retry: object,
     ) -> None:
         self.clock = FakeClock()
         self.notes: list[str | None] = []
@@ -56,7 +62,7 @@ class Bench:
         self.stopping = asyncio.Event()
         retry = {"first_delay_s": 1, "max_delay_s": 8} | retry
         self.client = Client(
-            Servers(list(urls), Retry(**retry)),
+            target or Servers(list(urls), Retry(**retry)),
             name=name,
             deadline_s=self.clock.deadline_s(deadline_s),
             api_key=None,

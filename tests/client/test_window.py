@@ -45,9 +45,10 @@ def test_a_server_that_would_take_more_gets_half_of_it_at_once():
     assert window.size == 14
 
 
-def test_a_server_that_would_take_nothing_keeps_what_it_has():
+@pytest.mark.parametrize("spare", [0, 1])
+def test_a_server_that_would_take_nothing_but_what_was_answered_keeps_what_it_has(spare):
     window = Window(100, 100)
-    window.answered(10, 0)
+    window.answered(10, spare)
     assert window.size == 10
 
 

@@ -72,7 +72,9 @@ def test_bad_lines_are_named(folder, row, task, fault):
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"endpoints": []}, "job.yaml:1: endpoints: "),
+        ({"endpoints": []}, "job.yaml:1: endpoints: servers, or the gateway that has them (disco"),
+        ({"discover": "http://g"}, "(discover): leave one of the two out"),
+        ({"endpoints": [], "discover": "g:3"}, "discover: 'g:3' is not a base URL"),
         ({"endpoints": ["localhost:30000"]}, "job.yaml:1: endpoints: 'localhost:30000' is not a"),
         ({"endpoints": ["http://h/v1"]}, "endpoints: give 'http://h/v1' without /v1"),
         ({"endpoints": ["http://h", "http://h"]}, "endpoints: 'http://h' is given twice"),
@@ -384,3 +386,24 @@ def test_gsm8k_and_arc_easy_targets(checkout, shared_data, monkeypatch):
     assert len(arc.ids) == 2376
     assert first.target == 0
     assert first.choices[0] == " Sunlight is the source of energy for nearly all ecosystems."
+
+
+@pytest.mark.parametrize(
+    ("override", "endpoints", "discover"),
+    [
+        ({"discover": "http://g"}, [], "http://g"),
+        ({"endpoints": ["http://b"]}, ["http://b"], None),
+        ({}, ["http://a"], None),
+    ],
+)
+def test_a_gateway_given_replaces_the_endpoints_of_the_file(folder, override, endpoints, discover):
+    folder.data([GOOD])
+    job = make_plan(folder.job(endpoints=["http://a"]), **override).job
+    assert (job.endpoints, job.discover) == (endpoints, discover)
+
+
+def test_endpoints_given_replace_the_gateway_of_the_file(folder):
+    folder.data([GOOD])
+    path = folder.job(endpoints=[], discover="http://g")
+    job = make_plan(path, endpoints=["http://a"]).job
+    assert (job.endpoints, job.discover) == (["http://a"], None)

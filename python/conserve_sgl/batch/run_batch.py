@@ -14,8 +14,8 @@ import fcntl
 import os
 import random
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -286,7 +286,7 @@ class _Run:
             rng=random.Random(),
         )
         try:
-            async with client, self._discovering(client):
+            async with client:
                 await send_all(
                     iter(self._plan),
                     partial(self._answer, client, source),
@@ -296,18 +296,6 @@ class _Run:
                 )
         finally:
             os.close(source)
-
-    @asynccontextmanager
-    async def _discovering(self, client: Client) -> AsyncIterator[None]:
-        if self._job.discover is None:
-            yield
-            return
-        await client.discover(self._job.discover)
-        follows = asyncio.create_task(client.keep_up_with(self._job.discover))
-        try:
-            yield
-        finally:
-            follows.cancel()
 
     async def _answer(self, client: Client, source: int, where: tuple[int, int]) -> None:
         request = read_request(source, *where)

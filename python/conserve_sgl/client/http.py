@@ -91,7 +91,11 @@ class Target(Protocol):
 
     @property
     def endpoints(self) -> list[str]:
-        """Base URLs."""
+        """Base URLs; none where they are to be discovered."""
+
+    @property
+    def discover(self) -> str | None:
+        """Base URL of a gateway whose workers are the endpoints, or None."""
 
     @property
     def max_in_flight(self) -> int:
@@ -107,10 +111,11 @@ class Target(Protocol):
 
 
 class Client:
-    """Posts JSON to the endpoint that has most room until it is answered; an async context manager.
+    """Posts JSON to the endpoint that has most room until it is answered; an async context manager,
+    which finds the endpoints first where there is a gateway to ask, and keeps up with it.
 
     Args:
-        target: endpoints, retry policy, timeout.
+        target: endpoints or a gateway, retry policy, timeout.
         name: the job's, as servers are told it.
         deadline_s: when the job should be done, on `clock`; `Clock.deadline_s` tells.
         api_key: bearer token, or None.
@@ -147,6 +152,8 @@ class Client:
         self._stopping = stopping
         self._clock = clock
         self._deadline_s = deadline_s
+        self._gateway = target.discover
+        self._follows: asyncio.Task[None] | None = None
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, socket_factory=_kept_alive_socket),
             headers=offline_headers(name) | key_header(api_key),
@@ -162,29 +169,34 @@ class Client:
         return self._endpoints.all
 
     async def __aenter__(self) -> Client:
+        """Raises JobError where the gateway does not say who its workers are, or has none."""
+        if self._gateway is not None:
+            try:
+                await self._discover(self._gateway)
+            except BaseException:
+                await self._session.close()
+                raise
+            self._follows = asyncio.create_task(self._keep_up_with(self._gateway))
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._follows is not None:
+            self._follows.cancel()
         await self._session.close()
 
     def home(self, beginning: bytes) -> Endpoint | None:
         """The endpoint that prompts which begin so should share; see `Endpoints.home`."""
         return self._endpoints.home(beginning)
 
-    async def discover(self, gateway: str) -> None:
-        """From here on the endpoints are the workers of `gateway` that are well.
-
-        Raises:
-            JobError: it does not say, or has none.
-        """
+    async def _discover(self, gateway: str) -> None:
         self._endpoints.use(await healthy_workers(self._session, gateway))
 
-    async def keep_up_with(self, gateway: str) -> None:
-        """Do it again and again, for ever; while the gateway is away, what was there last stays."""
+    async def _keep_up_with(self, gateway: str) -> None:
+        """While the gateway is away, who was there last stays."""
         while True:
             await self._clock.sleep(REDISCOVER_S)
             try:
-                await self.discover(gateway)
+                await self._discover(gateway)
             except JobError as e:
                 self._note(str(e))
 

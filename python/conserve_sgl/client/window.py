@@ -3,12 +3,13 @@
 The congestion window of TCP (slow start, additive increase, multiplicative decrease; RFC 5681), in
 requests: a refusal cuts it, answers let it grow, by one each until the first refusal. A server that
 says what else it would take (`x-sgl-conserve-spare`) is believed instead: half of that is added at
-once, the other half is left to other clients, who were told the same.
+once, the other half is left to other clients, who were told the same, and to the next request of
+this one, which takes the place of the one that was answered.
 """
 
 from __future__ import annotations
 
-from math import ceil, inf
+from math import inf
 
 __all__ = ["Window"]
 
@@ -43,7 +44,7 @@ class Window:
             spare: what the server says that it would take beyond what it has, or None.
         """
         if spare is not None:
-            size = float(in_flight + ceil(spare / 2))
+            size = float(in_flight + spare // 2)
         elif self._cut_s == -inf:
             size = self._size + 1
         else:

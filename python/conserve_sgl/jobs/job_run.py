@@ -43,6 +43,7 @@ def run_job(
     *,
     console: Console,
     endpoints: list[str] | None = None,
+    discover: str | None = None,
     output: Path | None = None,
     max_in_flight: int | None = None,
     limit: int | None = None,
@@ -57,6 +58,7 @@ def run_job(
     Args:
         console: where progress and the summary go.
         endpoints, output, max_in_flight: replace what the file says.
+        discover: a gateway, instead of the file's endpoints, as those are instead of its gateway.
         limit: replaces the limit of every task, lm-eval's too.
         fresh: throw away earlier results in the output folder first.
         api_key: the servers' key for a job that names none (`api_key_env`).
@@ -73,6 +75,7 @@ def run_job(
         plan = make_plan(
             path,
             endpoints=endpoints,
+            discover=discover,
             output=None if output is None else str(output),
             max_in_flight=max_in_flight,
             limit=limit,

@@ -115,7 +115,10 @@ def lines(planned: PlannedTask) -> Iterator[Line]:
 def _override(path: Path, job: Job, overrides: dict[str, object]) -> Job:
     given = {key: value for key, value in overrides.items() if value is not None}
     limit = given.pop("limit", None)
-    changed = msgspec.to_builtins(job) | given
+    changed = msgspec.to_builtins(job)
+    if given.keys() & {"endpoints", "discover"}:
+        changed |= {"endpoints": [], "discover": None}
+    changed |= given
     if limit is not None:
         changed["tasks"] = [task | {"limit": limit} for task in changed["tasks"]]
         if changed["lm_eval"] is not None:

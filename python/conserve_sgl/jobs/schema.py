@@ -239,7 +239,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     `tasks` run first, then `lm_eval`.
     """
 
-    endpoints: Annotated[list[str], msgspec.Meta(min_length=1)]
+    endpoints: list[str] = []
+    discover: str | None = None
     output: str
     tasks: list[JsonlTask] = []
     lm_eval: LmEval | None = None
@@ -263,8 +264,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
                 "api_key_env: must be the name of an environment variable; leave it out where the "
                 "servers want no key"
             )
-        for endpoint in self.endpoints:
-            check_endpoint(endpoint)
+        if (self.discover is None) is not bool(self.endpoints):
+            what = "leave one of the two out" if self.endpoints else "give one of the two"
+            raise ValueError(f"endpoints: servers, or the gateway that has them (discover): {what}")
+        for key, url in [*(("endpoints", e) for e in self.endpoints), ("discover", self.discover)]:
+            if url is not None:
+                check_endpoint(url, key)
         _unique("endpoints", self.endpoints)
         # File systems that fold case would put two such tasks into one file.
         _unique("tasks", [task.name.lower() for task in self.tasks])

@@ -141,7 +141,7 @@ class Evaluation:
             JobError: requests failed, or results cannot be written. What was answered is kept.
         """
         self._started_s = self._clock.monotonic_s()
-        self._online_before = snapshot(self._plan.job.endpoints, self._api_key)
+        self._online_before = self._snapshot()
         try:
             self._results = self._evaluate()
         except Stopped:
@@ -157,9 +157,14 @@ class Evaluation:
                 "Finished requests are kept; run the same command again to go on"
             ) from e
 
+    def _snapshot(self) -> Snapshot | None:
+        """None too where the servers come and go."""
+        endpoints = self._plan.job.endpoints
+        return snapshot(endpoints, self._api_key) if endpoints else None
+
     def summary(self) -> LmEvalSummary:
         """What the run came to, or has so far."""
-        now = self._online_before and snapshot(self._plan.job.endpoints, self._api_key)
+        now = self._online_before and self._snapshot()
         return LmEvalSummary(
             partial=self._results is None,
             run_s=round(self._clock.monotonic_s() - self._started_s, 3),

@@ -116,7 +116,7 @@ class ConserveLM(TemplateAPI):
     def __init__(self, poster: Poster, job: Job, model: str, args: ModelArgs) -> None:
         super().__init__(
             model=model,
-            base_url=job.endpoints[0],
+            base_url=job.discover or job.endpoints[0],
             tokenizer=args.tokenizer,
             revision=args.revision or "main",
             trust_remote_code=args.trust_remote_code,
