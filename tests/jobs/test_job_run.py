@@ -186,7 +186,8 @@ def test_an_interrupt_ends_the_wait_for_a_busy_server(server, folder, words, sta
     folder.data(words(10))
     server.always = (429, {"Retry-After": "3600"})
     process = start(folder.job(endpoints=[server.url], drain_s=3600))
-    server.wait_until(lambda s: len(s.requests) == 10)
+    # Those that were not on their way at the first refusal are not sent at all.
+    server.wait_until(lambda s: len(s.requests) >= 1)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == INTERRUPTED
 
