@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.server import Server, Servers
+from support.server import Server, Servers, models_but
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -24,16 +23,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("SSL_CERT_DIR", str(CHECKOUT))
 
 
-def _models_but(*used: str) -> str:
-    """The model files of SGLang without those that are used, as SGLang wants them listed."""
-    sglang = find_spec("sglang")
-    assert sglang is not None, "scripts/setup.sh installs it"
-    files = (Path(sglang.origin).parent / "srt" / "models").glob("*.py")
-    return ",".join(sorted({file.stem for file in files} - {*used}))
-
-
 # Every scheduler would import all 250, which takes it two seconds of each start.
-os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", _models_but("llama", "qwen2", "qwen3"))
+os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", models_but("llama", "qwen2", "qwen3"))
 
 
 @pytest.fixture(scope="session")

@@ -207,3 +207,18 @@ def test_a_floor_fits_on_a_screen(floor):
 def test_places_to_change_exist():
     places = re.findall(r"`([a-z_/]+(?:\.py|/))`", STRUCTURE.split("## Where do I change")[1])
     assert [p for p in places if not (PACKAGE / p).exists()] == []
+
+
+# ------------------------------------------------------------------ docs/models.md
+
+
+def test_the_matrix_of_models_names_tests_that_are_there(checkout: Path):
+    page = (DOCS / "models.md").read_text(encoding="utf-8")
+    matrix, legend = page.split("## What was run")[1].split("| in the table |")
+    named = re.findall(r"^\| (\w+) \| `(test_\w+\.py)`: (.+) \|$", legend, re.MULTILINE)
+    assert len(named) == 5
+    for word, file, tests in named:
+        assert word in matrix
+        source = (checkout / "tests" / "engine" / file).read_text(encoding="utf-8")
+        for test in re.findall(r"`(\w+)`", tests):
+            assert f"def {test}(" in source, test

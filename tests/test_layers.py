@@ -111,7 +111,16 @@ MAY_IMPORT = {
     },
     "plugin": {"batch", "config", "compat", "engine", "ingress", "profile", "settings", *_LEAVES},
     "tune": _LEAVES,
-    "doctor": {"config", "compat", "plugin", "profile", "emulation", "__init__", *_LEAVES},
+    "doctor": {
+        "config",
+        "compat",
+        "engine",
+        "plugin",
+        "profile",
+        "emulation",
+        "__init__",
+        *_LEAVES,
+    },
     "cli": {
         "config",
         "compat",

@@ -267,7 +267,7 @@ def _model(args: Any) -> Iterator[Finding]:
 
     model = args.model_path
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), _no_downloads():
+        with _quietly(), _no_downloads():
             found = ModelConfig.from_server_args(args)
             has_other_state = found.is_hybrid_swa or uses_ssm_state(found)
     except Exception as e:
@@ -286,11 +286,50 @@ def _model(args: Any) -> Iterator[Finding]:
     elif os.path.isdir(model) and args.load_format == "auto" and not _has_weights(Path(model)):
         yield Finding("model", Level.BAD, f"{model}: has no weights")
     else:
-        yield Finding("model", Level.OK, f"{model}: {kind}")
+        yield from _model_class(found, args, f"{model}: {kind}")
+
+
+def _model_class(model: Any, args: Any, name: str) -> Iterator[Finding]:
+    """What the class that SGLang serves a model by (its ModelConfig) can and cannot."""
+    from sglang.srt.model_loader.utils import get_model_architecture
+
+    try:
+        with _quietly(), _no_downloads():
+            model_class, _ = get_model_architecture(model)
+    except Exception as e:
+        yield Finding("model", Level.BAD, f"{name}: {_why(e, io.StringIO())}")
+        return
+    yield Finding("model", Level.OK, name)
+    yield slices(model_class, args)
+
+
+def slices(model: type, args: Any) -> Finding:
+    """Whether offline prefills yield between two layers.
+
+    Args:
+        model: the class of the model.
+        args: SGLang's ServerArgs.
+    """
+    from conserve_sgl.engine.slices import why_whole
+
+    reason = why_whole(model, args)
+    if reason is None:
+        return Finding("slices", Level.OK, "an offline prefill can yield between two layers")
+    detail = (
+        f"off: {reason}; an arrival waits for a whole offline prefill step, which slo.yield_ms and "
+        "--chunked-prefill-size bound"
+    )
+    return Finding("slices", Level.NOTE, detail)
 
 
 def _has_weights(folder: Path) -> bool:
     return any(file.suffix in _WEIGHTS for file in folder.iterdir())
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
 
 
 @contextmanager

@@ -49,6 +49,30 @@ def test_a_model_that_is_there(model):
     assert found["model"].detail == f"{model}: LlamaForCausalLM"
 
 
+def test_a_model_that_can_be_split_is_sliced(model):
+    assert findings("--model-path", str(model))["slices"].level is Level.OK
+
+
+@pytest.mark.parametrize(
+    ("arch", "flags", "said"),
+    [
+        ("MixtralForCausalLM", [], "off: MixtralForCausalLM has no forward_split_prefill"),
+        ("LlamaForCausalLM", ["--enable-return-routed-experts"], "off: --enable-return-routed"),
+    ],
+)
+def test_a_server_without_slices_is_said_to_be_one(model, monkeypatch, arch, flags, said):
+    from sglang.srt.models.mixtral import MixtralForCausalLM
+    from sglang.srt.models.registry import ModelRegistry
+
+    # The models that no test serves are left out of the registry, see tests/conftest.py.
+    monkeypatch.setitem(ModelRegistry.models, "MixtralForCausalLM", MixtralForCausalLM)
+    config = {"model_type": arch.removesuffix("ForCausalLM").lower(), "architectures": [arch]}
+    (model / "config.json").write_text(json.dumps(config))
+    finding = findings("--model-path", str(model), *flags)["slices"]
+    assert finding.level is Level.NOTE
+    assert finding.detail.startswith(said)
+
+
 @pytest.mark.parametrize(
     "name", ["/nonexistent", "nonexistent", "no/such/model", "", "./none", "a" * 200]
 )

@@ -440,6 +440,10 @@ def test_a_request_has_what_is_read_of_it():
             "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool",
             {"get_kv_size_bytes", "page_size", "size"},
         ),
+        (
+            "sglang.srt.mem_cache.memory_pool:MLATokenToKVPool",
+            {"get_kv_size_bytes", "page_size", "size"},
+        ),
         ("sglang.srt.managers.schedule_batch:ScheduleBatch", {"batch_is_full", "reqs"}),
         ("sglang.srt.managers.schedule_batch:ScheduleBatch", {"forward_mode", "sampling_info"}),
         (
@@ -487,7 +491,11 @@ def test_a_request_has_what_is_read_of_it():
             {"forward_mode", "split_index"},
         ),
         ("sglang.srt.model_executor.forward_batch_info:ForwardMode", {"EXTEND", "SPLIT_PREFILL"}),
-        ("sglang.srt.model_executor.model_runner:ModelRunner", {"device", "model", "model_config"}),
+        (
+            "sglang.srt.model_executor.model_runner:ModelRunner",
+            {"device", "model", "model_config", "server_args"},
+        ),
+        ("sglang.srt.server_args:ServerArgs", {"enable_return_routed_experts"}),
         ("sglang.srt.managers.tp_worker:TpModelWorker", {"hicache_layer_transfer_counter"}),
         ("sglang.srt.managers.cache_controller:LayerDoneCounter", {"num_layers"}),
         (

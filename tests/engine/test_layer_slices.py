@@ -20,14 +20,25 @@ with warnings.catch_warnings():
 LAYERS = 6
 
 
+class InLayers:
+    """A model that can be split."""
+
+    forward_split_prefill = None
+
+
+class InOnePiece:
+    """A model that cannot."""
+
+
 class Runner:
     """Logs (first layer, layers, whether attention was planned) of every forward."""
 
     device = "cpu"
 
     def __init__(self) -> None:
-        self.model = SimpleNamespace(forward_split_prefill=None)
+        self.model = InLayers()
         self.model_config = SimpleNamespace(num_hidden_layers=LAYERS)
+        self.server_args = SimpleNamespace(enable_return_routed_experts=False)
         self.log: list[tuple[int, int, bool]] = []
 
     def forward(self, forward_batch, *, reinit_attn_backend=False, split_forward_count=LAYERS):
@@ -166,13 +177,22 @@ def test_what_is_not_sliced(fields):
 
 def test_a_model_that_cannot_be_split_is_named_once(caplog):
     runner = Runner()
-    runner.model = SimpleNamespace()
+    runner.model = InOnePiece()
     with caplog.at_level(logging.WARNING):
         slices = make_slices(runner)
         assert not accepts(slices, make_batch())
         assert not accepts(slices, make_batch())
     (record,) = caplog.records
-    assert "SimpleNamespace has no forward_split_prefill" in record.getMessage()
+    assert "InOnePiece has no forward_split_prefill" in record.getMessage()
+
+
+def test_a_server_that_returns_experts_slices_nothing(caplog):
+    runner = Runner()
+    runner.server_args.enable_return_routed_experts = True
+    with caplog.at_level(logging.WARNING):
+        assert not accepts(make_slices(runner), make_batch())
+    (record,) = caplog.records
+    assert "--enable-return-routed-experts" in record.getMessage()
 
 
 def test_slices_can_be_turned_off():

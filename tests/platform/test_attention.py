@@ -11,7 +11,6 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from conserve_sgl.errors import IncompatibleError
 from conserve_sgl.platform.attention import CpuAttnBackend, group_rows
 
 HEAD_DIM = 16
@@ -233,11 +232,20 @@ def test_a_sliding_window_is_torch_natives() -> None:
     torch.testing.assert_close(case.run(CpuAttnBackend), case.run(TorchNativeAttnBackend))
 
 
-def test_latent_attention_is_refused() -> None:
-    case = make_case(ForwardMode.DECODE, [(3, 1)])
-    case.runner.use_mla_backend = True
-    with pytest.raises(IncompatibleError, match="latent"):
-        CpuAttnBackend(case.runner)
+@pytest.mark.parametrize(
+    ("mode", "requests"),
+    [
+        (ForwardMode.EXTEND, [(0, 150), (64, 3)]),
+        (ForwardMode.MIXED, [(30, 140), (9, 1)]),
+        (ForwardMode.DECODE, [(300, 1), (2, 1)]),
+    ],
+)
+def test_latent_attention_has_values_that_are_part_of_its_keys(mode, requests) -> None:
+    case = make_case(mode, requests, heads=(6, 1))
+    pool, latent = case.runner.token_to_kv_pool, HEAD_DIM // 2
+    case.layer.v_head_dim = latent
+    pool.v, case.v = pool.k[..., :latent], case.k[..., :latent]
+    _check(case)
 
 
 def test_groups_hold_every_row_once_within_their_bounds() -> None:

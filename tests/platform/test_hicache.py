@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psutil
 import torch
-from sglang.srt.mem_cache.pool_host import base, common, mha
+from sglang.srt.mem_cache.pool_host import base, common, mha, mla
 
 from conserve_sgl.platform import hicache
 
@@ -35,5 +35,6 @@ def test_install_fills_the_seams_and_leaves_a_tenth_of_the_memory() -> None:
         registration_granularity_bytes=None,
     )
     assert (pool.shape, pool.dtype) == ((2, 3, 16), torch.bfloat16)
-    assert mha.transfer_kv_direct is hicache.transfer_kv_direct
+    for pool_host in (mha, mla):
+        assert pool_host.transfer_kv_direct is hicache.transfer_kv_direct
     assert psutil.virtual_memory().total // 10 >= base.HICACHE_HOST_MEMORY_RESERVE_BYTES

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,14 @@ def on_gpu() -> bool:
     import torch  # takes seconds; tests of the fast tier use other parts of this module
 
     return torch.cuda.is_available()
+
+
+def models_but(*used: str) -> str:
+    """The model files of SGLang without those that are used, as SGLang wants them listed."""
+    sglang = find_spec("sglang")
+    assert sglang is not None, "scripts/setup.sh installs it"
+    files = (Path(sglang.origin).parent / "srt" / "models").glob("*.py")
+    return ",".join(sorted({file.stem for file in files} - {*used}))
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -15,25 +15,34 @@ from typing import Literal
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 __all__ = ["CONTEXT_TOKENS", "Arch", "make_tiny_model"]
 
-Arch = Literal["llama", "qwen2", "qwen3"]
+Arch = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "deepseek_v2"]
 CONTEXT_TOKENS = 4096
 
 _ARCHS: dict[str, tuple[type, type]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
 }
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -47,6 +56,40 @@ _HEADS = 4
 # repeat themselves, wider ones amplify rounding.
 _WEIGHT_STD = 0.25 * (16 / _HEAD_DIM) ** 0.5
 _BIAS_STD = 0.05
+_EXPERTS = 8
+_EXPERTS_PER_TOKEN = 2
+_MIXTURES: dict[str, dict[str, object]] = {
+    "mixtral": {"num_local_experts": _EXPERTS, "num_experts_per_tok": _EXPERTS_PER_TOKEN},
+    "qwen3_moe": {
+        "num_experts": _EXPERTS,
+        "num_experts_per_tok": _EXPERTS_PER_TOKEN,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    },
+    "deepseek_v2": {
+        "n_routed_experts": _EXPERTS,
+        "num_experts_per_tok": _EXPERTS_PER_TOKEN,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "scoring_func": "softmax",
+        "num_key_value_heads": _HEADS,
+        "q_lora_rank": None,
+        "kv_lora_rank": 2 * _HEAD_DIM,
+        "qk_nope_head_dim": _HEAD_DIM,
+        "qk_rope_head_dim": _HEAD_DIM,
+        "v_head_dim": _HEAD_DIM,
+        "rope_parameters": {  # SGLang on a CPU has no other for it
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": CONTEXT_TOKENS // 4,
+        },
+    },
+}
 _QK_NORM = 2.0
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -67,11 +110,14 @@ def make_tiny_model(
     """Write a random model that transformers and SGLang load, and return its folder.
 
     4 query and 2 KV heads (TP 1 or 2) of 16, or of the 64 that GPU kernels need; CONTEXT_TOKENS of
-    context; about 0.18M parameters on a CPU. The same arguments give the same weights.
+    context; about 0.18M parameters on a CPU, with experts up to 0.9M. The same arguments give the
+    same weights.
 
     Args:
         folder: made if absent; files of an earlier model in it are replaced.
-        arch: qwen2 has biases in attention, qwen3 norms on queries and keys, llama neither.
+        arch: qwen2 has biases in attention, qwen3 norms on queries and keys, llama neither. mixtral
+            and qwen3_moe have eight experts in every layer, of which two see a token; deepseek_v2
+            has them in all but the first, a shared one beside them, and latent attention.
         layers: decoder layers.
         dtype: of the weights on disk; bfloat16 weights are the float32 ones, rounded.
         seed: of the weights.
@@ -83,7 +129,7 @@ def make_tiny_model(
 
 def _model(arch: Arch, layers: int, seed: int) -> PreTrainedModel:
     config_class, model_class = _ARCHS[arch]
-    model = model_class(config_class(**_geometry(layers)))
+    model = model_class(config_class(**_geometry(layers) | _MIXTURES.get(arch, {})))
     _randomize(model, torch.Generator().manual_seed(seed))
     return model
 
@@ -111,7 +157,7 @@ def _randomize(model: PreTrainedModel, generator: torch.Generator) -> None:
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             weight.fill_(_QK_NORM)
         elif "norm" not in name:
-            weight.normal_(std=_WEIGHT_STD if weight.ndim == 2 else _BIAS_STD, generator=generator)
+            weight.normal_(std=_WEIGHT_STD if weight.ndim > 1 else _BIAS_STD, generator=generator)
     _mute_unspoken(model.get_output_embeddings().weight)
 
 

@@ -51,7 +51,9 @@ def kv_token_bytes(pool: Any) -> int:
     device is emulated."""
     if _is_emulated():
         return current_platform.kv_token_bytes()
-    return int(sum(pool.get_kv_size_bytes())) // (pool.size + pool.page_size)  # a page is padding
+    sizes = pool.get_kv_size_bytes()  # of keys and of values, or of latents, which are both
+    total = sum(sizes) if isinstance(sizes, tuple) else sizes
+    return int(total) // (pool.size + pool.page_size)  # a page is padding
 
 
 def _is_emulated() -> bool:

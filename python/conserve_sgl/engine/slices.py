@@ -45,7 +45,7 @@ from conserve_sgl.engine.inbox import ArrivalInbox
 from conserve_sgl.engine.pacing import Pacer
 from conserve_sgl.policy import SliceDecision, SliceView, Slicing, Slo, YieldMode
 
-__all__ = ["FORCE_YIELD_ENV", "SUSPENDED", "LayerSlices", "make_decision"]
+__all__ = ["FORCE_YIELD_ENV", "SUSPENDED", "LayerSlices", "make_decision", "why_whole"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,21 @@ _COUNTS = (
     "layers_computed",
     "layers_given_up",
 )
+
+
+def why_whole(model: type, server_args: Any) -> str | None:
+    """Why no prefill of a server can be sliced, as a clause; None where prefills can.
+
+    Args:
+        model: the class of the model.
+        server_args: SGLang's ServerArgs.
+    """
+    if not hasattr(model, "forward_split_prefill"):
+        return f"{model.__name__} has no forward_split_prefill"
+    if server_args.enable_return_routed_experts:
+        # One buffer holds the experts of all layers of the step that runs, and is read at its end.
+        return "--enable-return-routed-experts would return those of the steps in between"
+    return None
 
 
 class _Yielded(BaseException):
@@ -156,15 +171,14 @@ class LayerSlices:
             self._inbox.keep_for(min(slo.ttft_allowance_s(0.0), _LONGEST_WAIT_S))
 
     def _supported(self) -> bool:
-        supported = hasattr(self._runner.model, "forward_split_prefill")
-        if not supported:
+        reason = why_whole(type(self._runner.model), self._runner.server_args)
+        if reason is not None:
             logger.warning(
-                "conserve: %s has no forward_split_prefill, so an offline prefill is not sliced: "
-                "an online arrival waits for a whole prefill step, which slo.yield_ms and "
-                "--chunked-prefill-size bound",
-                type(self._runner.model).__name__,
+                "conserve: %s, so an offline prefill is not sliced: an online arrival waits for a "
+                "whole prefill step, which slo.yield_ms and --chunked-prefill-size bound",
+                reason,
             )
-        return supported
+        return reason is None
 
     # ------------------------------------------------------------------ the batch
 

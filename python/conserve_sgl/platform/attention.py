@@ -22,7 +22,7 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from torch.nn.functional import scaled_dot_product_attention
 
-from conserve_sgl.errors import IncompatibleError
+from conserve_sgl.platform import NAME
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -99,16 +99,13 @@ class CpuAttnBackend(TorchNativeAttnBackend):
 
     Decode, extend, mixed and split-prefill batches of causal self-attention run here. Sliding
     windows, cross-attention, encoder layers and a KV cache of another dtype than the queries' go
-    to torch_native's loops.
+    to torch_native's loops. Multi-head latent attention is attention with one KV head, whose
+    values are the first part of its keys.
     """
 
     def __init__(self, model_runner: ModelRunner) -> None:
-        """
-        Raises:
-            IncompatibleError: the model uses multi-head latent attention.
-        """
         if model_runner.use_mla_backend:
-            raise IncompatibleError("multi-head latent attention (MLA) is not served on a CPU")
+            _attend_to_latents()
         super().__init__(model_runner)
         self._dtype = model_runner.dtype
         self._scratch: dict[str, torch.Tensor] = {}
@@ -322,6 +319,17 @@ class CpuAttnBackend(TorchNativeAttnBackend):
             buffer = self._scratch[name] = cache.new_empty(_power_of_two(elements))
         rows = buffer[:elements].view(slots.shape[0], *cache.shape[1:])
         return torch.index_select(cache, 0, slots, out=rows)
+
+
+def _attend_to_latents() -> None:
+    """Have SGLang's DeepSeek models hand us queries and keys in the space of the latents, in
+    prefills too: only there is what the KV pool holds all that attention needs."""
+    from sglang.srt.models.deepseek_common.attention_backend_handler import (
+        AttentionBackendRegistry,
+        AttnForwardMethod,
+    )
+
+    AttentionBackendRegistry.register(NAME, lambda _layer, _batch: AttnForwardMethod.MLA)
 
 
 def _attend_group(
