@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets everything up and runs the tests; arguments go to pytest.
-#   scripts/test.sh                                             everything, 29 minutes on 2 cores
-#   scripts/test.sh -m "not engine" -n auto --dist worksteal   the fast tier, 110 seconds
+#   scripts/test.sh                                             everything, 32 minutes on 2 cores
+#   scripts/test.sh -m "not engine" -n auto --dist worksteal   the fast tier, 2 minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
