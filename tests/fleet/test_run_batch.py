@@ -143,3 +143,10 @@ def test_endpoints_and_a_gateway_at_once_are_one_too_many(tmp_path):
 def test_a_gateway_that_is_no_url_is_named(tmp_path):
     with pytest.raises(InputError, match="--discover: 'gateway:3' is not a base URL"):
         run(job(tmp_path, TEXTS, discover="gateway:3"))
+
+
+def test_a_server_that_says_what_it_takes_is_filled_before_its_first_answer(start_worker, tmp_path):
+    workers = [start_worker(rows=40, row_s=1.0) for _ in range(2)]
+    batch = job(tmp_path, TEXTS[:60], endpoints=[w.url for w in workers], max_in_flight=60)
+    assert run(batch)[0] == 0
+    assert min(w.peak for w in workers) > 8

@@ -162,6 +162,11 @@ class Server:
         async with httpx.AsyncClient(transport=transport, base_url="http://engine") as http:
             return await http.post(path, json={})
 
+    async def get(self, path: str) -> httpx.Response:
+        transport = httpx.ASGITransport(app=self.layer)
+        async with httpx.AsyncClient(transport=transport, base_url="http://engine") as http:
+            return await http.get(path)
+
     async def in_hand(self, requests: int) -> list[asyncio.Task]:
         """So many that wait for the gate."""
         tasks = [asyncio.create_task(self.post()) for _ in range(requests)]
@@ -223,6 +228,15 @@ async def test_every_answer_to_offline_work_says_what_else_would_be_taken():
     server.says(5)
     assert (await server.post()).headers[HEADER] == "4"
     assert (await server.post()).headers[HEADER] == "3"
+
+
+async def test_who_asks_for_the_model_as_offline_work_is_told_too():
+    server = Server()
+    server.gate.set()
+    server.says(5)
+    assert (await server.get("/offline/model_info")).headers[HEADER] == "5"
+    assert HEADER not in (await server.get("/model_info")).headers
+    assert server.layer.offline_in_hand == 0
 
 
 @pytest.mark.parametrize("status", [429, 503])

@@ -325,7 +325,7 @@ class Client:
         self._endpoints.answered(endpoint)
         if why := Passing.of(status):
             raise _Fault(why, _message(raw), status, retry_after, raw)
-        if method == "POST":
+        if method == "POST" or spare is not None:
             self._endpoints.served(endpoint, spare)
         self._note(None)
         return status, raw

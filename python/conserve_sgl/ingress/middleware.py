@@ -38,7 +38,7 @@ asked_job: ContextVar[AskedJob | None] = ContextVar("conserve_asked_job", defaul
 """The job it named; it counts only when the request turns out to be offline."""
 
 SPARE_HEADER = b"x-sgl-conserve-spare"
-"""Of every answer to offline work: how many more requests the engine would take now."""
+"""Of every answer to who asks as offline work: how many more requests would be taken now."""
 
 _GENERATING = frozenset(
     {
@@ -125,7 +125,8 @@ class ServiceClassMiddleware:
             self._goes_on()
         tokens = asked_class.set(asked), asked_job.set(job)
         try:
-            await self._app(scope, receive, self._with_hints(send, is_offline=counted))
+            send_on = self._with_hints(send, asked, counted=counted)
+            await self._app(scope, receive, send_on)
         finally:
             asked_class.reset(tokens[0])
             asked_job.reset(tokens[1])
@@ -161,26 +162,27 @@ class ServiceClassMiddleware:
         # A scheduler that sleeps says nothing, and wakes up for a request.
         return self.offline_in_hand > 0 if left is None else left == 0
 
-    def _with_hints(self, send: Send, *, is_offline: bool) -> Send:
+    def _with_hints(self, send: Send, asked: ServiceClass | None, *, counted: bool) -> Send:
         """A `send` that says when to come back where the scheduler refused, its queue full (429) or
         the server about to end (503), and how much more offline work would be taken."""
 
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start":
-                hints = self._hints(message["status"], is_offline=is_offline)
+                hints = self._hints(message["status"], asked, counted=counted)
                 headers = [*message["headers"], *((k, b"%d" % v) for k, v in hints.items())]
                 message = {**message, "headers": headers}
             await send(message)
 
         return send_on
 
-    def _hints(self, status: int, *, is_offline: bool) -> dict[bytes, int]:
+    def _hints(self, status: int, asked: ServiceClass | None, *, counted: bool) -> dict[bytes, int]:
         hints = {}
         if status == 429:
             hints[b"retry-after"] = self._drain.wait_s(time.monotonic())
-        elif status == 503 and is_offline:
+        elif status == 503 and counted:
             hints[b"retry-after"] = self._drain.shortest_s
-        if is_offline and (left := self._left()) is not None:
+        # Whoever asks for anything as offline work, the model's name say, is about to send some.
+        if asked is ServiceClass.OFFLINE and (left := self._left()) is not None:
             hints[SPARE_HEADER] = 0 if status in (429, 503) else left
         return hints
 
