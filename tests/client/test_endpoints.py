@@ -39,7 +39,8 @@ class Fleet:
 
 async def test_requests_are_spread_by_the_room_that_windows_have():
     fleet = Fleet(A, B)
-    fleet[A].window.answered(2, 0)
+    fleet[B].window.answered(8, 48)
+    assert fleet[B].window.size == 32
     assert Counter(await fleet.pick(10)) == {A: 2, B: 8}
 
 
@@ -125,12 +126,12 @@ async def test_a_server_that_asks_for_a_long_pause_is_not_down():
     assert await fleet.pick() == [A]
 
 
-async def test_what_a_server_says_that_it_would_take_is_its_window():
+async def test_what_a_server_says_that_it_would_take_widens_its_window():
     fleet = Fleet(A, B)
     await fleet.pick(8)
     fleet.endpoints.served(fleet[A], 0)
-    fleet.endpoints.served(fleet[B], 10)
-    assert (fleet[A].window.size, fleet[B].window.size) == (4, 9)
+    fleet.endpoints.served(fleet[B], 20)
+    assert (fleet[A].window.size, fleet[B].window.size) == (8, 14)
 
 
 async def test_of_those_that_stay_everything_stays_known():

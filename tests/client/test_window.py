@@ -40,16 +40,16 @@ def test_it_grows_by_one_while_as_many_as_it_holds_are_answered():
 
 
 def test_a_server_that_would_take_more_gets_half_of_it_at_once():
-    window = Window(100, 100)
-    window.answered(10, 8)
+    window = Window(100, 8)
+    window.answered(8, 12)
     assert window.size == 14
 
 
-@pytest.mark.parametrize("spare", [0, 1])
-def test_a_server_that_would_take_nothing_but_what_was_answered_keeps_what_it_has(spare):
-    window = Window(100, 100)
-    window.answered(10, spare)
-    assert window.size == 10
+def test_at_a_server_that_is_full_it_grows_by_one_a_round_so_that_a_second_job_gets_its_share():
+    window = Window(100, 8)
+    for _ in range(9):
+        window.answered(8, 0)
+    assert window.size == 9
 
 
 def test_it_is_never_larger_than_it_may_be_nor_shut():
@@ -99,5 +99,4 @@ def test_two_clients_share_a_server_and_keep_its_rows_busy(says):
             idle_rows += max(rows - sum(taken), 0)
             refused += sum(sent) - sum(taken)
     assert idle_rows <= 0.2 * 100 * rows
-    if says:
-        assert refused == 0
+    assert refused <= 0.1 * 100 * takes

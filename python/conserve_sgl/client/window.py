@@ -2,9 +2,10 @@
 
 The congestion window of TCP (slow start, additive increase, multiplicative decrease; RFC 5681), in
 requests: a refusal cuts it, answers let it grow, by one each until the first refusal. A server that
-says what else it would take (`x-sgl-conserve-spare`) is believed instead: half of that is added at
-once, the other half is left to other clients, who were told the same, and to the next request of
-this one, which takes the place of the one that was answered.
+says what else it would take (`x-sgl-conserve-spare`) is believed where that is more: half of it is
+added at once, the other half is left to other clients, who were told the same. Where it is nothing
+the window grows by one a round all the same: of two jobs at a server that is full, the second gets
+its share.
 """
 
 from __future__ import annotations
@@ -43,12 +44,11 @@ class Window:
             in_flight: this one included.
             spare: what the server says that it would take beyond what it has, or None.
         """
+        size = self._size + 1 / self._size
         if spare is not None:
-            size = float(in_flight + spare // 2)
+            size = max(size, in_flight + spare // 2)
         elif self._cut_s == -inf:
             size = self._size + 1
-        else:
-            size = self._size + 1 / self._size
         self._size = min(max(size, 1.0), float(self._most))
 
     def refused(self, in_flight: int, now_s: float) -> None:
