@@ -52,6 +52,15 @@ def test_at_a_server_that_is_full_it_grows_by_one_a_round_so_that_a_second_job_g
     assert window.size == 9
 
 
+def test_one_that_refuses_is_believed_when_it_would_take_nothing():
+    window = Window(100, 20)
+    window.refused(20, 50.0)
+    window.answered(12, 0)
+    assert window.size == 12
+    window.answered(12, 6)
+    assert window.size == 15
+
+
 def test_it_is_never_larger_than_it_may_be_nor_shut():
     window = Window(8, 8)
     window.answered(8, 1000)

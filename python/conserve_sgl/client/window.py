@@ -2,10 +2,10 @@
 
 The congestion window of TCP (slow start, additive increase, multiplicative decrease; RFC 5681), in
 requests: a refusal cuts it, answers let it grow, by one each until the first refusal. A server that
-says what else it would take (`x-sgl-conserve-spare`) is believed where that is more: half of it is
-added at once, the other half is left to other clients, who were told the same. Where it is nothing
-the window grows by one a round all the same: of two jobs at a server that is full, the second gets
-its share.
+says what else it would take (`x-sgl-conserve-spare`) is believed: half of that is added at once,
+the other half is left to other clients, who were told the same. Where it is nothing the window
+grows by one a round all the same, as long as nothing was refused: a server that queues shares its
+time out among jobs by what they have there.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Window:
             in_flight: this one included.
             spare: what the server says that it would take beyond what it has, or None.
         """
-        size = self._size + 1 / self._size
+        refuses = self._cut_s > -inf
+        size = self._size + (1 / self._size if refuses or spare is not None else 1)
         if spare is not None:
-            size = max(size, in_flight + spare // 2)
-        elif self._cut_s == -inf:
-            size = self._size + 1
+            says = float(in_flight + spare // 2)
+            size = says if refuses else max(size, says)
         self._size = min(max(size, 1.0), float(self._most))
 
     def refused(self, in_flight: int, now_s: float) -> None:
