@@ -293,8 +293,7 @@ def tune(
         for url in servers:
             check_endpoint(url)
     except ValueError as e:
-        reason = str(e).removeprefix("endpoints: ")
-        raise typer.BadParameter(reason, param_hint="--endpoint") from e
+        raise typer.BadParameter(str(e), param_hint="--endpoint") from e
     tune_servers(servers, numbers, api_key=api_key, admin_api_key=admin_api_key, console=Console())
 
 

@@ -2,22 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from support.fake_sglang import second_server, server
 
-import pytest
-
-from support.fake_sglang import FakeSGLang
-
-
-@pytest.fixture
-def server() -> Iterator[FakeSGLang]:
-    fake = FakeSGLang()
-    yield fake
-    fake.close()
-
-
-@pytest.fixture
-def second_server() -> Iterator[FakeSGLang]:
-    fake = FakeSGLang()
-    yield fake
-    fake.close()
+__all__ = ["second_server", "server"]

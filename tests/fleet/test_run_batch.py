@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from batch.lines import jsonl, request
 from conserve_sgl.batch.run_batch import RunBatch, run_batch
 from conserve_sgl.client import http as client_http
 from conserve_sgl.client.retry import Retry
@@ -23,11 +24,7 @@ pytestmark = pytest.mark.timeout(120)
 
 def lines_of(folder: Path, texts: list[str]) -> Path:
     path = folder / "in.jsonl"
-    with path.open("w") as file:
-        for i, text in enumerate(texts):
-            body = {"model": "model", "messages": [{"role": "user", "content": text}]}
-            line = {"custom_id": str(i), "method": "POST", "url": "/v1/chat/completions"}
-            file.write(json.dumps({**line, "body": body}) + "\n")
+    path.write_bytes(jsonl(*(request(str(i), text) for i, text in enumerate(texts))))
     return path
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from support.fake_sglang import FakeSGLang
+from support.fake_sglang import second_server, server
 
-
-@pytest.fixture
-def server() -> Iterator[FakeSGLang]:
-    fake = FakeSGLang()
-    yield fake
-    fake.close()
-
-
-@pytest.fixture
-def second_server() -> Iterator[FakeSGLang]:
-    fake = FakeSGLang()
-    yield fake
-    fake.close()
+__all__ = ["second_server", "server"]
 
 
 @pytest.fixture

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import io
 import os
 import signal
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from conserve_sgl import cli
 from conserve_sgl.client.progress import DONE, INTERRUPTED, SOME_FAILED
 from conserve_sgl.errors import InputError, JobError
 from conserve_sgl.jobs import run_job
+from support.screen import Screen
 
 RUN = """
 import sys
@@ -24,20 +23,6 @@ from rich.console import Console
 from conserve_sgl.jobs import run_job
 sys.exit(run_job(Path(sys.argv[1]), console=Console()))
 """
-
-
-class Screen(io.StringIO):
-    """A console's file that knows when a text was printed."""
-
-    def __init__(self, awaited: str) -> None:
-        super().__init__()
-        self._awaited = awaited
-        self.seen = threading.Event()
-
-    def write(self, text: str) -> int:
-        if self._awaited in text:
-            self.seen.set()
-        return super().write(text)
 
 
 @pytest.fixture

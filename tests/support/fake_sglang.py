@@ -6,9 +6,10 @@ import asyncio
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 from aiohttp import web
 
 # What a script may answer instead of a completion: a status with headers, or a cut connection.
@@ -199,3 +200,17 @@ class FakeSGLang:
         with self.changed:
             self.requests.append((request.path, dict(request.headers), body))
             self.changed.notify_all()
+
+
+@pytest.fixture
+def server() -> Iterator[FakeSGLang]:
+    fake = FakeSGLang()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def second_server() -> Iterator[FakeSGLang]:
+    fake = FakeSGLang()
+    yield fake
+    fake.close()

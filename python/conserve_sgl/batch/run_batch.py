@@ -146,12 +146,14 @@ def _put(job: RunBatch, files: _Files, console: Console) -> None:
 def _check(job: RunBatch) -> None:
     if job.discover is not None and job.endpoints:
         raise InputError("--discover", "finds the endpoints: leave --endpoint out")
-    for endpoint in [*job.endpoints, *([job.discover] if job.discover is not None else [])]:
+    urls = [("--endpoint", endpoint) for endpoint in job.endpoints]
+    if job.discover is not None:
+        urls.append(("--discover", job.discover))
+    for option, url in urls:
         try:
-            check_endpoint(endpoint)
+            check_endpoint(url)
         except ValueError as e:
-            option = "--endpoint" if endpoint in job.endpoints else "--discover"
-            raise InputError(option, str(e).removeprefix("endpoints: ")) from e
+            raise InputError(option, str(e)) from e
     timeout_s, priority = job.request_timeout_s, job.priority
     if timeout_s is not None and not 0 < timeout_s <= MOST_S:  # nor what is no number
         raise InputError("--request-timeout-s", f"must be above 0 and at most {MOST_S}")

@@ -264,15 +264,23 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
                 "api_key_env: must be the name of an environment variable; leave it out where the "
                 "servers want no key"
             )
-        if (self.discover is None) is not bool(self.endpoints):
+        if bool(self.endpoints) == (self.discover is not None):
             what = "leave one of the two out" if self.endpoints else "give one of the two"
             raise ValueError(f"endpoints: servers, or the gateway that has them (discover): {what}")
-        for key, url in [*(("endpoints", e) for e in self.endpoints), ("discover", self.discover)]:
-            if url is not None:
-                check_endpoint(url, key)
+        for endpoint in self.endpoints:
+            _check_url("endpoints", endpoint)
+        if self.discover is not None:
+            _check_url("discover", self.discover)
         _unique("endpoints", self.endpoints)
         # File systems that fold case would put two such tasks into one file.
         _unique("tasks", [task.name.lower() for task in self.tasks])
+
+
+def _check_url(key: str, url: str) -> None:
+    try:
+        check_endpoint(url)
+    except ValueError as e:
+        raise ValueError(f"{key}: {e}") from e
 
 
 def _unique(key: str, values: list[str]) -> None:

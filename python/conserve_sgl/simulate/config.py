@@ -10,7 +10,7 @@ import msgspec
 
 from conserve_sgl.bench.load.backlog import RandomPrompts
 from conserve_sgl.bench.load.config import OfflineLoad, OnlineConfig
-from conserve_sgl.bench.report.system import SystemConfig
+from conserve_sgl.bench.report.system import SystemConfig, check_names
 from conserve_sgl.config import ConserveConfig, SloConfig
 from conserve_sgl.device.table import Device, load_device
 from conserve_sgl.errors import InputError
@@ -56,10 +56,7 @@ class _File(_Config, kw_only=True):
     systems: Annotated[tuple[SystemConfig, ...], msgspec.Meta(min_length=1)]
 
     def __post_init__(self) -> None:
-        names = [system.name for system in self.systems]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two systems are named {name}")
+        check_names(self.systems)
 
 
 class SystemRun(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
@@ -25,6 +23,7 @@ from conserve_sgl.jobs import run_job
 from conserve_sgl.jobs.ask import read_text
 from conserve_sgl.jobs.lm_eval.evaluate import load_tasks
 from conserve_sgl.jobs.plan import make_plan
+from support.screen import Screen
 
 # What lm-eval imports warns when it is imported.
 pytestmark = pytest.mark.filterwarnings("ignore:builtin type .* has no __module__")
@@ -407,20 +406,6 @@ def test_what_was_answered_is_not_asked_again(server, folder, job, console, prom
     assert folder.summary()["lm_eval"]["run_requests"] == 1
     assert folder.summary()["partial"] is False
     assert results(folder)["results"]["answers"]["exact_match,none"] == 1.0
-
-
-class Screen(io.StringIO):
-    """A console's file that knows when a text was printed."""
-
-    def __init__(self, awaited: str) -> None:
-        super().__init__()
-        self._awaited = awaited
-        self.seen = threading.Event()
-
-    def write(self, text: str) -> int:
-        if self._awaited in text:
-            self.seen.set()
-        return super().write(text)
 
 
 def test_an_interrupt_keeps_what_is_in_flight(server, folder, job, console):

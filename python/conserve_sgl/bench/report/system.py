@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -9,7 +10,7 @@ import msgspec
 from conserve_sgl.bench.load.arrivals import Positive
 from conserve_sgl.bench.report.metrics import Slo
 
-__all__ = ["SystemConfig"]
+__all__ = ["SystemConfig", "check_names"]
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -50,3 +51,11 @@ class SystemConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def is_offline_ceiling(self) -> bool:
         """Whether it measures stock SGLang with offline work alone."""
         return self.kind == "stock" and self.load == "offline"
+
+
+def check_names(systems: Iterable[SystemConfig]) -> None:
+    """Raise ValueError when two of `systems` share a name, and so the place of their results."""
+    names = [system.name for system in systems]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two systems are named {name}")

@@ -12,7 +12,7 @@ import msgspec
 from conserve_sgl.bench.load.arrivals import Count, Positive
 from conserve_sgl.bench.load.config import OfflineLoad, OnlineConfig
 from conserve_sgl.bench.report.metrics import Slo
-from conserve_sgl.bench.report.system import SystemConfig
+from conserve_sgl.bench.report.system import SystemConfig, check_names
 from conserve_sgl.client.headers import OFFLINE_HEADERS
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.emulation import Emulation
@@ -60,10 +60,7 @@ class BenchConfig(_Config, kw_only=True):
     systems: Annotated[tuple[SystemConfig, ...], msgspec.Meta(min_length=1)]
 
     def __post_init__(self) -> None:
-        names = [system.name for system in self.systems]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two systems are named {name}")
+        check_names(self.systems)
 
     @property
     def time_scale(self) -> float:
