@@ -70,7 +70,10 @@ class Server:
     def __init__(self, process: ServerProcess) -> None:
         self.process = process
         self.base_url = process.base_url
-        self.http = httpx.Client(base_url=self.base_url, timeout=120)
+        # SGLang closes a connection that idles for 5 s, as long as httpx keeps it: what is sent
+        # just then is lost.
+        limits = httpx.Limits(keepalive_expiry=2)
+        self.http = httpx.Client(base_url=self.base_url, timeout=120, limits=limits)
 
     def generate(self, text: str, *, headers: dict[str, str] | None = None, **body: Any) -> dict:
         """POST /generate, greedy; the answer, which must be 200."""

@@ -39,6 +39,9 @@ __all__ = ["BadReply", "Client", "LineFailed", "NoSuchPath", "Target"]
 T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 10.0
+IDLE_S = 2.0
+"""How long a connection is kept for the next request. SGLang closes one after 5 s: what is sent on
+it just then is lost."""
 REDISCOVER_S = 5.0
 _CLOSED = 401
 _NO_PATH = {404, 405}
@@ -155,7 +158,9 @@ class Client:
         self._gateway = target.discover
         self._follows: asyncio.Task[None] | None = None
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, socket_factory=_kept_alive_socket),
+            connector=aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=IDLE_S, socket_factory=_kept_alive_socket
+            ),
             headers=offline_headers(name) | key_header(api_key),
             timeout=aiohttp.ClientTimeout(
                 total=target.request_timeout_s, sock_connect=CONNECT_TIMEOUT_S

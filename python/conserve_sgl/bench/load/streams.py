@@ -96,7 +96,8 @@ async def keep_in_flight(
 async def _posting(base_url: str, headers: Mapping[str, str]) -> AsyncIterator[Callable[..., Any]]:
     """A session's `post`, bound to `/generate`."""
     # Every request may hold a connection of its own: a pool limit would close the loop.
-    connector = aiohttp.TCPConnector(limit=0)
+    # And none is kept for as long as SGLang keeps it, 5 s: what is sent just then is lost.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(
         connector=connector, timeout=timeout, read_bufsize=2**20
