@@ -9,6 +9,7 @@ import pytest
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from conserve_sgl.platform.attention import CpuAttnBackend, group_rows
@@ -36,6 +37,23 @@ class FakePool:
         self.v[loc.loc] = v
 
 
+class FakeWindowPool(FakePool, SWAKVPool):
+    """A pool of windows, whose slots are others than those in the rows of requests."""
+
+    def __init__(self, kv_heads: int, dtype: torch.dtype) -> None:
+        FakePool.__init__(self, kv_heads, dtype)
+        self.swa_layer_nums = 1
+        self.layers_mapping = {0: (0, True)}
+        self.of_windows = torch.randperm(POOL_SLOTS)
+
+    def translate_loc_from_full_to_swa(self, kv_indices: torch.Tensor) -> torch.Tensor:
+        return self.of_windows[kv_indices]
+
+    def set_kv_buffer(self, _layer, loc, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.k[loc.swa_loc] = k
+        self.v[loc.swa_loc] = v
+
+
 @dataclass
 class Case:
     """One batch: `batch` is what SGLang hands a backend, the rest is for the reference."""
@@ -52,10 +70,10 @@ class Case:
         backend.init_forward_metadata(self.batch)
         return self.forward(backend)
 
-    def forward(self, backend: TorchNativeAttnBackend) -> torch.Tensor:
+    def forward(self, backend: TorchNativeAttnBackend, **known: torch.Tensor) -> torch.Tensor:
         decode = self.batch.forward_mode == ForwardMode.DECODE
         forward = backend.forward_decode if decode else backend.forward_extend
-        return forward(self.q, self.k, self.v, self.layer, self.batch)
+        return forward(self.q, self.k, self.v, self.layer, self.batch, **known)
 
 
 def make_case(
@@ -64,6 +82,7 @@ def make_case(
     *,
     heads: tuple[int, int] = (9, 3),
     dtype: torch.dtype = torch.float32,
+    window: int = -1,
 ) -> Case:
     """A batch of (cached, new) tokens per request, its slots scattered over the pool."""
     torch.manual_seed(0)
@@ -93,7 +112,7 @@ def make_case(
         tp_k_head_num=kv_heads,
         scaling=HEAD_DIM**-0.5,
         is_cross_attention=False,
-        sliding_window_size=-1,
+        sliding_window_size=window,
         attn_type=AttentionType.DECODER,
     )
     batch = SimpleNamespace(
@@ -110,7 +129,7 @@ def make_case(
     return Case(runner, layer, batch, q, k.view(kv_shape), v.view(kv_shape))
 
 
-def reference(case: Case) -> torch.Tensor:
+def reference(case: Case, sinks: torch.Tensor | None = None) -> torch.Tensor:
     """Softmax attention written out, one query row at a time; call after the KV was written."""
     pool, table = case.runner.token_to_kv_pool, case.runner.req_to_token_pool.req_to_token
     q = case.q.float().view(-1, case.layer.tp_q_head_num, HEAD_DIM)
@@ -118,17 +137,24 @@ def reference(case: Case) -> torch.Tensor:
     for i, request in enumerate(case.batch.req_pool_indices.tolist()):
         context, new = int(case.batch.seq_lens[i]), int(case.batch.extend_seq_lens[i])
         for position in range(context - new, context):
-            slots = table[request, : position + 1].long()
-            out.append(_attend_one(q[row], pool.k[slots].float(), pool.v[slots].float()))
+            window = case.layer.sliding_window_size
+            first = 0 if window < 0 else max(position - window, 0)
+            slots = table[request, first : position + 1].long()
+            if isinstance(pool, FakeWindowPool):
+                slots = pool.of_windows[slots]
+            out.append(_attend_one(q[row], pool.k[slots].float(), pool.v[slots].float(), sinks))
             row += 1
     return torch.stack(out).flatten(1)
 
 
-def _attend_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _attend_one(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+) -> torch.Tensor:
     share = q.shape[0] // k.shape[1]
     k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
-    weights = torch.einsum("hd,thd->ht", q, k).mul(HEAD_DIM**-0.5).softmax(-1)
-    return torch.einsum("ht,thd->hd", weights, v)
+    scores = torch.einsum("hd,thd->ht", q, k).mul(HEAD_DIM**-0.5).exp()
+    sums = scores.sum(1) + (0 if sinks is None else sinks.exp())
+    return torch.einsum("ht,thd->hd", scores / sums[:, None], v)
 
 
 EXTENDS = [
@@ -226,10 +252,47 @@ def test_slots_beyond_a_context_do_not_leak_even_if_they_are_not_numbers() -> No
     assert case.run(CpuAttnBackend).isfinite().all()
 
 
-def test_a_sliding_window_is_torch_natives() -> None:
-    case = make_case(ForwardMode.EXTEND, [(30, 20)])
-    case.layer.sliding_window_size = 8
-    torch.testing.assert_close(case.run(CpuAttnBackend), case.run(TorchNativeAttnBackend))
+STEPS = [
+    pytest.param(ForwardMode.EXTEND, [(0, 300), (64, 3), (5, 2)], id="extend"),
+    pytest.param(ForwardMode.MIXED, [(30, 140), (9, 1), (300, 1)], id="mixed"),
+    pytest.param(ForwardMode.DECODE, [(300, 1), (2, 1), (8, 1), (9, 1)], id="decode"),
+]
+
+
+@pytest.mark.parametrize("window", [0, 8, 130, 1000])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("mode", "requests"), STEPS)
+def test_a_sliding_window(mode, requests, heads, window) -> None:
+    _check(make_case(mode, requests, heads=heads, window=window))
+
+
+@pytest.mark.parametrize(("mode", "requests"), STEPS)
+def test_windows_have_a_pool_of_their_own(mode, requests) -> None:
+    case = make_case(mode, requests, window=8)
+    case.runner.token_to_kv_pool = FakeWindowPool(3, torch.float32)
+    torch.testing.assert_close(case.run(CpuAttnBackend), reference(case), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [-1, 8])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("mode", "requests"), STEPS)
+def test_sinks_take_a_share_of_the_attention(mode, requests, heads, window) -> None:
+    case = make_case(mode, requests, heads=heads, window=window)
+    sinks = torch.randn(heads[0])
+    backend = CpuAttnBackend(case.runner)
+    backend.init_forward_metadata(case.batch)
+    ours = case.forward(backend, sinks=sinks)
+    torch.testing.assert_close(ours, reference(case, sinks), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_with_windows_and_without_take_turns() -> None:
+    case = make_case(ForwardMode.DECODE, [(300, 1), (2, 1)])
+    backend = CpuAttnBackend(case.runner)
+    backend.init_forward_metadata(case.batch)
+    for window in (-1, 8, -1, 100):
+        case.layer.sliding_window_size = window
+        ours = case.forward(backend)
+        torch.testing.assert_close(ours, reference(case), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
