@@ -13,10 +13,13 @@ from types import SimpleNamespace
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InitLoadBackParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
+from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -24,6 +27,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
 from conserve_sgl.checkpoint.checkpointer import Checkpointer
+from conserve_sgl.checkpoint.kv_pools import KvPools
 from conserve_sgl.checkpoint.ownership import check_ownership
 from conserve_sgl.config import CheckpointConfig
 from conserve_sgl.platform import hicache
@@ -59,6 +63,45 @@ def make_request(rid: str, prompt: list[int], output_tokens: int) -> Req:
     return Req(rid, "", array("q", prompt), sampling, priority=OFFLINE)
 
 
+def _one_pool(tokens: int) -> TokenToKVPoolAllocator:
+    pool = MHATokenToKVPool(
+        size=tokens,
+        page_size=1,
+        dtype=torch.float32,
+        head_num=1,
+        head_dim=1,
+        layer_num=1,
+        device="cpu",
+        enable_memory_saver=False,
+    )
+    return TokenToKVPoolAllocator(
+        size=tokens, dtype=torch.float32, device="cpu", kvcache=pool, need_sort=False
+    )
+
+
+def _two_pools(tokens: int, window_tokens: int) -> SWATokenToKVPoolAllocator:
+    pool = SWAKVPool(
+        size=tokens,
+        size_swa=window_tokens,
+        page_size=1,
+        dtype=torch.float32,
+        head_num=1,
+        head_dim=1,
+        full_attention_layer_ids=[0],
+        swa_attention_layer_ids=[1],
+        device="cpu",
+    )
+    return SWATokenToKVPoolAllocator(
+        size=tokens,
+        size_swa=window_tokens,
+        page_size=1,
+        dtype=torch.float32,
+        device="cpu",
+        kvcache=pool,
+        need_sort=False,
+    )
+
+
 class Kernel:
     """Rows, a KV pool and a tree, and a Checkpointer over them.
 
@@ -68,6 +111,8 @@ class Kernel:
         config: of the Checkpointer.
         host_ratio: size of HiCache's host pool over the device pool; None is without HiCache.
         token_s: what computing a token would take; with little, copies to the host do not pay.
+        window: tokens before its own that a token sees in a second layer, which has a pool of three
+            quarters of the size; None is without one.
     """
 
     def __init__(
@@ -78,6 +123,7 @@ class Kernel:
         config: CheckpointConfig,
         host_ratio: float | None,
         token_s: float = 1e-4,
+        window: int | None = None,
     ) -> None:
         args = ServerArgs(
             model_path="dummy",
@@ -93,19 +139,14 @@ class Kernel:
         self.rows = ReqToTokenPool(
             size=rows, max_context_len=1024, device="cpu", enable_memory_saver=False
         )
-        self.pool = MHATokenToKVPool(
-            size=kv_tokens,
-            page_size=1,
-            dtype=torch.float32,
-            head_num=1,
-            head_dim=1,
-            layer_num=1,
-            device="cpu",
-            enable_memory_saver=False,
-        )
-        self.allocator = TokenToKVPoolAllocator(
-            size=kv_tokens, dtype=torch.float32, device="cpu", kvcache=self.pool, need_sort=False
-        )
+        self.window = window
+        components = (ComponentType.FULL,)
+        if window is None:
+            self.allocator = _one_pool(kv_tokens)
+        else:
+            self.allocator = _two_pools(kv_tokens, kv_tokens * 3 // 4)
+            components = (ComponentType.FULL, ComponentType.SWA)
+        self.pool = self.allocator.get_kvcache()
         params = CacheInitParams(
             disable=False,
             req_to_token_pool=self.rows,
@@ -131,13 +172,18 @@ class Kernel:
     @property
     def kv(self) -> torch.Tensor:
         """The fingerprint in every slot."""
-        return self.pool.k_buffer[0].view(-1)
+        return self.pool.get_key_buffer(0).view(-1)
+
+    @property
+    def kv_of_windows(self) -> torch.Tensor:
+        """The same in the pool of the windows."""
+        return self.pool.get_key_buffer(1).view(-1)
 
     def prefill(self, req: Req) -> bool:
         """Admit `req` and compute what the tree has not; False when it does not fit."""
         self.poll()
         req.init_next_round_input(self.tree)
-        load = self._load_back(req) if req.host_hit_length else -1
+        load = self._load_back(req) if req.needs_host_load_back() else -1
         req.lock = self.tree.lock(req.last_node)
         found = req.prefix_len
         slots = self._take(req.seqlen - found)
@@ -185,6 +231,9 @@ class Kernel:
         slots = self._take(len(reqs))
         if slots is None:
             return False
+        for req in reqs:
+            if self.window is not None:  # before each step, as `ScheduleBatch.maybe_evict_swa`
+                self.tree.evict_sliding_windows(req, req.seqlen - 1)
         for req, slot in zip(reqs, slots, strict=True):
             end = req.seqlen
             self.rows.req_to_token[req.kv.req_pool_idx, end - 1] = slot
@@ -204,11 +253,12 @@ class Kernel:
 
     def evict(self, tokens: int) -> None:
         """Take KV from the tree that no request locks."""
-        self.tree.evict(EvictParams(num_tokens=tokens))
+        of_windows = 0 if self.window is None else tokens
+        self.tree.evict(EvictParams(num_tokens=tokens, swa_num_tokens=of_windows))
 
     def room(self) -> int:
         """KV tokens that are free or can be evicted."""
-        return self.allocator.available_size() + self.tree.evictable_size()
+        return KvPools(self.tree).free_tokens
 
     def load_ahead(self, reqs: list[Req]) -> list[Req]:
         """Those that wait for their KV."""
@@ -223,12 +273,18 @@ class Kernel:
         self.tree.sanity_check()
         if self.tree.cache_controller is not None:
             host = self.tree.cache_controller.mem_pool_host
+        if self.window is not None:
+            assert self.tree.swa_protected_size() == 0
+            assert KvPools(self.tree).free_window_tokens == self.allocator.size_swa
             self.evict(self.kv_tokens)
             self.tree.evict_host(host.size)
             assert host.available_size() == host.size
 
     def _take(self, tokens: int) -> torch.Tensor | None:
         short = tokens - self.allocator.available_size()
+            if self.window is not None:
+                host = self.tree.host_pool_group.get_pool(PoolName.SWA)
+                assert host.available_size() == host.size
         if short > 0:
             self.evict(short)
         return self.allocator.alloc(tokens)
@@ -241,8 +297,16 @@ class Kernel:
 
     def _sample(self, req: Req) -> None:
         row = self.rows.req_to_token[req.kv.req_pool_idx, : req.kv.kv_committed_len]
+            if self.window is not None:
+                slot = self.allocator.translate_loc_from_full_to_swa(row[position : position + 1])
+                self.kv_of_windows[slot] = _fingerprint(tokens[: position + 1])
         seen = self.kv[row.long()]
         tokens = req.origin_input_ids + req.output_ids
         right = _fingerprints(tokens)
         wrong = sum(a != b for a, b in zip(seen.tolist(), right, strict=True))
         req.output_ids.append(next_token(seen[-1].item()) + wrong)
+        if self.window is not None:
+            slots = self.allocator.translate_loc_from_full_to_swa(row[-self.window - 1 :])
+            seen_in_window = self.kv_of_windows[slots].tolist()
+            right = right[-self.window - 1 :]
+            wrong += sum(a != b for a, b in zip(seen_in_window, right, strict=True))

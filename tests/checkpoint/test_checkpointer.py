@@ -12,9 +12,13 @@ from conserve_sgl.config import CheckpointConfig
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
     from checkpoint.kernel import ONLINE, Kernel, make_request
+    from conserve_sgl.checkpoint.kv_pools import KvPools
 
 STRIDE = 8
+WINDOW = 9
 CHECKPOINTED = CheckpointConfig(stride_tokens=STRIDE)
 SHARED = list(range(20))
 
@@ -25,9 +29,15 @@ def kernel(
     kv_tokens: int = 400,
     host_ratio: float | None = None,
     token_s: float = 1e-4,
+    window: int | None = None,
 ) -> Kernel:
     return Kernel(
-        kv_tokens=kv_tokens, rows=8, config=config, host_ratio=host_ratio, token_s=token_s
+        kv_tokens=kv_tokens,
+        rows=8,
+        config=config,
+        host_ratio=host_ratio,
+        token_s=token_s,
+        window=window,
     )
 
 
@@ -406,12 +416,13 @@ def test_a_flush_forgets_what_was_pinned():
 
 @pytest.mark.parametrize("token_s", [1e-4, CHEAP_S], ids=["copies pay", "they do not"])
 @pytest.mark.parametrize("host_ratio", [None, 3, 1.1], ids=["tree", "host", "small host"])
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["all layers", "window"])
 @pytest.mark.parametrize("seed", range(4))
-def test_random_lives_end_with_the_tokens_of_a_run_alone(seed, host_ratio, token_s):
+def test_random_lives_end_with_the_tokens_of_a_run_alone(seed, window, host_ratio, token_s):
     """A dozen requests in a pool for a few; each preempted when memory ends, and at random."""
     chance = random.Random(seed)
     kv_tokens = chance.choice([170, 260, 400])
-    engine = kernel(kv_tokens=kv_tokens, host_ratio=host_ratio, token_s=token_s)
+    engine = kernel(kv_tokens=kv_tokens, host_ratio=host_ratio, token_s=token_s, window=window)
     tokens = 60
     waiting = [make_request(str(i), prompt(i), tokens) for i in range(12)]
     running: list = []
@@ -444,4 +455,53 @@ def test_random_lives_end_with_the_tokens_of_a_run_alone(seed, host_ratio, token
     assert not waiting
     assert not running
     assert preempted > 3
+    engine.assert_balanced()
+
+
+def test_a_window_that_is_gone_costs_recomputation_and_no_more():
+    engine = kernel(window=WINDOW)
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    decode(engine, req, 30)
+    computed = req.kv.kv_committed_len
+    engine.checkpoints.give_way(req, urgent=False)
+    engine.tree.evict(EvictParams(swa_num_tokens=engine.kv_tokens))
+    assert engine.room() == engine.kv_tokens
+    assert engine.prefill(req)
+    state = engine.checkpoints.state()
+    assert (state["restored_tokens"], state["recomputed_tokens"]) == (0, computed)
+    decode(engine, req, 10)
+    assert list(req.output_ids) == run_alone(0, len(req.output_ids))
+
+
+def test_a_request_holds_no_more_than_its_window_in_the_pool_of_windows():
+    engine = kernel(window=WINDOW)
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    decode(engine, req, 60)
+    pools = KvPools(engine.tree)
+    assert engine.kv_tokens - pools.free_tokens == req.kv.kv_committed_len
+    assert engine.allocator.size_swa - pools.free_window_tokens <= 2 * WINDOW + STRIDE
+    engine.checkpoints.give_way(req, urgent=True)
+    engine.assert_balanced()
+
+
+@pytest.mark.parametrize("also_on_the_device", [False, True])
+def test_windows_come_back_from_the_host(also_on_the_device):
+    """With the KV of the other layers, or where the device has that still."""
+    engine = kernel(host_ratio=3, window=WINDOW)
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    decode(engine, req, 80)
+    engine.checkpoints.give_way(req, urgent=False)
+    engine.poll()
+    engine.poll()
+    tokens = 0 if also_on_the_device else 10_000
+    engine.tree.evict(EvictParams(num_tokens=tokens, swa_num_tokens=10_000))
+    assert engine.prefill(req)
+    assert engine.checkpoints.state()["recomputed_tokens"] == 0
+    decode(engine, req, 10)
+    assert list(req.output_ids) == run_alone(0, len(req.output_ids))
+    engine.checkpoints.give_way(req, urgent=False)
+    engine.checkpoints.forget([req])
     engine.assert_balanced()

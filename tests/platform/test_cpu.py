@@ -8,10 +8,18 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
+from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
+from sglang.srt.server_args import ServerArgs
 
 from conserve_sgl.errors import IncompatibleError
-from conserve_sgl.platform.cpu import CHUNKED_PREFILL_TOKENS, KV_POOL_TOKENS, CpuPlatform
+from conserve_sgl.platform import NAME, experts
+from conserve_sgl.platform.cpu import (
+    CHUNKED_PREFILL_TOKENS,
+    KV_POOL_TOKENS,
+    CpuPlatform,
+    _fit_to_model,
+)
 
 
 def _args(**given: Any) -> SimpleNamespace:
@@ -91,3 +99,45 @@ def test_the_platform_announces_its_attention_backend_once() -> None:
 
 def test_the_device_is_a_flag_and_a_torch_device() -> None:
     assert torch.device(CpuPlatform().get_device()).type == "cpu"
+
+
+def _seen_by_sglang(monkeypatch: pytest.MonkeyPatch, arch: str, **flags: Any) -> tuple[str, str]:
+    """The attention backend that SGLang's adjustments to a model see, and the one after them."""
+    config = SimpleNamespace(
+        hf_config=SimpleNamespace(architectures=[arch]),
+        is_hybrid_swa=arch in ("GptOssForCausalLM", "MellumForCausalLM"),
+    )
+    monkeypatch.setattr(
+        "sglang.srt.arg_groups.model_override_base.model_config_of", lambda _args: config
+    )
+    args = ServerArgs(model_path="dummy", **{"attention_backend": NAME, **flags})
+    seen = []
+    _fit_to_model(args, lambda args: seen.append(resolving_view(args).attention_backend))
+    return seen[0], resolving_view(args).attention_backend
+
+
+def test_gpt_oss_is_served_although_sglang_does_not_list_our_backend(monkeypatch) -> None:
+    assert _seen_by_sglang(monkeypatch, "GptOssForCausalLM") == ("intel_amx", NAME)
+    assert _seen_by_sglang(monkeypatch, "MellumForCausalLM") == (NAME, NAME)
+
+
+def test_torch_native_knows_no_pool_of_windows(monkeypatch) -> None:
+    with pytest.raises(IncompatibleError, match="the windows of MellumForCausalLM"):
+        _seen_by_sglang(monkeypatch, "MellumForCausalLM", attention_backend="torch_native")
+    llama = _seen_by_sglang(monkeypatch, "LlamaForCausalLM", attention_backend="torch_native")
+    assert llama == ("torch_native", "torch_native")
+
+
+def test_the_experts_of_gpt_oss_need_no_compiler(monkeypatch) -> None:
+    from sglang.srt.layers.moe import fused_moe_native as native
+
+    # Put back after the test what SGLang has.
+    monkeypatch.setattr(native, "swiglu_gpt_oss_sigmoid_alpha", native.swiglu_gpt_oss_sigmoid_alpha)
+    for _ in range(2):
+        experts.install()
+    gate, up = torch.tensor([3.0, 9.0]), torch.tensor([-9.0, 0.5])
+    given = torch.stack((gate, up), -1).flatten()
+    limited = gate.clamp(max=7.0)
+    wanted = limited * torch.sigmoid(1.702 * limited) * (up.clamp(-7.0, 7.0) + 1)
+    torch.testing.assert_close(native.swiglu_gpt_oss_sigmoid_alpha(given, 1.702, 7.0), wanted)
+    assert not hasattr(native.swiglu_gpt_oss_sigmoid_alpha, "_torchdynamo_orig_callable")

@@ -17,8 +17,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MellumConfig,
+    MellumForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -33,7 +39,17 @@ from transformers import (
 
 __all__ = ["CONTEXT_TOKENS", "Arch", "make_tiny_model"]
 
-Arch = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "deepseek_v2"]
+Arch = Literal[
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v2",
+    "gemma3_causal",
+    "mellum",
+    "gpt_oss",
+]
 CONTEXT_TOKENS = 4096
 
 _ARCHS: dict[str, tuple[type, type]] = {
@@ -43,6 +59,9 @@ _ARCHS: dict[str, tuple[type, type]] = {
     "mixtral": (MixtralConfig, MixtralForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
+    "gemma3_causal": (Gemma3TextConfig, Gemma3ForCausalLM),
+    "mellum": (MellumConfig, MellumForCausalLM),
+    "gpt_oss": (GptOssConfig, GptOssForCausalLM),
 }
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -58,7 +77,8 @@ _WEIGHT_STD = 0.25 * (16 / _HEAD_DIM) ** 0.5
 _BIAS_STD = 0.05
 _EXPERTS = 8
 _EXPERTS_PER_TOKEN = 2
-_MIXTURES: dict[str, dict[str, object]] = {
+_WINDOW = 24
+_DETAILS: dict[str, dict[str, object]] = {
     "mixtral": {"num_local_experts": _EXPERTS, "num_experts_per_tok": _EXPERTS_PER_TOKEN},
     "qwen3_moe": {
         "num_experts": _EXPERTS,
@@ -89,8 +109,27 @@ _MIXTURES: dict[str, dict[str, object]] = {
             "original_max_position_embeddings": CONTEXT_TOKENS // 4,
         },
     },
+    "gemma3_causal": {
+        "sliding_window": _WINDOW,
+        "query_pre_attn_scalar": _HEAD_DIM,
+        "tie_word_embeddings": True,  # SGLang asks the embeddings for logits whatever this says
+    },
+    "mellum": {
+        "sliding_window": _WINDOW,
+        "num_experts": _EXPERTS,
+        "num_experts_per_tok": _EXPERTS_PER_TOKEN,
+        "moe_intermediate_size": 64,
+    },
+    "gpt_oss": {
+        "sliding_window": _WINDOW,
+        "num_local_experts": _EXPERTS,
+        "num_experts_per_tok": _EXPERTS_PER_TOKEN,
+        "intermediate_size": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
 }
 _QK_NORM = 2.0
+_FEED_FORWARD_NORM = 8.0  # with the embeddings as output head a smaller one repeats the last token
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -118,6 +157,8 @@ def make_tiny_model(
         arch: qwen2 has biases in attention, qwen3 norms on queries and keys, llama neither. mixtral
             and qwen3_moe have eight experts in every layer, of which two see a token; deepseek_v2
             has them in all but the first, a shared one beside them, and latent attention.
+            gemma3_causal, mellum and gpt_oss have a window of 24 tokens in every other layer;
+            mellum has eight experts in half of its layers, gpt_oss in all, and attention sinks.
         layers: decoder layers.
         dtype: of the weights on disk; bfloat16 weights are the float32 ones, rounded.
         seed: of the weights.
@@ -129,9 +170,20 @@ def make_tiny_model(
 
 def _model(arch: Arch, layers: int, seed: int) -> PreTrainedModel:
     config_class, model_class = _ARCHS[arch]
-    model = model_class(config_class(**_geometry(layers) | _MIXTURES.get(arch, {})))
+    details = _DETAILS.get(arch, {})
+    if "sliding_window" in details:
+        details = details | {
+            "layer_types": _alternating("sliding_attention", "full_attention", layers)
+        }
+    if arch == "mellum":
+        details = details | {"mlp_layer_types": _alternating("dense", "sparse", layers)}
+    model = model_class(config_class(**_geometry(layers) | details))
     _randomize(model, torch.Generator().manual_seed(seed))
     return model
+
+
+def _alternating(even: str, odd: str, layers: int) -> list[str]:
+    return [odd if layer % 2 else even for layer in range(layers)]
 
 
 def _geometry(layers: int) -> dict[str, object]:
@@ -156,8 +208,12 @@ def _randomize(model: PreTrainedModel, generator: torch.Generator) -> None:
     for name, weight in sorted(model.named_parameters()):
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             weight.fill_(_QK_NORM)
+        elif name.endswith("post_feedforward_layernorm.weight"):
+            weight.fill_(_FEED_FORWARD_NORM)
         elif "norm" not in name:
             weight.normal_(std=_WEIGHT_STD if weight.ndim > 1 else _BIAS_STD, generator=generator)
+        if name.endswith("sinks"):
+            weight.copy_(weight.bfloat16())  # what SGLang keeps of them
     _mute_unspoken(model.get_output_embeddings().weight)
 
 

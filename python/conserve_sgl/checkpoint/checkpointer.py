@@ -40,6 +40,7 @@ from conserve_sgl.checkpoint.host import (
     release_req,
 )
 from conserve_sgl.checkpoint.host_copies import HostCopies
+from conserve_sgl.checkpoint.kv_pools import KvPools
 from conserve_sgl.checkpoint.host_writes import HostWrites
 from conserve_sgl.checkpoint.ownership import check_ownership, is_asked_for
 from conserve_sgl.checkpoint.penalties import restore_penalties
@@ -110,6 +111,7 @@ class Checkpointer:
         self._page = tree_cache.page_size
         self._stride_tokens = config.stride_tokens
         self._total_tokens = max_total_tokens
+        self._pools = KvPools(tree_cache)
         # SGLang frees what was thought between think tags from the row when a request ends; a tree
         # that had it already would be asked to free it twice.
         self.enabled = (
@@ -162,7 +164,7 @@ class Checkpointer:
                 token_s=self.token_s,
                 risk=self._risk.per_token,
                 page_tokens=self._page,
-                free_kv_tokens=self._allocator.available_size() + self._tree.evictable_size(),
+                free_kv_tokens=self._pools.free_tokens,
                 total_kv_tokens=self._total_tokens,
                 backlog_tokens=self.backlog_tokens(),
                 online_tight=online_tight,

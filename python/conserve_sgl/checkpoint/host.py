@@ -2,6 +2,7 @@
 
 from sglang.srt.managers.cache_controller import HiCacheController
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch, release_req
+from sglang.srt.mem_cache.allocator.swa import is_swa_req_ring
 from sglang.srt.mem_cache.base_prefix_cache import DecLockRefParams, InsertParams, InsertResult
 from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
@@ -19,5 +20,6 @@ __all__ = [
     "ScheduleBatch",
     "UnifiedRadixCache",
     "get_serving",
+    "is_swa_req_ring",
     "release_req",
 ]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
-from conserve_sgl.engine.host import AddReqResult, PrefillAdder, Req
+from conserve_sgl.engine.host import AddReqResult, PrefillAdder, Req, SWAPrefillBudget
 from conserve_sgl.engine.memory import KvMemory
 
 __all__ = ["ConserveAdder", "OfflinePurse"]
@@ -79,7 +79,7 @@ class ConserveAdder(PrefillAdder):
 
     def add_chunked_req(self, req: Req) -> Req | None:
         if not self._purse.is_offline(req):
-            self._make_room(len(req.full_untruncated_fill_ids) - req.prefix_len)
+            self._make_room(req, len(req.full_untruncated_fill_ids) - req.prefix_len)
             return super().add_chunked_req(req)
         with self._purse_as_limit():
             return super().add_chunked_req(req)
@@ -91,7 +91,7 @@ class ConserveAdder(PrefillAdder):
         if not self._purse.is_offline(req):
             # The cached prefix counts too: admission locks it, and it is free no longer.
             cached_tokens = req.prefix_len + req.host_hit_length
-            self._make_room(new_tokens, cached_tokens)
+            self._make_room(req, new_tokens, cached_tokens)
             verdict = super().add_one_req(req, has_chunked_req, truncation_align_size)
             if verdict is AddReqResult.NO_TOKEN and self._now_fits(req, cached_tokens):
                 self.req_states = None
@@ -106,11 +106,26 @@ class ConserveAdder(PrefillAdder):
         self._purse.found_no_kv = True
         return AddReqResult.OTHER  # NO_TOKEN would shut admission to online requests too
 
-    def _make_room(self, new_tokens: int, cached_tokens: int = 0) -> None:
+    def _make_room(self, req: Req, new_tokens: int, cached_tokens: int = 0) -> None:
         """Get the KV of the next chunk from offline requests, as far as it is not free."""
         if self._offline_claim:
             chunk = min(new_tokens, self.rem_chunk_tokens)
-            self._get(cached_tokens + self.ceil_paged_tokens(chunk + 1))
+            tokens = cached_tokens + self.ceil_paged_tokens(chunk + 1)
+            self._get(tokens, self._window_tokens(req, new_tokens, cached_tokens))
+
+    def _window_tokens(self, req: Req, new_tokens: int, cached_tokens: int) -> int:
+        """What `req` needs in layers with a window, by SGLang's own account, which wants a token
+        more; 0 where there are none."""
+        budget = self.memory_budget
+        if not isinstance(budget, SWAPrefillBudget):
+            return 0
+        locked = min(cached_tokens, self.tree_cache.sliding_window_size)
+        needed = budget.swa_tokens(
+            self.ceil_paged_tokens(new_tokens),
+            self._swa_new_tokens(req),
+            chunk_limit=self.rem_chunk_tokens,
+        )
+        return int(budget.swa_offset) + self.ceil_paged_tokens(locked) + needed + 1
 
     def _now_fits(self, req: Req, cached_tokens: int) -> bool:
         """Whether offline requests gave way for all that `req` may ever need.
@@ -122,10 +137,13 @@ class ConserveAdder(PrefillAdder):
         new_tokens = len(req.full_untruncated_fill_ids) - cached_tokens
         needed = cached_tokens + self.ceil_paged_tokens(new_tokens + max(rest, 0) + 1)
         missing = needed + self._admitted - self._purse.memory.free_tokens
-        return 0 < missing <= self._reclaimable and self._get(needed)
+        window_tokens = self._window_tokens(req, new_tokens, cached_tokens)
+        return 0 < missing <= self._reclaimable and self._get(needed, window_tokens)
 
-    def _get(self, tokens: int) -> bool:
-        enough = self._purse.memory.make_room(self.running_batch, self._admitted + tokens)
+    def _get(self, tokens: int, window_tokens: int) -> bool:
+        enough = self._purse.memory.make_room(
+            self.running_batch, self._admitted + tokens, window_tokens
+        )
         # What gave way is free now. If that is not enough, SGLang's own account decides.
         self._claim(self._offline_needs + self._reclaimable if enough else 0)
         return enough

@@ -18,6 +18,7 @@ from sglang.srt.managers.scheduler_components.invariant_checker import Scheduler
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from sglang.srt.mem_cache.prefill_budget import SWAPrefillBudget
 from sglang.srt.platforms import current_platform
 from sglang.srt.runtime_context import get_exec, get_schedule
 from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
@@ -37,6 +38,7 @@ __all__ = [
     "PrefillAdder",
     "Req",
     "SamplingParams",
+    "SWAPrefillBudget",
     "ScheduleBatch",
     "SchedulePolicy",
     "Scheduler",

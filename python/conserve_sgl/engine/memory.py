@@ -7,6 +7,7 @@ from typing import Any
 
 from conserve_sgl.checkpoint.checkpointer import Checkpointer
 from conserve_sgl.checkpoint.fault import RandomPreemption
+from conserve_sgl.checkpoint.kv_pools import KvPools
 from conserve_sgl.engine.aside import Aside
 from conserve_sgl.engine.host import Req, ScheduleBatch
 
@@ -14,11 +15,15 @@ __all__ = ["KvMemory"]
 
 
 class KvMemory:
-    """The KV pool of one scheduler, and who gives way in it.
+    """The KV of one scheduler, and who gives way in it.
+
+    Where layers have windows there are two pools (`KvPools`). What is told of KV here is that of
+    the layers without one, which a token holds as long as its request; what a window needs is
+    little, and is asked for beside it.
 
     Args:
-        tree_cache: SGLang's; its allocator is the pool.
-        total_tokens: of the pool.
+        tree_cache: SGLang's; its allocator is that of the KV.
+        total_tokens: of KV.
         checkpoints: releases requests, and knows what each loses.
         aside: requests that SGLang does not know of.
         is_offline: tells an offline request; no other gives way.
@@ -37,8 +42,7 @@ class KvMemory:
         requeue: Callable[[Req], None],
         free_rows: Callable[[], int],
     ) -> None:
-        self._tree = tree_cache
-        self._allocator = tree_cache.token_to_kv_pool_allocator
+        self._pools = KvPools(tree_cache)
         self._page = tree_cache.page_size
         self._total_tokens = total_tokens
         self._checkpoints = checkpoints
@@ -53,7 +57,11 @@ class KvMemory:
     @property
     def free_tokens(self) -> int:
         """KV tokens that nobody holds, or that the radix tree would give up at once."""
-        return self._allocator.available_size() + self._tree.evictable_size()
+        return self._pools.free_tokens
+
+    def has_free(self, tokens: int) -> bool:
+        """Whether so many tokens that are computed in one step find KV in every layer."""
+        return min(self._pools.free_tokens, self._pools.free_window_tokens) >= tokens
 
     def offers(self, running: ScheduleBatch) -> int:
         """KV tokens that offline requests, of `running` or aside, would give to an online one."""
@@ -97,9 +105,13 @@ class KvMemory:
                 self.preempt_aside(lambda req, victim=victim: req is victim, urgent=True)
         return True
 
-    def make_room(self, running: ScheduleBatch, tokens: int) -> bool:
-        """`give_way` until so many KV tokens are free."""
-        return self.give_way(running, lambda: self.free_tokens >= tokens)
+    def make_room(self, running: ScheduleBatch, tokens: int, window_tokens: int) -> bool:
+        """`give_way` until so many KV tokens are free, and so many in layers with a window."""
+        pools = self._pools
+        return self.give_way(
+            running,
+            lambda: pools.free_tokens >= tokens and pools.free_window_tokens >= window_tokens,
+        )
 
     def make_rows(self, running: ScheduleBatch, rows: int) -> bool:
         """`give_way` until so many rows of requests are free."""

@@ -155,9 +155,11 @@ class ConserveScheduler(Scheduler):
 
     def init_running_status(self) -> None:
         super().init_running_status()
-        if self.is_hybrid_swa or self.is_hybrid_ssm:
+        if self.is_hybrid_ssm:
+            raise IncompatibleError("models with state-space layers are not supported by conserve")
+        if self.is_hybrid_swa and not self.full_tokens_per_layer:
             raise IncompatibleError(
-                "models with sliding-window or state-space layers are not supported by conserve"
+                "models whose layers all have a sliding window are not supported by conserve"
             )
         config = ConserveConfig.from_environment() or ConserveConfig()
         self._live = LiveSettings(config)

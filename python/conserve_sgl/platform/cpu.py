@@ -55,6 +55,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
             add_deterministic_attention_backend_choices([NAME])
             add_radix_supported_deterministic_attention_backend_choices([NAME])
             register_resolution_hook("handle_cpu_backends")(_choose_attention_backend)
+            register_resolution_hook("handle_model_specific_adjustments")(_fit_to_model)
 
     def get_device(self, device_id: int | None = None) -> str:  # noqa: ARG002  one CPU device
         """`"cpu"`; a string, since SGLang keeps it as the flag `--device`."""
@@ -90,12 +91,13 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         _disable_graphs(server_args)
 
     def init_backend(self) -> None:
-        """Register attention, HiCache and sampling where a model runs. Idempotent."""
+        """Register attention, experts, HiCache and sampling where a model runs. Idempotent."""
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
-        from conserve_sgl.platform import hicache, sampling
+        from conserve_sgl.platform import experts, hicache, sampling
 
         register_attention_backend(NAME)(_make_attention_backend)
+        experts.install()
         hicache.install()
         sampling.install()
 
@@ -122,6 +124,37 @@ def _choose_attention_backend(server_args: Any, previous: Any) -> None:
     if resolving_view(server_args).attention_backend is None:
         declare_resolution(server_args, f"platform:{NAME}", attention_backend=NAME)
     previous(server_args)
+
+
+def _fit_to_model(server_args: Any, previous: Any) -> None:
+    """Around SGLang's own adjustments to a model.
+
+    gpt-oss it has on a list of attention backends, for their windows and sinks, which ours has too;
+    and the experts of that in a kernel of a GPU's, unless told otherwise.
+
+    Raises:
+        IncompatibleError: the model's windows have a KV pool, and torch_native was asked for.
+    """
+    from sglang.srt.arg_groups.model_override_base import attention_backends_of, model_config_of
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    args, config = resolving_view(server_args), model_config_of(server_args)
+    (arch, *_) = config.hf_config.architectures or [""]
+    if config.is_hybrid_swa and "torch_native" in attention_backends_of(args):
+        raise IncompatibleError(
+            f"--attention-backend torch_native does not know the KV pool of the windows of {arch}: "
+            f"use {NAME}, or --disable-hybrid-swa-memory"
+        )
+    if arch != "GptOssForCausalLM" or args.attention_backend != NAME:
+        previous(server_args)
+        return
+    runner = "triton" if args.moe_runner_backend == "auto" else args.moe_runner_backend
+    source = f"platform:{NAME}"
+    declare_resolution(
+        server_args, source, attention_backend="intel_amx", moe_runner_backend=runner
+    )
+    previous(server_args)
+    declare_resolution(server_args, source, attention_backend=NAME)
 
 
 def _make_attention_backend(runner: Any) -> Any:
