@@ -17,8 +17,6 @@ from conserve_sgl.emulation import DEVICE_ENV
 def args(**changes) -> SimpleNamespace:
     return SimpleNamespace(
         **{
-            "enable_hierarchical_cache": True,
-            "hicache_write_policy": "write_through",
             "hicache_size": 0,
             "hicache_ratio": None,
             "mem_fraction_static": 0.5,
@@ -31,8 +29,6 @@ def args(**changes) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("changes", "free_gib", "device_gib", "level", "said"),
     [
-        ({"enable_hierarchical_cache": False}, 500, 80, Level.NOTE, "--enable-hierarchical-cache"),
-        ({"hicache_write_policy": "write_back"}, 500, 80, Level.NOTE, "write_back copies too late"),
         ({}, 91, 80, Level.OK, "80 GiB of 81 GiB"),
         ({}, 89, 80, Level.NOTE, "lower --hicache-size"),
         ({"hicache_ratio": 4.0}, 91, 80, Level.NOTE, "160 GiB"),
@@ -65,7 +61,7 @@ def report(tmp_path, monkeypatch):
         path.write_text(config)
         console = Console(file=io.StringIO(), width=80)
         monkeypatch.setattr(doctor, "_hooks", lambda _config: [])
-        monkeypatch.setattr(doctor, "_flags", lambda _flags: [])
+        monkeypatch.setattr(doctor, "_flags", lambda _flags, _config: [])
         monkeypatch.setattr(doctor, "_machine", list)
         code = doctor.examine(console, config=path, flags=flags)
         return console.file.getvalue(), code

@@ -28,6 +28,7 @@ from rich.markup import escape
 from conserve_sgl import __version__, compat
 from conserve_sgl.config import CONFIG_ENV, ConserveConfig
 from conserve_sgl.emulation import Emulation
+from conserve_sgl.engine.capabilities import Host, decide
 from conserve_sgl.errors import ConserveError, HookError
 from conserve_sgl.profile.store import model_path
 
@@ -91,7 +92,7 @@ def examine(console: Console, *, config: Path | None, flags: Sequence[str]) -> i
     if not bad:
         with console.status("Loading SGLang as a server does"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what this machine is without, a line for each
-            report(_flags(flags), _hooks(config), _machine())
+            report(_flags(flags, config), _hooks(config), _machine())
     if bad:
         names = ", ".join(dict.fromkeys(bad))
         console.print(f"[red]A server would not start as configured:[/] {names}", soft_wrap=True)
@@ -228,7 +229,7 @@ def _is_missing_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) and not os.path.exists(name)
 
 
-def _flags(flags: Sequence[str]) -> Iterator[Finding]:
+def _flags(flags: Sequence[str], config: Path | None = None) -> Iterator[Finding]:
     if not flags:
         return
     from sglang.srt.server_args import prepare_server_args
@@ -246,9 +247,11 @@ def _flags(flags: Sequence[str]) -> Iterator[Finding]:
         yield Finding("flags", Level.BAD, conflict)
     if not found:
         yield Finding("flags", Level.OK, " ".join(flags))
-    yield from _model(args)
+    loaded = ConserveConfig() if config is None else ConserveConfig.load(config)
+    yield from _model(args, loaded)
     yield from _port(args)
-    yield host_cache(args, free_gib=_free_host_gib(), device_gib=_device_gib())
+    if args.enable_hierarchical_cache:
+        yield host_cache(args, free_gib=_free_host_gib(), device_gib=_device_gib())
 
 
 def _why(error: BaseException, said: io.StringIO) -> str:
@@ -261,7 +264,7 @@ def _why(error: BaseException, said: io.StringIO) -> str:
     return str(error) or type(error).__name__
 
 
-def _model(args: Any) -> Iterator[Finding]:
+def _model(args: Any, config: ConserveConfig) -> Iterator[Finding]:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.mem_cache.kv_cache_builder import uses_ssm_state
 
@@ -269,28 +272,37 @@ def _model(args: Any) -> Iterator[Finding]:
     try:
         with _quietly(), _no_downloads():
             found = ModelConfig.from_server_args(args)
-            has_other_state = found.is_hybrid_swa or uses_ssm_state(found)
+            refused = _why_refused(found, has_state_space=uses_ssm_state(found))
     except Exception as e:
         is_missing = isinstance(e, OSError) and not os.path.exists(model)
         if is_missing and _HUB_NAME.fullmatch(model):
             yield Finding("model", Level.NOTE, f"{model} is not on this machine: not checked")
+            yield from _capabilities(args, config)
         else:
             yield Finding("model", Level.BAD, f"{model}: {_why(e, io.StringIO())}")
         return
     if _is_missing_path(args.tokenizer_path or ""):
         yield Finding("tokenizer", Level.BAD, f"{args.tokenizer_path}: no such file or folder")
     kind = ", ".join(found.hf_config.architectures or ["of no known kind"])
-    if has_other_state:
-        detail = f"{kind}: sliding-window and state-space layers are not supported by conserve"
+    if refused is not None:
+        detail = f"{kind}: {refused} are not supported by conserve"
         yield Finding("model", Level.BAD, detail)
     elif os.path.isdir(model) and args.load_format == "auto" and not _has_weights(Path(model)):
         yield Finding("model", Level.BAD, f"{model}: has no weights")
     else:
-        yield from _model_class(found, args, f"{model}: {kind}")
+        yield from _model_class(found, args, config, f"{model}: {kind}")
 
 
-def _model_class(model: Any, args: Any, name: str) -> Iterator[Finding]:
-    """What the class that SGLang serves a model by (its ModelConfig) can and cannot."""
+def _why_refused(model: Any, *, has_state_space: bool) -> str | None:
+    if has_state_space:
+        return "state-space layers"
+    if model.is_hybrid_swa and model.full_attention_layer_ids == []:
+        return "sliding windows in all layers"
+    return None
+
+
+def _model_class(model: Any, args: Any, config: ConserveConfig, name: str) -> Iterator[Finding]:
+    """The class that SGLang serves a model by (its ModelConfig), and what it can and cannot."""
     from sglang.srt.model_loader.utils import get_model_architecture
 
     try:
@@ -300,26 +312,30 @@ def _model_class(model: Any, args: Any, name: str) -> Iterator[Finding]:
         yield Finding("model", Level.BAD, f"{name}: {_why(e, io.StringIO())}")
         return
     yield Finding("model", Level.OK, name)
-    yield slices(model_class, args)
+    yield from _capabilities(args, config, model_class, has_windows=model.is_hybrid_swa)
 
 
-def slices(model: type, args: Any) -> Finding:
-    """Whether offline prefills yield between two layers.
+def _capabilities(
+    args: Any,
+    config: ConserveConfig,
+    model_class: type | None = None,
+    *,
+    has_windows: bool = False,
+) -> Iterator[Finding]:
+    """What the server would log of itself at start; without a model nothing of slices."""
+    from sglang.srt.environ import envs
 
-    Args:
-        model: the class of the model.
-        args: SGLang's ServerArgs.
-    """
-    from conserve_sgl.engine.slices import why_whole
-
-    reason = why_whole(model, args)
-    if reason is None:
-        return Finding("slices", Level.OK, "an offline prefill can yield between two layers")
-    detail = (
-        f"off: {reason}; an arrival waits for a whole offline prefill step, which slo.yield_ms and "
-        "--chunked-prefill-size bound"
+    host = Host.of_flags(
+        model_class or object,
+        args,
+        has_windows=has_windows,
+        drops_windows=envs.SGLANG_OPT_RELEASE_PREFILL_SWA.get(),
     )
-    return Finding("slices", Level.NOTE, detail)
+    capabilities = decide(host, config)
+    for capability in capabilities.all:
+        if model_class is not None or capability is not capabilities.slices:
+            level = Level.OK if capability.on else Level.NOTE
+            yield Finding(capability.name, level, str(capability))
 
 
 def _has_weights(folder: Path) -> bool:
@@ -356,10 +372,10 @@ def _port(args: Any) -> Iterator[Finding]:
 
 
 def host_cache(args: Any, *, free_gib: float, device_gib: float | None) -> Finding:
-    """Whether preempted offline requests can leave their KV on the host.
+    """Whether the host has the memory that HiCache will take.
 
     Args:
-        args: SGLang's ServerArgs.
+        args: SGLang's ServerArgs, with a hierarchical cache.
         free_gib: host memory that is free now.
         device_gib: memory of one accelerator; None on a machine without one.
     """
@@ -367,16 +383,6 @@ def host_cache(args: Any, *, free_gib: float, device_gib: float | None) -> Findi
     def note(detail: str) -> Finding:
         return Finding("host cache", Level.NOTE, detail)
 
-    if not args.enable_hierarchical_cache:
-        return note(
-            "off: preempted offline requests keep their KV only while the device has room; "
-            "--enable-hierarchical-cache adds host memory"
-        )
-    if args.hicache_write_policy != "write_through":
-        return note(
-            f"--hicache-write-policy={args.hicache_write_policy} copies too late: with "
-            "write_through giving way is a release"
-        )
     if args.hicache_size:
         asked_gib = args.hicache_size * 1e9 / 2**30
     elif device_gib is not None:

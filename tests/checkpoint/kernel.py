@@ -152,7 +152,8 @@ class Kernel:
             req_to_token_pool=self.rows,
             token_to_kv_pool_allocator=self.allocator,
             page_size=1,
-            tree_components=(ComponentType.FULL,),
+            tree_components=components,
+            sliding_window_size=window,
         )
         self.tree = UnifiedRadixCache(params)
         if host_ratio is not None:
@@ -163,6 +164,8 @@ class Kernel:
         self.checkpoints = Checkpointer(
             self.tree,
             config,
+            enabled=config.enabled,
+            copies=config.enabled and host_ratio is not None,
             max_total_tokens=kv_tokens,
             token_bytes=TOKEN_BYTES,
             is_offline=lambda req: req.priority == OFFLINE,
@@ -228,12 +231,12 @@ class Kernel:
     def decode(self, reqs: list[Req]) -> bool:
         """One token for each; False, and nothing changes, when the KV pool is full."""
         self.poll()
-        slots = self._take(len(reqs))
-        if slots is None:
-            return False
         for req in reqs:
             if self.window is not None:  # before each step, as `ScheduleBatch.maybe_evict_swa`
                 self.tree.evict_sliding_windows(req, req.seqlen - 1)
+        slots = self._take(len(reqs))
+        if slots is None:
+            return False
         for req, slot in zip(reqs, slots, strict=True):
             end = req.seqlen
             self.rows.req_to_token[req.kv.req_pool_idx, end - 1] = slot
@@ -270,21 +273,21 @@ class Kernel:
         self.poll()  # what the first one started is done by now
         assert self.tree.protected_size() == 0
         assert self.room() == self.kv_tokens
-        self.tree.sanity_check()
-        if self.tree.cache_controller is not None:
-            host = self.tree.cache_controller.mem_pool_host
         if self.window is not None:
             assert self.tree.swa_protected_size() == 0
             assert KvPools(self.tree).free_window_tokens == self.allocator.size_swa
+        self.tree.sanity_check()
+        if self.tree.cache_controller is not None:
+            host = self.tree.cache_controller.mem_pool_host
             self.evict(self.kv_tokens)
             self.tree.evict_host(host.size)
             assert host.available_size() == host.size
-
-    def _take(self, tokens: int) -> torch.Tensor | None:
-        short = tokens - self.allocator.available_size()
             if self.window is not None:
                 host = self.tree.host_pool_group.get_pool(PoolName.SWA)
                 assert host.available_size() == host.size
+
+    def _take(self, tokens: int) -> torch.Tensor | None:
+        short = tokens - self.allocator.available_size()
         if short > 0:
             self.evict(short)
         return self.allocator.alloc(tokens)
@@ -294,19 +297,19 @@ class Kernel:
         row = self.rows.req_to_token[req.kv.req_pool_idx]
         for position in range(start, end):
             self.kv[row[position]] = _fingerprint(tokens[: position + 1])
-
-    def _sample(self, req: Req) -> None:
-        row = self.rows.req_to_token[req.kv.req_pool_idx, : req.kv.kv_committed_len]
             if self.window is not None:
                 slot = self.allocator.translate_loc_from_full_to_swa(row[position : position + 1])
                 self.kv_of_windows[slot] = _fingerprint(tokens[: position + 1])
+
+    def _sample(self, req: Req) -> None:
+        row = self.rows.req_to_token[req.kv.req_pool_idx, : req.kv.kv_committed_len]
         seen = self.kv[row.long()]
         tokens = req.origin_input_ids + req.output_ids
         right = _fingerprints(tokens)
         wrong = sum(a != b for a, b in zip(seen.tolist(), right, strict=True))
-        req.output_ids.append(next_token(seen[-1].item()) + wrong)
         if self.window is not None:
             slots = self.allocator.translate_loc_from_full_to_swa(row[-self.window - 1 :])
             seen_in_window = self.kv_of_windows[slots].tolist()
             right = right[-self.window - 1 :]
             wrong += sum(a != b for a, b in zip(seen_in_window, right, strict=True))
+        req.output_ids.append(next_token(seen[-1].item()) + wrong)

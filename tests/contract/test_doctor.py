@@ -113,16 +113,51 @@ def test_a_model_of_the_hub_that_is_not_on_this_machine_is_not_checked_nor_fetch
     assert "is not on this machine: not checked" in finding.detail
 
 
-def test_a_model_with_sliding_windows_is_refused(model):
+def test_what_a_server_would_have_is_told_before(model):
+    found = findings("--model-path", str(model), "--disable-radix-cache")
+    names = ("sitting out", "slices", "checkpoints", "host copies")
+    on = {name: found[name].level is Level.OK for name in names}
+    assert on == {"sitting out": True, "slices": True, "checkpoints": False, "host copies": False}
+    assert found["checkpoints"].detail.startswith("off: the radix cache is off")
+
+
+def test_a_configuration_turns_capabilities_off(model, tmp_path):
+    config = tmp_path / "conserve.yaml"
+    config.write_text("slices: {enabled: false}")
+    found = {f.what: f for f in doctor._flags(["--model-path", str(model)], config)}
+    assert found["slices"].detail.startswith("off: slices.enabled is false")
+
+
+def test_without_the_model_the_flags_are_told_of_still():
+    found = findings("--model-path", "no-such-owner/no-such-model")
+    assert found["host copies"].detail.startswith("off: --enable-hierarchical-cache")
+    assert "slices" not in found
+
+
+@pytest.mark.parametrize(
+    ("layer_types", "level"),
+    [
+        (["sliding_attention", "full_attention"], Level.OK),
+        (["sliding_attention", "sliding_attention"], Level.BAD),
+    ],
+)
+def test_windows_in_all_layers_are_refused(model, monkeypatch, layer_types, level):
+    from sglang.srt.models.mellum import MellumForCausalLM
+    from sglang.srt.models.registry import ModelRegistry
+
+    # The models that no test serves are left out of the registry, see tests/conftest.py.
+    monkeypatch.setitem(ModelRegistry.models, "MellumForCausalLM", MellumForCausalLM)
     config = {
-        "model_type": "gpt_oss",
-        "architectures": ["GptOssForCausalLM"],
+        "model_type": "mellum",
+        "architectures": ["MellumForCausalLM"],
         "num_hidden_layers": 2,
+        "layer_types": layer_types,
     }
     (model / "config.json").write_text(json.dumps(config))
     finding = findings("--model-path", str(model))["model"]
-    assert finding.level is Level.BAD
-    assert "not supported by conserve" in finding.detail
+    assert finding.level is level
+    refused = "sliding windows in all layers are not supported by conserve" in finding.detail
+    assert refused == (level is Level.BAD)
 
 
 def test_a_port_that_is_taken_is_noted(model):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 from collections import deque
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from conserve_sgl.config import ConserveConfig, SlicesConfig
+from conserve_sgl.config import ConserveConfig
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # SGLang warns about absent GPU kernels while it is imported
@@ -20,25 +19,13 @@ with warnings.catch_warnings():
 LAYERS = 6
 
 
-class InLayers:
-    """A model that can be split."""
-
-    forward_split_prefill = None
-
-
-class InOnePiece:
-    """A model that cannot."""
-
-
 class Runner:
     """Logs (first layer, layers, whether attention was planned) of every forward."""
 
     device = "cpu"
 
     def __init__(self) -> None:
-        self.model = InLayers()
         self.model_config = SimpleNamespace(num_hidden_layers=LAYERS)
-        self.server_args = SimpleNamespace(enable_return_routed_experts=False)
         self.log: list[tuple[int, int, bool]] = []
 
     def forward(self, forward_batch, *, reinit_attn_backend=False, split_forward_count=LAYERS):
@@ -81,6 +68,7 @@ def make_batch(**fields) -> SimpleNamespace:
 def make_slices(runner=None, layers=(), **options) -> LayerSlices:
     options = {
         "config": ConserveConfig(),
+        "enabled": True,
         "is_offline": lambda req: req.offline,
         "layer_s": lambda _batch: 0.001,
         "inbox": None,
@@ -175,28 +163,8 @@ def test_what_is_not_sliced(fields):
     assert not accepts(make_slices(), make_batch(**fields))
 
 
-def test_a_model_that_cannot_be_split_is_named_once(caplog):
-    runner = Runner()
-    runner.model = InOnePiece()
-    with caplog.at_level(logging.WARNING):
-        slices = make_slices(runner)
-        assert not accepts(slices, make_batch())
-        assert not accepts(slices, make_batch())
-    (record,) = caplog.records
-    assert "InOnePiece has no forward_split_prefill" in record.getMessage()
-
-
-def test_a_server_that_returns_experts_slices_nothing(caplog):
-    runner = Runner()
-    runner.server_args.enable_return_routed_experts = True
-    with caplog.at_level(logging.WARNING):
-        assert not accepts(make_slices(runner), make_batch())
-    (record,) = caplog.records
-    assert "--enable-return-routed-experts" in record.getMessage()
-
-
 def test_slices_can_be_turned_off():
-    slices = make_slices(config=ConserveConfig(slices=SlicesConfig(enabled=False)))
+    slices = make_slices(enabled=False)
     assert not accepts(slices, make_batch())
 
 

@@ -109,6 +109,22 @@ def test_offline_tokens_are_those_of_a_run_alone(served) -> None:
     server.assert_idle_and_balanced()
 
 
+def test_the_state_says_what_the_server_has(served) -> None:
+    """The log too, once; and SGLang has made the pool that the test is about."""
+    has = {
+        capability["name"]: capability["on"] for capability in served.server.state()["capabilities"]
+    }
+    assert has == {
+        "sitting out": True,
+        "slices": served.model.in_layers,
+        "checkpoints": True,
+        "host copies": "--enable-hierarchical-cache" in served.model.flags,
+    }
+    log = served.server.process.log_path.read_text()
+    assert log.count("capabilities of this model") == 1
+    assert ("sliding window memory pool" in log) == served.model.has_pool
+
+
 def test_tokens_are_those_of_transformers(served) -> None:
     """The windows of the CPU's attention are the model's, sinks included."""
     import torch

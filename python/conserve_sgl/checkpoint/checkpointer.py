@@ -36,12 +36,11 @@ from conserve_sgl.checkpoint.host import (
     Req,
     ScheduleBatch,
     UnifiedRadixCache,
-    get_serving,
     release_req,
 )
 from conserve_sgl.checkpoint.host_copies import HostCopies
-from conserve_sgl.checkpoint.kv_pools import KvPools
 from conserve_sgl.checkpoint.host_writes import HostWrites
+from conserve_sgl.checkpoint.kv_pools import KvPools
 from conserve_sgl.checkpoint.ownership import check_ownership, is_asked_for
 from conserve_sgl.checkpoint.penalties import restore_penalties
 from conserve_sgl.config import CheckpointConfig
@@ -86,8 +85,10 @@ class Checkpointer:
     """Checkpoints offline requests, releases them, and counts what a resume found.
 
     Args:
-        tree_cache: the scheduler's; a cache that shares no prefixes turns checkpoints off.
+        tree_cache: the scheduler's.
         config: of the operator.
+        enabled: whether checkpoints are made.
+        copies: whether they are copied to the host; the tree then has one that writes through.
         max_total_tokens: KV tokens of the device pool.
         token_bytes: KV of a token, in all layers.
         is_offline: tells an offline request; no other is touched.
@@ -101,6 +102,8 @@ class Checkpointer:
         tree_cache: UnifiedRadixCache,
         config: CheckpointConfig,
         *,
+        enabled: bool,
+        copies: bool,
         max_total_tokens: int,
         token_bytes: int,
         is_offline: Callable[[Req], bool],
@@ -108,19 +111,13 @@ class Checkpointer:
         self._tree = tree_cache
         self._is_offline = is_offline
         self._allocator = tree_cache.token_to_kv_pool_allocator
+        self._pools = KvPools(tree_cache)
         self._page = tree_cache.page_size
         self._stride_tokens = config.stride_tokens
         self._total_tokens = max_total_tokens
-        self._pools = KvPools(tree_cache)
-        # SGLang frees what was thought between think tags from the row when a request ends; a tree
-        # that had it already would be asked to free it twice.
-        self.enabled = (
-            config.enabled
-            and tree_cache.supports_prefix_sharing()
-            and not get_serving().strip_thinking_cache
-        )
+        self.enabled = enabled
         self._host = _host_cache(tree_cache)
-        copied_to = self._host if self.enabled else None
+        copied_to = self._host if copies else None
         self._copies = HostCopies(tree_cache, copied_to)
         self._writes = HostWrites(
             tree_cache, copied_to, is_offline=is_offline, pays=self.copies_pay

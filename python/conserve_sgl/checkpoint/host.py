@@ -6,7 +6,6 @@ from sglang.srt.mem_cache.allocator.swa import is_swa_req_ring
 from sglang.srt.mem_cache.base_prefix_cache import DecLockRefParams, InsertParams, InsertResult
 from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
-from sglang.srt.runtime_context import get_serving
 from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
 
 __all__ = [
@@ -19,7 +18,6 @@ __all__ = [
     "Req",
     "ScheduleBatch",
     "UnifiedRadixCache",
-    "get_serving",
     "is_swa_req_ring",
     "release_req",
 ]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from conserve_sgl.checkpoint.checkpointer import Checkpointer
     from conserve_sgl.engine.aside import Aside
+    from conserve_sgl.engine.capabilities import Capabilities
     from conserve_sgl.engine.host import Req, ScheduleBatch
     from conserve_sgl.engine.intake import Intake
     from conserve_sgl.engine.live_settings import LiveSettings
@@ -39,6 +40,7 @@ class Accounts:
         checkpoints: of offline requests.
         aside: what SGLang does not know of.
         spare: tells what offline work would be taken.
+        capabilities: of the server.
         exporter: writes the state to `/metrics`, or None.
         is_offline: tells an offline request.
     """
@@ -53,6 +55,7 @@ class Accounts:
         checkpoints: Checkpointer,
         aside: Aside,
         spare: SpareCapacity,
+        capabilities: Capabilities,
         exporter: Exporter | None,
         is_offline: Callable[[Req], bool],
     ) -> None:
@@ -63,6 +66,7 @@ class Accounts:
         self._checkpoints = checkpoints
         self._aside = aside
         self._spare = spare
+        self._capabilities = [asdict(capability) for capability in capabilities.all]
         self._exporter = exporter
         self._is_offline = is_offline
         self._starvation = Starvation()
@@ -112,6 +116,7 @@ class Accounts:
             "arrivals_received": 0 if self._inbox is None else self._inbox.received,
             "arrival_ms": {"p50": p50, "p99": p99},
             "slices": self._aside.slices.state(),
+            "capabilities": self._capabilities,
         }
 
 

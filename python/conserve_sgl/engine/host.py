@@ -3,6 +3,7 @@
 `tests/contract` pins their signatures; nothing else in this package imports them from SGLang.
 """
 
+from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import (
     AbortReq,
     SetInternalStateReq,
@@ -17,8 +18,8 @@ from sglang.srt.managers.scheduler_components.batch_result_processor import (
 from sglang.srt.managers.scheduler_components.invariant_checker import SchedulerInvariantChecker
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.mem_cache.common import release_kv_cache
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.mem_cache.prefill_budget import SWAPrefillBudget
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.platforms import current_platform
 from sglang.srt.runtime_context import get_exec, get_schedule
 from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
@@ -37,8 +38,8 @@ __all__ = [
     "NextBatchPlan",
     "PrefillAdder",
     "Req",
-    "SamplingParams",
     "SWAPrefillBudget",
+    "SamplingParams",
     "ScheduleBatch",
     "SchedulePolicy",
     "Scheduler",
@@ -49,6 +50,7 @@ __all__ = [
     "_make_abort_req",
     "broadcast_pyobj",
     "current_platform",
+    "envs",
     "get_device_name",
     "get_exec",
     "get_schedule",

@@ -48,6 +48,7 @@ Where an offline request may be, and who holds its row and KV:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -58,6 +59,7 @@ from conserve_sgl.config import ConserveConfig
 from conserve_sgl.engine.accounts import Accounts
 from conserve_sgl.engine.admission import Admission
 from conserve_sgl.engine.aside import Aside
+from conserve_sgl.engine.capabilities import Host, decide
 from conserve_sgl.engine.device import kv_token_bytes, marks_of
 from conserve_sgl.engine.hidden_states import with_flat_hidden_states
 from conserve_sgl.engine.host import (
@@ -69,6 +71,7 @@ from conserve_sgl.engine.host import (
     Scheduler,
     SetInternalStateReq,
     SetInternalStateReqOutput,
+    envs,
     get_schedule,
 )
 from conserve_sgl.engine.inbox import ArrivalInbox
@@ -97,6 +100,8 @@ from conserve_sgl.profile.steps import StepLog
 from conserve_sgl.settings import OfflineWork
 
 __all__ = ["ConserveScheduler"]
+
+logger = logging.getLogger(__name__)
 
 _NO_PLAN = StepPlan(
     offline_prefill_tokens=0,
@@ -144,6 +149,7 @@ class ConserveScheduler(Scheduler):
             checkpoints=self._checkpoints,
             aside=self._aside,
             spare=SpareCapacity(self._intake.ledger, sender),
+            capabilities=self._capabilities,
             exporter=Exporter(self.metrics_collector.labels) if exports else None,
             is_offline=self.is_offline,
         )
@@ -162,6 +168,11 @@ class ConserveScheduler(Scheduler):
                 "models whose layers all have a sliding window are not supported by conserve"
             )
         config = ConserveConfig.from_environment() or ConserveConfig()
+        drops_windows = envs.SGLANG_OPT_RELEASE_PREFILL_SWA.get()
+        host = Host.of_scheduler(self, drops_windows=drops_windows)
+        self._capabilities = decide(host, config)
+        if self.tp_group.is_first_rank:
+            logger.info("conserve: %s", self._capabilities.table)
         self._live = LiveSettings(config)
         self._rule = PriorityRule.of(get_schedule())
         self._plan = _NO_PLAN
@@ -172,6 +183,7 @@ class ConserveScheduler(Scheduler):
         self._slices = LayerSlices(
             self.tp_worker.model_runner,
             config,
+            enabled=self._capabilities.slices.on,
             is_offline=self.is_offline,
             layer_s=lambda batch: self._learning.layer_s(batch),
             inbox=self._inbox,
@@ -183,6 +195,8 @@ class ConserveScheduler(Scheduler):
         self._checkpoints = Checkpointer(
             self.tree_cache,
             config.checkpoint,
+            enabled=self._capabilities.checkpoints.on,
+            copies=self._capabilities.host_copies.on,
             max_total_tokens=self.max_total_num_tokens,
             token_bytes=kv_token_bytes(self.token_to_kv_pool_allocator.get_kvcache()),
             is_offline=self.is_offline,

@@ -20,7 +20,6 @@ One batch at a time is suspended, and no other offline prefill starts meanwhile.
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import random
 import time
@@ -45,9 +44,7 @@ from conserve_sgl.engine.inbox import ArrivalInbox
 from conserve_sgl.engine.pacing import Pacer
 from conserve_sgl.policy import SliceDecision, SliceView, Slicing, Slo, YieldMode
 
-__all__ = ["FORCE_YIELD_ENV", "SUSPENDED", "LayerSlices", "make_decision", "why_whole"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["FORCE_YIELD_ENV", "SUSPENDED", "LayerSlices", "make_decision"]
 
 FORCE_YIELD_ENV = "CONSERVE_TEST_FORCE_YIELD"
 """For tests: `seed:probability` suspends at random layer boundaries instead of for arrivals."""
@@ -70,21 +67,6 @@ _COUNTS = (
     "layers_computed",
     "layers_given_up",
 )
-
-
-def why_whole(model: type, server_args: Any) -> str | None:
-    """Why no prefill of a server can be sliced, as a clause; None where prefills can.
-
-    Args:
-        model: the class of the model.
-        server_args: SGLang's ServerArgs.
-    """
-    if not hasattr(model, "forward_split_prefill"):
-        return f"{model.__name__} has no forward_split_prefill"
-    if server_args.enable_return_routed_experts:
-        # One buffer holds the experts of all layers of the step that runs, and is read at its end.
-        return "--enable-return-routed-experts would return those of the steps in between"
-    return None
 
 
 class _Yielded(BaseException):
@@ -119,7 +101,8 @@ class LayerSlices:
     Args:
         runner: SGLang's ModelRunner.
         config: the configuration.
-        is_offline: tells an offline request; only those run in slices.
+        enabled: whether any prefill runs in slices.
+        is_offline: tells an offline request; only those do.
         layer_s: predicts the seconds of one layer of a batch.
         inbox: where online arrivals are announced; None on ranks other than 0.
         agree: makes every rank take rank 0's value.
@@ -131,6 +114,7 @@ class LayerSlices:
         runner: Any,
         config: ConserveConfig,
         *,
+        enabled: bool,
         is_offline: Callable[[Req], bool],
         layer_s: Callable[[ScheduleBatch], float],
         inbox: ArrivalInbox | None,
@@ -146,7 +130,7 @@ class LayerSlices:
         self._load_counter = load_counter
         self._layers = runner.model_config.num_hidden_layers
         self._whole_forward = runner.forward
-        self.enabled = config.slices.enabled and self._supported()
+        self.enabled = enabled
         self._predict_layer_s = layer_s
         self._layer_s = 0.0
         self._online_s = 0.0
@@ -169,16 +153,6 @@ class LayerSlices:
         self._decision = make_decision(self._mode, yield_s / self._pacer.depth, slo)
         if self._inbox is not None and self._mode is YieldMode.SLACK:
             self._inbox.keep_for(min(slo.ttft_allowance_s(0.0), _LONGEST_WAIT_S))
-
-    def _supported(self) -> bool:
-        reason = why_whole(type(self._runner.model), self._runner.server_args)
-        if reason is not None:
-            logger.warning(
-                "conserve: %s, so an offline prefill is not sliced: an online arrival waits for a "
-                "whole prefill step, which slo.yield_ms and --chunked-prefill-size bound",
-                reason,
-            )
-        return reason is None
 
     # ------------------------------------------------------------------ the batch
 

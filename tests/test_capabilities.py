@@ -1,0 +1,138 @@
+"""What is decided of a server at its start, from what SGLang says of the model and the flags."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+
+from conserve_sgl.config import CheckpointConfig, ConserveConfig, SlicesConfig
+from conserve_sgl.engine.capabilities import Host, decide
+
+
+class InLayers:
+    """A model that can be split."""
+
+    forward_split_prefill = None
+
+
+class InOnePiece:
+    """A model that cannot."""
+
+
+def host(model: type = InLayers, *, windows: bool = False, drops: bool = False, **flags) -> Host:
+    args = SimpleNamespace(
+        **{
+            "enable_return_routed_experts": False,
+            "disable_radix_cache": False,
+            "strip_thinking_cache": False,
+            "enable_hierarchical_cache": True,
+            "hicache_write_policy": "write_through",
+            "hicache_host_memory_mode": "cache",
+            **flags,
+        }
+    )
+    return Host.of_flags(model, args, has_windows=windows, drops_windows=drops)
+
+
+@pytest.mark.parametrize(
+    ("decided_by", "config"),
+    [(host(), ConserveConfig()), (host(windows=True), ConserveConfig())],
+    ids=["Llama", "windows"],
+)
+def test_a_model_that_has_them_all(decided_by, config):
+    capabilities = decide(decided_by, config)
+    assert all(capability.on for capability in capabilities.all)
+
+
+@pytest.mark.parametrize(
+    ("decided_by", "config", "off", "why"),
+    [
+        (host(InOnePiece), ConserveConfig(), ["slices"], "InOnePiece has no forward_split_prefill"),
+        (
+            host(enable_return_routed_experts=True),
+            ConserveConfig(),
+            ["slices"],
+            "--enable-return-routed-experts",
+        ),
+        (
+            host(),
+            ConserveConfig(slices=SlicesConfig(enabled=False)),
+            ["slices"],
+            "slices.enabled is false",
+        ),
+        (
+            host(),
+            ConserveConfig(checkpoint=CheckpointConfig(enabled=False)),
+            ["checkpoints", "host copies"],
+            "checkpoint.enabled is false",
+        ),
+        (
+            host(disable_radix_cache=True),
+            ConserveConfig(),
+            ["checkpoints", "host copies"],
+            "the radix cache is off",
+        ),
+        (
+            host(strip_thinking_cache=True),
+            ConserveConfig(),
+            ["checkpoints", "host copies"],
+            "--strip-thinking-cache",
+        ),
+        (
+            host(windows=True, drops=True),
+            ConserveConfig(),
+            ["checkpoints", "host copies"],
+            "SGLANG_OPT_RELEASE_PREFILL_SWA",
+        ),
+        (
+            host(enable_hierarchical_cache=False),
+            ConserveConfig(),
+            ["host copies"],
+            "--enable-hierarchical-cache would add host memory",
+        ),
+        (
+            host(hicache_write_policy="write_back"),
+            ConserveConfig(),
+            ["host copies"],
+            "write_back copies too late",
+        ),
+        (
+            host(hicache_host_memory_mode="buffer_only"),
+            ConserveConfig(),
+            ["host copies"],
+            "keeps nothing on the host",
+        ),
+    ],
+)
+def test_what_is_off_and_why(decided_by, config, off, why):
+    capabilities = decide(decided_by, config)
+    lacking = [capability for capability in capabilities.all if not capability.on]
+    assert [capability.name for capability in lacking] == off
+    assert why in lacking[0].why
+    assert all(capability.costs for capability in capabilities.all)
+
+
+def test_windows_that_a_model_has_not_cannot_be_dropped():
+    assert decide(host(drops=True), ConserveConfig()).checkpoints.on
+
+
+def test_the_table_has_a_line_for_each():
+    capabilities = decide(host(InOnePiece), ConserveConfig())
+    _, *lines = capabilities.table.splitlines()
+    assert len(lines) == len(capabilities.all)
+    for line, capability in zip(lines, capabilities.all, strict=True):
+        assert line.split(capability.name)[1].split()[0] == ("on" if capability.on else "off")
+        assert capability.why in line
+        assert capability.costs in line
+
+
+def test_it_goes_into_the_state_of_a_server():
+    (_, slices, *_) = decide(host(InOnePiece), ConserveConfig()).all
+    assert msgspec.to_builtins(slices) == {
+        "name": "slices",
+        "on": False,
+        "why": "InOnePiece has no forward_split_prefill",
+        "costs": slices.costs,
+    }
