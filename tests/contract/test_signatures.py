@@ -101,12 +101,28 @@ SIGNATURES_BY_MODULE = {
         "UnifiedRadixCache.insert": "(self, params)",
         "UnifiedRadixCache.supports_prefix_sharing": "(self)",
         "UnifiedRadixCache.evictable_size": "(self)",
+        "UnifiedRadixCache.full_evictable_size": "(self)",
+        "UnifiedRadixCache.swa_evictable_size": "(self)",
+        "UnifiedRadixCache.supports_swa": "(self)",
         "UnifiedRadixCache.inc_host_lock_ref": "(self, node_id)",
         "UnifiedRadixCache.dec_host_lock_ref": "(self, node_id, params)",
         "UnifiedRadixCache.load_back": "(self, node_id, mem_quota=None, req=None)",
         "UnifiedRadixCache.ready_to_load_host_cache": "(self)",
         "UnifiedRadixCache.is_backuped": "(self, node_id)",
         "UnifiedRadixCache.path_device_indices": "(self, node)",
+    },
+    "sglang.srt.mem_cache.allocator.swa": {
+        "SWATokenToKVPoolAllocator.full_available_size": "(self)",
+        "SWATokenToKVPoolAllocator.swa_available_size": "(self)",
+        "is_swa_req_ring": "(allocator)",
+    },
+    "sglang.srt.mem_cache.prefill_budget": {
+        "SWAPrefillBudget.swa_tokens": (
+            "(self, extend_input_len, max_new_tokens, *, chunk_limit=None, swa_host_hit_length=0)"
+        ),
+    },
+    "sglang.srt.mem_cache.swa_memory_pool": {
+        "SWAKVPool.translate_loc_from_full_to_swa": "(self, kv_indices)",
     },
     "sglang.srt.managers.schedule_policy": {
         "SchedulePolicy": (
@@ -204,6 +220,10 @@ SIGNATURES_BY_MODULE = {
     "sglang.srt.arg_groups.choices": {
         "add_attention_backend_choices": "(iterable, /)",
     },
+    "sglang.srt.arg_groups.model_override_base": {
+        "attention_backends_of": "(cfg)",
+        "model_config_of": "(server_args)",
+    },
     "sglang.srt.arg_groups.overrides": {
         "declare_resolution": "(server_args, source, **fields)",
         "resolving_view": "(server_args)",
@@ -220,6 +240,12 @@ SIGNATURES_BY_MODULE = {
     "sglang.srt.layers.attention.torch_native_backend": {
         "TorchNativeAttnBackend": "(model_runner)",
         "TorchNativeAttnBackend.init_forward_metadata": "(self, forward_batch)",
+        "TorchNativeAttnBackend.forward_extend": (
+            "(self, q, k, v, layer, forward_batch, save_kv_cache=True)"
+        ),
+        "TorchNativeAttnBackend.forward_decode": (
+            "(self, q, k, v, layer, forward_batch, save_kv_cache=True)"
+        ),
         "TorchNativeAttnBackend._run_sdpa_forward_extend": (
             "(self, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, "
             "extend_prefix_lens, extend_seq_lens, encoder_lens=None, scaling=None, "

@@ -273,6 +273,23 @@ RELIED = [
         "engine/profiling.py: without a checkpoint nothing enters the radix tree",
     ),
     Relied(
+        "sglang.srt.mem_cache.prefill_budget:SWAPrefillBudget.check_prefill",
+        "9467efc26b341b65",
+        "ConserveAdder._window_tokens: what a prompt must find free in the pool of windows",
+    ),
+    Relied(
+        _BATCH + "maybe_evict_swa",
+        "d7f6ce9984583fe6",
+        "engine/capabilities.py: what a window has passed is let go of in a decode step, and of "
+        "what the tree holds only with SGLANG_OPT_RELEASE_PREFILL_SWA",
+    ),
+    Relied(
+        "sglang.srt.mem_cache.common:free_swa_out_of_window_slots",
+        "438b20d2778d5aed",
+        "checkpoint/checkpointer.py: a checkpoint, made while a step is in flight, keeps all that "
+        "the window of that step shows",
+    ),
+    Relied(
         _SCHEDULER + "event_loop_normal",
         "c328a45b821f18a0",
         "StepMeter: a step runs between two calls of get_next_batch_to_run",
