@@ -186,7 +186,7 @@ class Admission:
     def move_offline_chunk(self, plan: StepPlan) -> None:
         """Put an offline prompt aside between two chunks, or take it up again."""
         host, aside, tokens = self._host, self._aside, plan.offline_prefill_tokens
-        granted = tokens > 0 and not host.waiting_queue and self._memory.has_free(tokens)
+        granted = tokens > 0 and not host.waiting_queue and self._memory.free_tokens >= tokens
         granted = granted and self._slices.suspended is None
         if host.chunked_req is not None and self._is_offline(host.chunked_req) and not granted:
             aside.put_chunk(host.chunked_req)

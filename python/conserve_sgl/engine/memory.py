@@ -59,10 +59,6 @@ class KvMemory:
         """KV tokens that nobody holds, or that the radix tree would give up at once."""
         return self._pools.free_tokens
 
-    def has_free(self, tokens: int) -> bool:
-        """Whether so many tokens that are computed in one step find KV in every layer."""
-        return min(self._pools.free_tokens, self._pools.free_window_tokens) >= tokens
-
     def offers(self, running: ScheduleBatch) -> int:
         """KV tokens that offline requests, of `running` or aside, would give to an online one."""
         offline = filter(self._is_offline, running.reqs)
@@ -106,12 +102,17 @@ class KvMemory:
         return True
 
     def make_room(self, running: ScheduleBatch, tokens: int, window_tokens: int) -> bool:
-        """`give_way` until so many KV tokens are free, and so many in layers with a window."""
+        """`give_way` until so many KV tokens are free, and so many in layers with a window.
+
+        Returns:
+            Whether so many tokens are. Where a window is short, SGLang waits or takes less at once.
+        """
         pools = self._pools
-        return self.give_way(
+        self.give_way(
             running,
             lambda: pools.free_tokens >= tokens and pools.free_window_tokens >= window_tokens,
         )
+        return pools.free_tokens >= tokens
 
     def make_rows(self, running: ScheduleBatch, rows: int) -> bool:
         """`give_way` until so many rows of requests are free."""
