@@ -123,7 +123,7 @@ def test_the_table_has_a_line_for_each():
     _, *lines = capabilities.table.splitlines()
     assert len(lines) == len(capabilities.all)
     for line, capability in zip(lines, capabilities.all, strict=True):
-        assert line.split(capability.name)[1].split()[0] == ("on" if capability.on else "off")
+        assert line.split(capability.name)[1].split()[0] == ("on:" if capability.on else "off:")
         assert capability.why in line
         assert capability.costs in line
 

@@ -82,7 +82,7 @@ class Capability(msgspec.Struct, frozen=True):
     """One of them.
 
     why: it is on or off, as a clause.
-    costs: what it takes to have it, or to be without it.
+    costs: what it takes, or, where it is off, a clause on what comes of that.
     """
 
     name: str
@@ -91,7 +91,8 @@ class Capability(msgspec.Struct, frozen=True):
     costs: str
 
     def __str__(self) -> str:
-        return f"{'on' if self.on else 'off'}: {self.why}; {self.costs}"
+        said = f"on: {self.why}; costs" if self.on else f"off: {self.why}; so"
+        return f"{said} {self.costs}"
 
 
 class Capabilities(msgspec.Struct, frozen=True):
@@ -110,7 +111,7 @@ class Capabilities(msgspec.Struct, frozen=True):
     @property
     def table(self) -> str:
         """For a log: a line for each."""
-        rows = [f"  {c.name:<12} {'on' if c.on else 'off':<4} {c.why}; {c.costs}" for c in self.all]
+        rows = [f"  {capability.name:<12} {capability}" for capability in self.all]
         return "\n".join(["capabilities of this model with these flags:", *rows])
 
 
@@ -122,7 +123,7 @@ def decide(host: Host, config: ConserveConfig) -> Capabilities:
             "sitting out",
             True,
             "offline rows leave a step and come back as they were, whatever the model",
-            f"they keep their row and their KV{', windows too' if host.has_windows else ''}",
+            f"the row and the KV that they keep{', windows too' if host.has_windows else ''}",
         ),
         slices=_slices(host, config),
         checkpoints=checkpoints,
@@ -144,7 +145,7 @@ def _slices(host: Host, config: ConserveConfig) -> Capability:
         why = "--enable-return-routed-experts would return those of the steps in between"
     else:
         why = f"an offline prefill of {host.model} can yield between two layers"
-        return Capability("slices", True, why, "what runs in slices runs without CUDA graphs")
+        return Capability("slices", True, why, "the CUDA graphs of what runs in slices")
     return Capability("slices", False, why, without)
 
 
@@ -170,7 +171,7 @@ def _checkpoints(host: Host, config: ConserveConfig) -> Capability:
 def _host_copies(host: Host, checkpoints: Capability) -> Capability:
     without = "a request that gives way keeps its KV only while the device has room"
     if not checkpoints.on:
-        why, without = "there are no checkpoints to copy", "nothing more"
+        why, without = "there are no checkpoints to copy", "the host keeps prompts alone"
     elif not host.has_host_cache:
         why = "--enable-hierarchical-cache would add host memory, and is not given"
     elif host.write_policy != "write_through":
@@ -182,6 +183,6 @@ def _host_copies(host: Host, checkpoints: Capability) -> Capability:
         why = "--hicache-host-memory-mode=buffer_only keeps nothing on the host"
     else:
         why = "HiCache copies them to host memory where that pays"
-        costs = "half of the host pool may be pinned, and a copy holds up the step after it"
+        costs = "up to half of the host pool, and a moment of the step after each copy"
         return Capability("host copies", True, why, costs)
     return Capability("host copies", False, why, without)
