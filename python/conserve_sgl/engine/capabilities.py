@@ -171,7 +171,7 @@ def _checkpoints(host: Host, config: ConserveConfig) -> Capability:
 def _host_copies(host: Host, checkpoints: Capability) -> Capability:
     without = "a request that gives way keeps its KV only while the device has room"
     if not checkpoints.on:
-        why, without = "there are no checkpoints to copy", "the host keeps prompts alone"
+        why, without = "there are no checkpoints to copy", "what gives way is computed again"
     elif not host.has_host_cache:
         why = "--enable-hierarchical-cache would add host memory, and is not given"
     elif host.write_policy != "write_through":
