@@ -21,6 +21,14 @@ class InOnePiece:
     """A model that cannot."""
 
 
+class Gemma3ForCausalLM(InLayers):
+    """A model that is split wrongly, and one that takes after it."""
+
+
+class Derived(Gemma3ForCausalLM):
+    """As it says."""
+
+
 def host(model: type = InLayers, *, windows: bool = False, drops: bool = False, **flags) -> Host:
     args = SimpleNamespace(
         **{
@@ -50,6 +58,12 @@ def test_a_model_that_has_them_all(decided_by, config):
     ("decided_by", "config", "off", "why"),
     [
         (host(InOnePiece), ConserveConfig(), ["slices"], "InOnePiece has no forward_split_prefill"),
+        (
+            host(Derived),
+            ConserveConfig(),
+            ["slices"],
+            "forward_split_prefill of Gemma3ForCausalLM forgets the residual stream",
+        ),
         (
             host(enable_return_routed_experts=True),
             ConserveConfig(),

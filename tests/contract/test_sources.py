@@ -278,6 +278,27 @@ RELIED = [
         "ConserveAdder._window_tokens: what a prompt must find free in the pool of windows",
     ),
     Relied(
+        "sglang.srt.models.gemma3_causal:Gemma3ForCausalLM.forward_split_prefill",
+        "08f3606ebf4c7af2",
+        "engine/capabilities.py, WRONG_SPLITS: whether it hands the residual on by now",
+    ),
+    Relied(
+        "sglang.srt.models.gemma2:Gemma2ForCausalLM.forward_split_prefill",
+        "95a957dad9edcd4a",
+        "engine/capabilities.py, WRONG_SPLITS: whether it scales embeddings as forward does by now",
+    ),
+    Relied(
+        "sglang.srt.models.nanbeige:NanbeigeForCausalLM.forward_split_prefill",
+        "6870c54e0e50ceae",
+        "engine/capabilities.py, WRONG_SPLITS: whether it is there by now",
+    ),
+    Relied(
+        "sglang.srt.models.teleflm:TeleFLMModel.forward",
+        "a105b8ba579bfccb",
+        "engine/capabilities.py, WRONG_SPLITS: the scale that LlamaForCausalLM's "
+        "forward_split_prefill leaves out",
+    ),
+    Relied(
         _BATCH + "maybe_evict_swa",
         "d7f6ce9984583fe6",
         "engine/capabilities.py: what a window has passed is let go of in a decode step, and of "

@@ -47,7 +47,7 @@ class Windowed(msgspec.Struct, frozen=True):
 
 
 WINDOWED = (
-    Windowed("gemma3_causal", True, has_pool=False, flags=("--disable-overlap-schedule",)),
+    Windowed("gemma3_causal", False, has_pool=False, flags=("--disable-overlap-schedule",)),
     Windowed("mellum", True, has_pool=True, flags=(*HICACHE, "--hicache-ratio=4")),
     # In a fifth of the room it is the windows that run out of KV.
     Windowed("gpt_oss", False, has_pool=True, flags=("--swa-full-tokens-ratio=0.2",)),

@@ -13,13 +13,22 @@ import msgspec
 
 from conserve_sgl.config import ConserveConfig
 
-__all__ = ["Capabilities", "Capability", "Host", "decide"]
+__all__ = ["WRONG_SPLITS", "Capabilities", "Capability", "Host", "decide"]
+
+WRONG_SPLITS = {
+    "Gemma2ForCausalLM": "scales embeddings in float16",
+    "Gemma3ForCausalLM": "forgets the residual stream between two layers",
+    "NanbeigeForCausalLM": "ends the engine",
+    "TeleFLMForCausalLM": "does not scale embeddings",
+}
+"""Classes of SGLang 0.5.23 whose `forward_split_prefill` computes something else than `forward`."""
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):
     """What of SGLang decides.
 
-    model: the name of its class, which has `can_split`, or has not, a prefill layer by layer.
+    model: the name of its class.
+    why_whole: its prefills cannot run layer by layer, as a clause; None where they can.
     has_windows: a KV pool of their own for layers with a sliding window, which it lets go of early
         (`SGLANG_OPT_RELEASE_PREFILL_SWA`) if `drops_windows`.
     shares_prefixes: the radix cache, from which thoughts are stripped at a request's end or not.
@@ -27,7 +36,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     model: str
-    can_split: bool
+    why_whole: str | None
     returns_routed_experts: bool
     has_windows: bool
     drops_windows: bool
@@ -49,7 +58,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
         """
         return cls(
             model=model.__name__,
-            can_split=hasattr(model, "forward_split_prefill"),
+            why_whole=_why_whole(model),
             returns_routed_experts=args.enable_return_routed_experts,
             has_windows=has_windows,
             drops_windows=drops_windows,
@@ -131,6 +140,15 @@ def decide(host: Host, config: ConserveConfig) -> Capabilities:
     )
 
 
+def _why_whole(model: type) -> str | None:
+    if not hasattr(model, "forward_split_prefill"):
+        return f"{model.__name__} has no forward_split_prefill"
+    for base in model.__mro__:
+        if (wrong := WRONG_SPLITS.get(base.__name__)) is not None:
+            return f"forward_split_prefill of {base.__name__} {wrong}"
+    return None
+
+
 def _slices(host: Host, config: ConserveConfig) -> Capability:
     without = (
         "an online arrival waits for a whole offline prefill step, which slo.yield_ms and "
@@ -138,8 +156,8 @@ def _slices(host: Host, config: ConserveConfig) -> Capability:
     )
     if not config.slices.enabled:
         why = "slices.enabled is false"
-    elif not host.can_split:
-        why = f"{host.model} has no forward_split_prefill"
+    elif host.why_whole is not None:
+        why = host.why_whole
     elif host.returns_routed_experts:
         # One buffer holds the experts of all layers of the step that runs, and is read at its end.
         why = "--enable-return-routed-experts would return those of the steps in between"
