@@ -25,7 +25,6 @@ STOCK = {
     "dllm_algorithm": None,
     "chunked_prefill_size": None,
     "prefill_decode_interval": None,
-    "tokenizer_worker_num": 1,
     "smg_grpc_mode": False,
     "grpc_port": None,
     "abort_on_priority_when_disabled": False,
@@ -46,7 +45,6 @@ REFUSED = [
     pytest.param("chunked_prefill_size", -1, id="no chunked prefill"),
     pytest.param("chunked_prefill_size", 0, id="chunks of nothing"),
     pytest.param("prefill_decode_interval", 8, id="decode steps between prefills"),
-    pytest.param("tokenizer_worker_num", 2, id="several tokenizer workers"),
     pytest.param("smg_grpc_mode", True, id="the gateway's gRPC"),
     pytest.param("grpc_port", 30001, id="SGLang's own gRPC"),
     pytest.param("abort_on_priority_when_disabled", True, id="priorities aborted"),
@@ -89,6 +87,25 @@ def test_every_refusal_is_listed_at_once():
 def test_every_field_that_is_looked_at_is_tested_here():
     assert {refusal.field for refusal in compat._REFUSED} == set(STOCK)
     assert {param.values[0] for param in REFUSED} == set(STOCK)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_several_workers_go_with_our_application_and_without_batches(workers):
+    compat.check_workers(workers, {}, has_batches=False)
+    compat.check_workers(1, {compat.WORKER_APP_ENV: "their:app"}, has_batches=True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "has_batches", "way_out"),
+    [
+        pytest.param({compat.WORKER_APP_ENV: "their:app"}, False, "unset it", id="another's app"),
+        pytest.param({}, True, "conserve run-batch", id="batches"),
+    ],
+)
+def test_what_does_not_go_with_several_workers(environment, has_batches, way_out):
+    with pytest.raises(IncompatibleError, match="--tokenizer-worker-num=1") as caught:
+        compat.check_workers(2, environment, has_batches=has_batches)
+    assert way_out in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def report(tmp_path, monkeypatch):
         path.write_text(config)
         console = Console(file=io.StringIO(), width=80)
         monkeypatch.setattr(doctor, "_hooks", lambda _config: [])
-        monkeypatch.setattr(doctor, "_flags", lambda _flags: [])
+        monkeypatch.setattr(doctor, "_flags", lambda _flags, _config: [])
         monkeypatch.setattr(doctor, "_machine", list)
         code = doctor.examine(console, config=path, flags=flags)
         return console.file.getvalue(), code

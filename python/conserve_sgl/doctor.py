@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from conserve_sgl import __version__, compat
-from conserve_sgl.config import CONFIG_ENV, ConserveConfig
+from conserve_sgl.config import CONFIG_ENV, BatchConfig, ConserveConfig
 from conserve_sgl.emulation import Emulation
 from conserve_sgl.errors import ConserveError, HookError
 from conserve_sgl.profile.store import model_path
@@ -91,7 +91,7 @@ def examine(console: Console, *, config: Path | None, flags: Sequence[str]) -> i
     if not bad:
         with console.status("Loading SGLang as a server does"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what this machine is without, a line for each
-            report(_flags(flags), _hooks(config), _machine())
+            report(_flags(flags, config), _hooks(config), _machine())
     if bad:
         names = ", ".join(dict.fromkeys(bad))
         console.print(f"[red]A server would not start as configured:[/] {names}", soft_wrap=True)
@@ -228,7 +228,7 @@ def _is_missing_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) and not os.path.exists(name)
 
 
-def _flags(flags: Sequence[str]) -> Iterator[Finding]:
+def _flags(flags: Sequence[str], config: Path | None = None) -> Iterator[Finding]:
     if not flags:
         return
     from sglang.srt.server_args import prepare_server_args
@@ -241,7 +241,7 @@ def _flags(flags: Sequence[str]) -> Iterator[Finding]:
     except (SystemExit, Exception) as e:
         yield Finding("flags", Level.BAD, f"SGLang does not accept them: {_why(e, said)}")
         return
-    found = compat.conflicts(args)
+    found = [*compat.conflicts(args), *_of_workers(args, config)]
     for conflict in found:
         yield Finding("flags", Level.BAD, conflict)
     if not found:
@@ -249,6 +249,17 @@ def _flags(flags: Sequence[str]) -> Iterator[Finding]:
     yield from _model(args)
     yield from _port(args)
     yield host_cache(args, free_gib=_free_host_gib(), device_gib=_device_gib())
+
+
+def _of_workers(args: Any, config: Path | None) -> Iterator[str]:
+    """What keeps several tokenizer workers from starting."""
+    batch = BatchConfig() if config is None else ConserveConfig.load(config).batch
+    try:
+        compat.check_workers(
+            args.tokenizer_worker_num, os.environ, has_batches=batch.storage_dir is not None
+        )
+    except ConserveError as e:
+        yield str(e)
 
 
 def _why(error: BaseException, said: io.StringIO) -> str:
