@@ -19,8 +19,7 @@ STOCK = {
     "attn_dp_size": 1,
     "dp_size": 1,
     "pp_size": 1,
-    "enable_lora": None,
-    "lora_paths": None,
+    "enable_lora_overlap_loading": None,
     "enable_pdmux": False,
     "dllm_algorithm": None,
     "chunked_prefill_size": None,
@@ -38,8 +37,7 @@ REFUSED = [
     pytest.param("attn_dp_size", 2, id="DP attention by its size"),
     pytest.param("dp_size", 2, id="several replicas in one server"),
     pytest.param("pp_size", 2, id="pipeline parallelism"),
-    pytest.param("enable_lora", True, id="LoRA"),
-    pytest.param("lora_paths", ["a=b"], id="LoRA by its paths"),
+    pytest.param("enable_lora_overlap_loading", True, id="adapters loaded beside a step"),
     pytest.param("enable_pdmux", True, id="PD multiplexing"),
     pytest.param("dllm_algorithm", "LowConfidence", id="diffusion models"),
     pytest.param("chunked_prefill_size", -1, id="no chunked prefill"),
@@ -52,7 +50,7 @@ REFUSED = [
 
 ACCEPTED = [
     pytest.param({}, id="stock"),
-    pytest.param({"enable_lora": False}, id="LoRA switched off"),
+    pytest.param({"enable_lora_overlap_loading": False}, id="adapters loaded before a step"),
     pytest.param({"attn_dp_size": None}, id="no DP attention"),
     pytest.param({"chunked_prefill_size": 8192}, id="a chunk size"),
     pytest.param({"prefill_decode_interval": 0}, id="no steps between prefills"),

@@ -48,7 +48,6 @@ def _unless(*allowed: Any) -> Callable[[Any], bool]:
 
 _SLICES = "its forward pass is not the one that conserve schedules"
 _RANKS = "its ranks would take different scheduling decisions"
-_ADAPTERS = "its batches are formed by adapter"
 _NO_HTTP = "it bypasses the HTTP server, where the service class is read"
 _REFUSED = (
     _Refusal("speculative_algorithm", "--speculative-algorithm", _unless(None), _SLICES),
@@ -68,8 +67,13 @@ _REFUSED = (
         "as docs/fleet.md has it",
     ),
     _Refusal("pp_size", "--pp-size", _unless(1), "pipeline stages run batches of their own"),
-    _Refusal("enable_lora", "--enable-lora", _unless(None, False), _ADAPTERS),
-    _Refusal("lora_paths", "--lora-paths", _unless(None), _ADAPTERS),
+    _Refusal(
+        "enable_lora_overlap_loading",
+        "--enable-lora-overlap-loading",
+        _unless(None, False),
+        "it loads adapters for the requests that it sees, and rows that sit out would go on "
+        "without theirs",
+    ),
     _Refusal("enable_pdmux", "--enable-pdmux", _unless(False), _SLICES),
     _Refusal("dllm_algorithm", "--dllm-algorithm", _unless(None), _SLICES),
     _Refusal(

@@ -38,8 +38,7 @@ def test_a_refused_field_is_one_of_server_args(refusal):
         pytest.param(["--attn-dp-size", "2"], id="DP attention"),
         pytest.param(["--dp-size", "2"], id="several replicas"),
         pytest.param(["--pp-size", "2"], id="pipeline parallelism"),
-        pytest.param(["--enable-lora"], id="LoRA"),
-        pytest.param(["--lora-paths", "a=b"], id="LoRA by its paths"),
+        pytest.param(["--enable-lora-overlap-loading"], id="adapters loaded beside a step"),
         pytest.param(["--enable-pdmux"], id="PD multiplexing"),
         pytest.param(["--chunked-prefill-size", "-1"], id="no chunked prefill"),
         pytest.param(["--smg-grpc-mode"], id="the gateway's gRPC"),
@@ -62,6 +61,7 @@ def test_the_flag_as_a_person_types_it_is_refused(flags):
         pytest.param(["--disable-radix-cache"], id="no radix cache"),
         pytest.param(["--tp-size", "2"], id="tensor parallelism"),
         pytest.param(["--tokenizer-worker-num", "2"], id="tokenizer workers"),
+        pytest.param(["--enable-lora", "--lora-paths", "a=b"], id="LoRA"),
     ],
 )
 def test_these_flags_are_not_refused(flags):

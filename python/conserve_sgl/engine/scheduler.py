@@ -16,6 +16,7 @@ What is overridden of SGLang, and what conserve adds to it:
     init_ipc_channels               the inbox of announced arrivals
     init_running_status             settings, the offline queue, what is put aside, memory
     init_schedule_policy            online first in the waiting queue; admission
+    init_lora_drainer               adapters drain for online requests alone
     init_invariant_checker          rows that are put aside are no leaks
     init_batch_result_processor     hidden states of requests that were preempted
     ingest_requests                 arrivals are read before requests
@@ -56,6 +57,7 @@ from typing import Any
 from conserve_sgl.checkpoint.checkpointer import Checkpointer
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.engine.accounts import Accounts
+from conserve_sgl.engine.adapters import Adapters, OnlineDrainer
 from conserve_sgl.engine.admission import Admission
 from conserve_sgl.engine.aside import Aside
 from conserve_sgl.engine.device import kv_token_bytes, marks_of
@@ -216,14 +218,23 @@ class ConserveScheduler(Scheduler):
             requeue=self._intake.take_back,
             free_rows=self.req_to_token_pool.available_size,
         )
+        adapters = Adapters(
+            self, aside=self._aside, memory=self._memory, is_offline=self.is_offline
+        )
         self._admission = Admission(
             self,
             intake=self._intake,
             aside=self._aside,
             memory=self._memory,
+            adapters=adapters,
             checkpoints=self._checkpoints,
             is_offline=self.is_offline,
         )
+
+    def init_lora_drainer(self) -> None:
+        super().init_lora_drainer()
+        if self.lora_drainer is not None:
+            self.lora_drainer = OnlineDrainer(self.lora_drainer, self.is_offline)
 
     def init_invariant_checker(self) -> None:
         super().init_invariant_checker()
