@@ -54,6 +54,10 @@ class Admission:
         adapters: which of them may be in the engine.
         checkpoints: what requests that gave way have on the host.
         is_offline: tells an offline request.
+
+    Attributes:
+        found_no_place: whether the latest step could have let offline requests in, and had no place
+            for the adapter of any that waits.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class Admission:
         self._always_mixes = host.is_mixed_chunk
         self._shortage = Shortage()
         self._purse: OfflinePurse | None = None
+        self.found_no_place = False
 
     # -------------------------------------------------------------------- the pass
 
@@ -96,6 +101,7 @@ class Admission:
             plan: of the step.
             form_theirs: SGLang's `get_new_batch_prefill`.
         """
+        self.found_no_place = False
         self._adapters.make_way(running)
         self._load_ahead(running, view, plan)
         self._mix(running, view, plan)
@@ -107,7 +113,9 @@ class Admission:
             return NextBatchPlan(batch_to_run=None, running_batch=running)
         free_tokens = self._memory.free_tokens - plan.kv_reserve_tokens
         admissions = self._admissions(running, plan, free_tokens)
-        candidates = self._intake.queue.take(admissions, self._adapters.may_run(running))
+        queue = self._intake.queue
+        candidates = queue.take(admissions, self._adapters.may_run(running))
+        self.found_no_place = bool(admissions and len(queue) and not candidates)
         not_yet = self._waiting_for_kv(candidates, running, plan)
         self._host.waiting_queue.extend(req for req in candidates if req not in not_yet)
         self._purse = None

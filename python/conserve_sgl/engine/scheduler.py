@@ -93,7 +93,7 @@ from conserve_sgl.engine.waiting_order import OnlineFirst
 from conserve_sgl.errors import IncompatibleError
 from conserve_sgl.ingress.arrival import arrival_endpoint
 from conserve_sgl.ingress.spare import SpareSender, spare_endpoint
-from conserve_sgl.policy import OfflineQueue, PriorityRule, StepPlan
+from conserve_sgl.policy import Bound, OfflineQueue, PriorityRule, StepPlan
 from conserve_sgl.policy.latency import prompt_token_s
 from conserve_sgl.profile.steps import StepLog
 from conserve_sgl.settings import OfflineWork
@@ -276,7 +276,8 @@ class ConserveScheduler(Scheduler):
         running_batch = self._aside.parked.come_back(running_batch, rows_to_spare)
         formed = super().get_next_batch_to_run(running_batch, last_batch)
         self._observer.note_formed(formed.batch_to_run)
-        self._accounts.step(formed.batch_to_run, view, plan)
+        bound = Bound.ADAPTERS if self._admission.found_no_place else plan.bound
+        self._accounts.step(formed.batch_to_run, view, bound)
         self._learning.started(formed.batch_to_run)
         return formed
 
