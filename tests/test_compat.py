@@ -19,13 +19,11 @@ STOCK = {
     "attn_dp_size": 1,
     "dp_size": 1,
     "pp_size": 1,
-    "enable_lora": None,
-    "lora_paths": None,
+    "enable_lora_overlap_loading": None,
     "enable_pdmux": False,
     "dllm_algorithm": None,
     "chunked_prefill_size": None,
     "prefill_decode_interval": None,
-    "tokenizer_worker_num": 1,
     "smg_grpc_mode": False,
     "grpc_port": None,
     "abort_on_priority_when_disabled": False,
@@ -39,14 +37,12 @@ REFUSED = [
     pytest.param("attn_dp_size", 2, id="DP attention by its size"),
     pytest.param("dp_size", 2, id="several replicas in one server"),
     pytest.param("pp_size", 2, id="pipeline parallelism"),
-    pytest.param("enable_lora", True, id="LoRA"),
-    pytest.param("lora_paths", ["a=b"], id="LoRA by its paths"),
+    pytest.param("enable_lora_overlap_loading", True, id="adapters loaded beside a step"),
     pytest.param("enable_pdmux", True, id="PD multiplexing"),
     pytest.param("dllm_algorithm", "LowConfidence", id="diffusion models"),
     pytest.param("chunked_prefill_size", -1, id="no chunked prefill"),
     pytest.param("chunked_prefill_size", 0, id="chunks of nothing"),
     pytest.param("prefill_decode_interval", 8, id="decode steps between prefills"),
-    pytest.param("tokenizer_worker_num", 2, id="several tokenizer workers"),
     pytest.param("smg_grpc_mode", True, id="the gateway's gRPC"),
     pytest.param("grpc_port", 30001, id="SGLang's own gRPC"),
     pytest.param("abort_on_priority_when_disabled", True, id="priorities aborted"),
@@ -54,7 +50,7 @@ REFUSED = [
 
 ACCEPTED = [
     pytest.param({}, id="stock"),
-    pytest.param({"enable_lora": False}, id="LoRA switched off"),
+    pytest.param({"enable_lora_overlap_loading": False}, id="adapters loaded before a step"),
     pytest.param({"attn_dp_size": None}, id="no DP attention"),
     pytest.param({"chunked_prefill_size": 8192}, id="a chunk size"),
     pytest.param({"prefill_decode_interval": 0}, id="no steps between prefills"),
@@ -89,6 +85,25 @@ def test_every_refusal_is_listed_at_once():
 def test_every_field_that_is_looked_at_is_tested_here():
     assert {refusal.field for refusal in compat._REFUSED} == set(STOCK)
     assert {param.values[0] for param in REFUSED} == set(STOCK)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_several_workers_go_with_our_application_and_without_batches(workers):
+    compat.check_workers(workers, {}, has_batches=False)
+    compat.check_workers(1, {compat.WORKER_APP_ENV: "their:app"}, has_batches=True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "has_batches", "way_out"),
+    [
+        pytest.param({compat.WORKER_APP_ENV: "their:app"}, False, "unset it", id="another's app"),
+        pytest.param({}, True, "conserve run-batch", id="batches"),
+    ],
+)
+def test_what_does_not_go_with_several_workers(environment, has_batches, way_out):
+    with pytest.raises(IncompatibleError, match="--tokenizer-worker-num=1") as caught:
+        compat.check_workers(2, environment, has_batches=has_batches)
+    assert way_out in str(caught.value)
 
 
 @pytest.mark.parametrize(

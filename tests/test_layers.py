@@ -109,6 +109,7 @@ MAY_IMPORT = {
         *_LEAVES,
     },
     "plugin": {"batch", "config", "compat", "engine", "ingress", "profile", "settings", *_LEAVES},
+    "worker": {"plugin"},
     "tune": _LEAVES,
     "doctor": {
         "config",

@@ -27,6 +27,7 @@ class FakeReq:
     max_new_tokens: int | None = 20
     custom: dict[str, Any] | None = None
     extra_key: str | None = None
+    lora_id: str | None = None
 
     def __post_init__(self) -> None:
         self.origin_input_ids = range(self.prompt)
@@ -66,6 +67,8 @@ def test_the_tag_is_read_and_taken_off():
     item = offline_item(req)
     assert (item.arrived_s, item.job, item.deadline_s) == (5.0, "nightly", 65.0)
     assert req.sampling_params.custom_params == {"thinking_budget": 1}
+    assert item.adapter == ""
+    assert offline_item(FakeReq("off", lora_id="a")).adapter == "a"
     bare = FakeReq("off", tag=tag)
     offline_item(bare)
     assert bare.sampling_params.custom_params is None

@@ -215,6 +215,16 @@ http_server._setup_and_run_http_server(None, None, None, None, [{"status": "read
 print("still running")
 """
 
+TOKENIZER_WORKER = """
+from conserve_sgl.worker import app
+from sglang.srt.entrypoints import http_server
+from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
+from conserve_sgl.ingress.middleware import ServiceClassMiddleware
+assert app is http_server.app
+assert type(app.build_middleware_stack()) is ServiceClassMiddleware
+assert TokenizerWorker.init_ipc_channels.__wrapped__
+"""
+
 
 # Importing SGLang takes most of a process's time, so the cases are forks of one that has done it.
 FORKS = """
@@ -249,6 +259,7 @@ CASES = {
     "replaced": (REPLACED_BY_ANOTHER, CONFIG_ENV),
     "refused_flag": (REFUSED_FLAG, CONFIG_ENV),
     "stock_scheduler": (SCHEDULER_IS_STOCK, CONFIG_ENV),
+    "tokenizer_worker": (TOKENIZER_WORKER, CONFIG_ENV),
 }
 
 
@@ -283,6 +294,11 @@ def test_a_stock_server_stays_stock(ended):
 @pytest.mark.engine
 def test_a_metered_server_has_another_scheduler_and_is_stock_otherwise(ended):
     assert ended["metered"].code == 0, ended["metered"].stderr
+
+
+@pytest.mark.engine
+def test_a_tokenizer_worker_has_every_hook_and_our_layer(ended):
+    assert ended["tokenizer_worker"].code == 0, ended["tokenizer_worker"].stderr
 
 
 @pytest.mark.engine

@@ -18,15 +18,19 @@ from conserve_sgl.errors import IncompatibleError
 __all__ = [
     "ALLOW_UNTESTED_ENV",
     "TESTED_VERSIONS",
+    "WORKER_APP_ENV",
     "check_environment",
     "check_flags",
     "check_version",
+    "check_workers",
     "conflicts",
     "sglang_version",
 ]
 
 TESTED_VERSIONS = ("0.5.23",)
 ALLOW_UNTESTED_ENV = "CONSERVE_ALLOW_UNTESTED"
+WORKER_APP_ENV = "SGLANG_HTTP_SERVER_APP_PATH"
+"""Names the application that SGLang's tokenizer workers import."""
 
 
 class _Refusal(msgspec.Struct, frozen=True):
@@ -44,7 +48,6 @@ def _unless(*allowed: Any) -> Callable[[Any], bool]:
 
 _SLICES = "its forward pass is not the one that conserve schedules"
 _RANKS = "its ranks would take different scheduling decisions"
-_ADAPTERS = "its batches are formed by adapter"
 _NO_HTTP = "it bypasses the HTTP server, where the service class is read"
 _REFUSED = (
     _Refusal("speculative_algorithm", "--speculative-algorithm", _unless(None), _SLICES),
@@ -64,8 +67,13 @@ _REFUSED = (
         "as docs/fleet.md has it",
     ),
     _Refusal("pp_size", "--pp-size", _unless(1), "pipeline stages run batches of their own"),
-    _Refusal("enable_lora", "--enable-lora", _unless(None, False), _ADAPTERS),
-    _Refusal("lora_paths", "--lora-paths", _unless(None), _ADAPTERS),
+    _Refusal(
+        "enable_lora_overlap_loading",
+        "--enable-lora-overlap-loading",
+        _unless(None, False),
+        "it loads adapters for the requests that it sees, and rows that sit out would go on "
+        "without theirs",
+    ),
     _Refusal("enable_pdmux", "--enable-pdmux", _unless(False), _SLICES),
     _Refusal("dllm_algorithm", "--dllm-algorithm", _unless(None), _SLICES),
     _Refusal(
@@ -80,12 +88,6 @@ _REFUSED = (
         _unless(None, 0),
         "between two prefills it forms no prefill batch at all, online prompts or suspended ones; "
         "slo.tpot says what they may take from the rows that decode",
-    ),
-    _Refusal(
-        "tokenizer_worker_num",
-        "--tokenizer-worker-num",
-        _unless(1),
-        "SGLang loads no plugins in its tokenizer workers, so classes would be lost",
     ),
     _Refusal("smg_grpc_mode", "--smg-grpc-mode", _unless(False), _NO_HTTP),
     _Refusal("grpc_port", "--grpc-port", _unless(None), _NO_HTTP),
@@ -142,6 +144,28 @@ def check_environment(environment: Mapping[str, str]) -> None:
         raise IncompatibleError(
             "SGLANG_RUST_SERVER replaces the tokenizer process that conserve reads the service "
             "class in; unset it"
+        )
+
+
+def check_workers(workers: int, environment: Mapping[str, str], *, has_batches: bool) -> None:
+    """Accept `--tokenizer-worker-num`.
+
+    Raises:
+        IncompatibleError: several workers would serve an application of somebody else's, or would
+            have batches between them.
+    """
+    if workers == 1:
+        return
+    app = environment.get(WORKER_APP_ENV, "")
+    if app:
+        raise IncompatibleError(
+            f"{WORKER_APP_ENV}={app} names what tokenizer workers serve, and in it conserve would "
+            "be missing; unset it, or take --tokenizer-worker-num=1"
+        )
+    if has_batches:
+        raise IncompatibleError(
+            "batch.storage_dir needs --tokenizer-worker-num=1: batches run in the one HTTP process "
+            "of a server; or leave it out, and run files of batches with conserve run-batch"
         )
 
 

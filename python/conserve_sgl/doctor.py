@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from conserve_sgl import __version__, compat
-from conserve_sgl.config import CONFIG_ENV, ConserveConfig
+from conserve_sgl.config import CONFIG_ENV, BatchConfig, ConserveConfig
 from conserve_sgl.emulation import Emulation
 from conserve_sgl.engine.capabilities import Host, decide
 from conserve_sgl.errors import ConserveError, HookError
@@ -242,7 +242,7 @@ def _flags(flags: Sequence[str], config: Path | None = None) -> Iterator[Finding
     except (SystemExit, Exception) as e:
         yield Finding("flags", Level.BAD, f"SGLang does not accept them: {_why(e, said)}")
         return
-    found = compat.conflicts(args)
+    found = [*compat.conflicts(args), *_of_workers(args, config)]
     for conflict in found:
         yield Finding("flags", Level.BAD, conflict)
     if not found:
@@ -252,6 +252,17 @@ def _flags(flags: Sequence[str], config: Path | None = None) -> Iterator[Finding
     yield from _port(args)
     if args.enable_hierarchical_cache:
         yield host_cache(args, free_gib=_free_host_gib(), device_gib=_device_gib())
+
+
+def _of_workers(args: Any, config: Path | None) -> Iterator[str]:
+    """What keeps several tokenizer workers from starting."""
+    batch = BatchConfig() if config is None else ConserveConfig.load(config).batch
+    try:
+        compat.check_workers(
+            args.tokenizer_worker_num, os.environ, has_batches=batch.storage_dir is not None
+        )
+    except ConserveError as e:
+        yield str(e)
 
 
 def _why(error: BaseException, said: io.StringIO) -> str:

@@ -5,6 +5,10 @@ swallows whatever goes wrong on the way. A server that runs half hooked would lo
 badly, so this plugin checks itself right after the hooks are applied and ends the process with
 the reason when anything is amiss.
 
+With `--tokenizer-worker-num` uvicorn spawns the HTTP processes, which pass no entry point that
+loads plugins: SGLang takes the application that they import from the environment, and here that is
+`worker.py`.
+
 Without `CONSERVE_CONFIG` in the environment it does nothing at all, unless `CONSERVE_STEP_LOG` asks
 for a record of every step: then SGLang's scheduler is metered, and nothing else changed.
 """
@@ -12,6 +16,7 @@ for a record of every step: then SGLang's scheduler is metered, and nothing else
 from __future__ import annotations
 
 import asyncio
+import atexit
 import functools
 import os
 import pkgutil
@@ -29,7 +34,7 @@ from conserve_sgl.errors import ConserveError, HookError
 from conserve_sgl.profile.steps import STEP_LOG_ENV
 from conserve_sgl.settings import OfflineWork, batches_held, offline_number
 
-__all__ = ["HOOK_TARGETS", "register", "verify"]
+__all__ = ["HOOK_TARGETS", "register", "verify", "worker_app"]
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _LAUNCH = "sglang.srt.entrypoints.engine.Engine._launch_subprocesses"
@@ -53,6 +58,12 @@ HOOK_TARGETS = (
     _SIGTERM,
 )
 """Every place in SGLang that this plugin hooks, in the order of registration."""
+
+
+_WORKER_APP = "conserve_sgl.worker:app"
+
+_ingress: Any = None
+"""The `Ingress` of this process, once its hooks are registered."""
 
 
 class _Hook(msgspec.Struct, frozen=True):
@@ -114,7 +125,8 @@ def _hooks(config: ConserveConfig) -> list[_Hook]:
     from conserve_sgl.engine.scheduler import ConserveScheduler
     from conserve_sgl.ingress.hooks import Ingress
 
-    ingress = Ingress(config, is_health_check_generate_req)
+    global _ingress
+    _ingress = ingress = Ingress(config, is_health_check_generate_req)
     batches = _Batches(config.batch)
     return [
         _Hook(_SCHEDULER, ConserveScheduler, "REPLACE"),
@@ -153,6 +165,8 @@ def _before_launch(batch: BatchConfig, *args: Any, **kwargs: Any) -> None:
     server_args = kwargs["server_args"] if "server_args" in kwargs else args[1]
     try:
         compat.check_flags(server_args)
+        has_batches = batch.storage_dir is not None
+        compat.check_workers(server_args.tokenizer_worker_num, os.environ, has_batches=has_batches)
         if batch.storage_dir is not None:
             make_storage(Path(batch.storage_dir))  # before minutes are spent on loading a model
     except ConserveError as e:
@@ -165,13 +179,11 @@ def _around_app(
     server_args: Any,
     tokenizer_manager: Any,
     _template_manager: Any,
-    _port_args: Any,
+    port_args: Any,
     scheduler_infos: Sequence[Mapping[str, Any]],
     *_args: Any,
     **_kwargs: Any,
 ) -> None:
-    from sglang.srt.entrypoints.http_server import app
-
     if not all(info.get("conserve") for info in scheduler_infos):
         _refuse_to_start(
             HookError(
@@ -179,8 +191,27 @@ def _around_app(
                 "package was being installed, or SGLANG_PLUGINS differs between them"
             )
         )
-    ingress.before_run_http_server(app)
+    if server_args.tokenizer_worker_num > 1:
+        from conserve_sgl.ingress.in_hand import in_hand_file
+
+        os.environ[compat.WORKER_APP_ENV] = _WORKER_APP
+        atexit.register(in_hand_file(port_args.instance_id).unlink, missing_ok=True)
+        return
+    from sglang.srt.entrypoints.http_server import app
+
+    ingress.wrap(app)
     batches.serve(app, server_args, tokenizer_manager)
+
+
+def worker_app() -> Any:
+    """The application of a tokenizer worker, with the hooks in its process."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.entrypoints.http_server import app
+
+    _ingress.wrap(app)
+    return app
 
 
 class _Batches:

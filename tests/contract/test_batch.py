@@ -60,7 +60,7 @@ async def client(app, monkeypatch, tmp_path):
     ):
         monkeypatch.setattr(owner, name, value)
     monkeypatch.setattr(app.state, "openai_serving_chat", Handler(), raising=False)
-    Ingress(ConserveConfig(), lambda _: False).before_run_http_server(app)
+    Ingress(ConserveConfig(), lambda _: False).wrap(app)
     BatchServer(app, BatchConfig(storage_dir=str(tmp_path)), api_key="k", serves_embeddings=False)
     add_api_key_middleware(app, api_key="k", admin_api_key=None)
     async with app.router.lifespan_context(app):

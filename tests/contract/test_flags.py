@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from typing import Any
 
 import pytest
@@ -37,11 +38,9 @@ def test_a_refused_field_is_one_of_server_args(refusal):
         pytest.param(["--attn-dp-size", "2"], id="DP attention"),
         pytest.param(["--dp-size", "2"], id="several replicas"),
         pytest.param(["--pp-size", "2"], id="pipeline parallelism"),
-        pytest.param(["--enable-lora"], id="LoRA"),
-        pytest.param(["--lora-paths", "a=b"], id="LoRA by its paths"),
+        pytest.param(["--enable-lora-overlap-loading"], id="adapters loaded beside a step"),
         pytest.param(["--enable-pdmux"], id="PD multiplexing"),
         pytest.param(["--chunked-prefill-size", "-1"], id="no chunked prefill"),
-        pytest.param(["--tokenizer-worker-num", "2"], id="tokenizer workers"),
         pytest.param(["--smg-grpc-mode"], id="the gateway's gRPC"),
         pytest.param(["--grpc-port", "30001"], id="SGLang's own gRPC"),
         pytest.param(["--abort-on-priority-when-disabled"], id="priorities aborted"),
@@ -61,6 +60,8 @@ def test_the_flag_as_a_person_types_it_is_refused(flags):
         pytest.param(["--disable-overlap-schedule"], id="no overlap"),
         pytest.param(["--disable-radix-cache"], id="no radix cache"),
         pytest.param(["--tp-size", "2"], id="tensor parallelism"),
+        pytest.param(["--tokenizer-worker-num", "2"], id="tokenizer workers"),
+        pytest.param(["--enable-lora", "--lora-paths", "a=b"], id="LoRA"),
     ],
 )
 def test_these_flags_are_not_refused(flags):
@@ -74,6 +75,15 @@ def test_what_switches_the_rust_server_on(monkeypatch, given):
 
     monkeypatch.setenv("SGLANG_RUST_SERVER", given)
     assert envs.SGLANG_RUST_SERVER.get() is True
+
+
+def test_tokenizer_workers_serve_what_the_environment_names(monkeypatch):
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.environ import envs
+
+    monkeypatch.setenv(compat.WORKER_APP_ENV, "conserve_sgl.worker:app")
+    assert envs.SGLANG_HTTP_SERVER_APP_PATH.get() == "conserve_sgl.worker:app"
+    assert inspect.getsource(http_server).count("envs.SGLANG_HTTP_SERVER_APP_PATH.get()") == 2
 
 
 def test_the_doctor_reads_fields_that_are_there():

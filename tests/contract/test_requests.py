@@ -35,7 +35,10 @@ def ingress(monkeypatch) -> Ingress:
     monkeypatch.setattr("conserve_sgl.ingress.hooks.SpareReceiver", lambda _endpoint: None)
     ingress = Ingress(ConserveConfig(), is_health_check_generate_req)
     args = SimpleNamespace(
-        default_priority_value=None, schedule_low_priority_values_first=False, enable_metrics=False
+        default_priority_value=None,
+        schedule_low_priority_values_first=False,
+        enable_metrics=False,
+        tokenizer_worker_num=1,
     )
     manager = SimpleNamespace(server_args=args)
     ingress.after_init_ipc_channels(None, manager, SimpleNamespace(instance_id="x"))

@@ -28,6 +28,7 @@ SIGNATURES_BY_MODULE = {
         "Scheduler.init_ipc_channels": "(self, port_args)",
         "Scheduler.init_running_status": "(self)",
         "Scheduler.init_schedule_policy": "(self)",
+        "Scheduler.init_lora_drainer": "(self)",
         "Scheduler.init_invariant_checker": "(self)",
         "Scheduler.init_batch_result_processor": "(self)",
         "Scheduler.collect_inflight_reqs": "(self)",
@@ -175,6 +176,13 @@ SIGNATURES_BY_MODULE = {
             "(self, obj, input_text, input_ids, input_embeds=None, mm_inputs=None, "
             "token_type_ids=None)"
         ),
+    },
+    "sglang.srt.lora.lora_drainer": {
+        "LoRADrainer.update_draining_state": "(self, waiting_queue, running_reqs)",
+        "LoRADrainer.can_schedule": "(self, req)",
+    },
+    "sglang.srt.lora.lora_manager": {
+        "LoRAManager.validate_lora_batch": "(self, lora_ids)",
     },
     "sglang.srt.model_executor.model_runner": {
         "ModelRunner.forward": (
@@ -395,12 +403,12 @@ def test_every_attribute_of_the_host_that_is_read_is_there(ours, theirs):
 @pytest.mark.parametrize(("ours", "theirs"), OVERRIDERS.items(), ids=OVERRIDER_IDS)
 def test_no_attribute_of_ours_has_a_name_of_the_host_s_by_chance(ours, theirs):
     taken_on_purpose = {"policy", "invariant_checker", "batch_result_processor", "waiting_queue"}
-    taken_on_purpose |= {"rem_chunk_tokens", "req_states"}
+    taken_on_purpose |= {"rem_chunk_tokens", "req_states", "lora_drainer"}
     assigned = uses_of_self(class_in(*ours), ast.Store)
     assert assigned & attributes_of(resolve(theirs)) <= taken_on_purpose
 
 
-@pytest.mark.parametrize("part", ["admission", "observe", "sliced_step"])
+@pytest.mark.parametrize("part", ["adapters", "admission", "observe", "sliced_step"])
 def test_the_scheduler_has_what_parts_of_ours_read_and_change_of_it(part):
     file = f"engine/{part}.py"
     fields = {n.target.id for n in class_in(file, "_Host").body if isinstance(n, ast.AnnAssign)}
@@ -422,6 +430,7 @@ REQUEST_ATTRIBUTES = (
     "kv",
     "last_node",
     "lock",
+    "lora_id",
     "origin_input_ids",
     "output_ids",
     "prefix_len",
@@ -520,7 +529,7 @@ def test_a_request_has_what_is_read_of_it():
         ("sglang.srt.model_executor.forward_batch_info:ForwardMode", {"EXTEND", "SPLIT_PREFILL"}),
         (
             "sglang.srt.model_executor.model_runner:ModelRunner",
-            {"device", "model", "model_config", "server_args"},
+            {"device", "lora_manager", "model", "model_config", "server_args"},
         ),
         ("sglang.srt.server_args:ServerArgs", {"enable_return_routed_experts"}),
         ("sglang.srt.managers.tp_worker:TpModelWorker", {"hicache_layer_transfer_counter"}),

@@ -90,6 +90,16 @@ RELIED = [
         "Admission.move_offline_chunk: a chunk is put aside after it was stashed",
     ),
     Relied(
+        _SCHEDULER + "can_schedule_lora_req",
+        "2d821a0bbdae91c0",
+        "engine/adapters.py: which adapters count, and what the drainer is asked",
+    ),
+    Relied(
+        "sglang.srt.lora.lora_manager:LoRAManager.fetch_new_loras",
+        "9b4202df6f2cecbf",
+        "engine/adapters.py: all adapters of a batch are loaded before it runs, or it fails",
+    ),
+    Relied(
         _ADDER + "add_one_req_ignore_eos",
         "ff2cd7c2798ad318",
         "engine/adder.py, _now_fits: what it needs free, and that `req_states` is made if None",

@@ -28,9 +28,9 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_a_flag_that_conflicts(tiny_llama, config):
-    done = _serve(tiny_llama, config, "--tokenizer-worker-num=2")
+    done = _serve(tiny_llama, config, "--pp-size=2")
     assert done.returncode == 1
-    assert "refusing to start: --tokenizer-worker-num=2 does not go with conserve" in done.stderr
+    assert "refusing to start: --pp-size=2 does not go with conserve" in done.stderr
 
 
 def test_a_configuration_that_is_wrong(tiny_llama, config):

@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from conserve_sgl.ingress.in_hand import InHand
 from conserve_sgl.ingress.middleware import ServiceClassMiddleware, asked_class
 from conserve_sgl.ingress.spare import SpareNow, SpareRoom
 from conserve_sgl.policy import ServiceClass
@@ -48,7 +49,8 @@ class Worker:
         self.refused = 0
         self._in_hand = 0
         self._slots = asyncio.Semaphore(rows)
-        room = SpareRoom(self)
+        in_hand = InHand()
+        room = SpareRoom(self, in_hand)
         application = self._application()
         if conserve:
             build_stack = application.build_middleware_stack
@@ -57,6 +59,7 @@ class Worker:
                 max_offline=4096,
                 retry_after_s=1,
                 on_refusal=self._count_refusal,
+                in_hand=in_hand,
                 room=lambda: room,
                 take_spare_only=take_spare_only,
             )

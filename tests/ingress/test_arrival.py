@@ -217,7 +217,7 @@ def test_a_listener_may_come_first(endpoint):
 @pytest.mark.usefixtures("clock")
 def test_a_message_has_the_shape_that_both_ends_know(endpoint):
     pull = zmq.Context.instance().socket(zmq.PULL)
-    pull.connect(endpoint)
+    pull.bind(endpoint)
     sender = ArrivalSender(endpoint)
     while not pull.poll(0):
         sender.send(("a", "b"))

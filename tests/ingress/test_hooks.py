@@ -101,6 +101,7 @@ def started(*, default: int | None = None, low_values_first: bool = False) -> In
         default_priority_value=default,
         schedule_low_priority_values_first=low_values_first,
         enable_metrics=False,
+        tokenizer_worker_num=1,
     )
     manager = SimpleNamespace(server_args=args)
     ingress.after_init_ipc_channels(None, manager, SimpleNamespace(instance_id="engine-1"))
@@ -118,6 +119,7 @@ def test_refusals_are_counted_under_the_name_that_the_model_is_served_by(monkeyp
         default_priority_value=None,
         schedule_low_priority_values_first=False,
         enable_metrics=True,
+        tokenizer_worker_num=1,
         served_model_name=None,
     )
     manager = SimpleNamespace(server_args=args, served_model_name="models/m")
@@ -302,12 +304,12 @@ async def test_our_layer_is_the_outermost_and_set_up_from_the_configuration():
     app = Starlette(routes=[Route("/generate", generate, methods=["POST"])])
     app.add_middleware(BaseHTTPMiddleware, dispatch=note)
     config = ConserveConfig(offline=OfflineConfig(queue_requests=1, retry_after_s=3))
-    Ingress(config, is_health_check).before_run_http_server(app)
+    Ingress(config, is_health_check).wrap(app)
 
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://engine") as http:
         assert (await http.post("/offline/generate")).text == str(OFFLINE)
-        app.middleware_stack.offline_in_hand = 1
+        app.middleware_stack.in_hand.begin()
         refused = await http.post("/offline/generate")
     assert paths == ["/generate"]
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "3")

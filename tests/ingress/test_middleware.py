@@ -91,7 +91,7 @@ async def seen_of(path: str, **kwargs: Any) -> Seen:
 
 async def in_flight(middleware: ServiceClassMiddleware, n: int) -> None:
     """Return when `n` offline requests are in hand; the test's timeout is the bound."""
-    while middleware.offline_in_hand != n:
+    while middleware.in_hand.now() != n:
         await asyncio.sleep(0)
 
 
@@ -365,7 +365,7 @@ async def test_one_more_than_the_bound_is_answered_429_with_retry_after():
     gate.opened.set()
     assert [r.status_code for r in await asyncio.gather(*held)] == [200, 200]
     assert (await post(middleware, "/offline/generate")).status_code == 200
-    assert middleware.offline_in_hand == 0
+    assert middleware.in_hand.now() == 0
 
 
 @pytest.mark.parametrize("path", ROUTES)
@@ -389,7 +389,7 @@ async def test_an_error_of_the_application_gives_the_place_back():
     for _ in range(2):
         with pytest.raises(RuntimeError, match="broken"):
             await post(middleware, "/offline/generate")
-    assert middleware.offline_in_hand == 0
+    assert middleware.in_hand.now() == 0
 
 
 async def test_a_client_that_leaves_gives_the_place_back():
@@ -399,7 +399,7 @@ async def test_a_client_that_leaves_gives_the_place_back():
     request.cancel()
     with pytest.raises(asyncio.CancelledError):
         await request
-    assert middleware.offline_in_hand == 0
+    assert middleware.in_hand.now() == 0
 
 
 async def test_a_stream_holds_its_place_to_its_end():
@@ -432,11 +432,11 @@ async def test_a_stream_holds_its_place_to_its_end():
     streaming = asyncio.create_task(middleware(http_scope("/offline/generate"), receive, send))
     while len(sent) < 2:
         await asyncio.sleep(0)
-    assert middleware.offline_in_hand == 1
+    assert middleware.in_hand.now() == 1
     assert (await post(middleware, "/offline/generate")).status_code == 429
     released.set()
     await streaming
-    assert middleware.offline_in_hand == 0
+    assert middleware.in_hand.now() == 0
 
 
 async def test_a_429_from_further_in_says_when_to_come_back():

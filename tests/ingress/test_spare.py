@@ -11,6 +11,7 @@ import pytest
 from starlette.responses import JSONResponse
 
 from conserve_sgl.ingress import spare
+from conserve_sgl.ingress.in_hand import InHand
 from conserve_sgl.ingress.middleware import SPARE_HEADER, ServiceClassMiddleware
 from conserve_sgl.ingress.spare import (
     STALE_S,
@@ -75,19 +76,21 @@ def test_two_servers_of_a_machine_have_an_endpoint_each():
 
 def test_before_the_first_message_nobody_knows(tmp_path):
     receiver = SpareReceiver(f"ipc://{tmp_path}/nobody")
-    assert SpareRoom(receiver).left() is None
+    assert SpareRoom(receiver, InHand()).left() is None
     receiver.close()
 
 
-def test_what_is_left_is_the_latest_message_less_what_went_since(channel):
-    room = SpareRoom(channel.receiver)
+def test_what_is_left_is_the_latest_message_less_what_went_since(channel, clock):
+    in_hand = InHand()
+    room = SpareRoom(channel.receiver, in_hand)
     channel.send(3)
     assert room.left() == 3
-    room.went()
+    in_hand.begin()
     assert room.left() == 2
     for _ in range(5):
-        room.went()
+        in_hand.begin()
     assert room.left() == 0
+    clock.now_s += 1.0
     channel.send(7)
     assert room.left() == 7
 
@@ -96,11 +99,11 @@ def test_only_the_latest_of_many_messages_is_kept(channel):
     for requests in range(500):
         channel.sender.send(requests, held=False)
     channel.send(1000)
-    assert SpareRoom(channel.receiver).left() == 1000
+    assert SpareRoom(channel.receiver, InHand()).left() == 1000
 
 
 def test_an_old_message_says_nothing(channel, clock):
-    room = SpareRoom(channel.receiver)
+    room = SpareRoom(channel.receiver, InHand())
     channel.send(3)
     clock.now_s += STALE_S
     assert room.left() == 3
@@ -110,7 +113,7 @@ def test_an_old_message_says_nothing(channel, clock):
 
 def test_a_pause_lasts_until_it_is_said_that_it_is_over(channel, clock):
     # The scheduler may sleep all the while.
-    room = SpareRoom(channel.receiver)
+    room = SpareRoom(channel.receiver, InHand())
     channel.send(0, held=True)
     clock.now_s += 1000.0
     assert room.left() == 0
@@ -141,11 +144,13 @@ class Server:
 
     def __post_init__(self) -> None:
         self.receiver = FakeReceiver()
-        self.room: SpareRoom | None = SpareRoom(self.receiver)
+        in_hand = InHand()
+        self.room: SpareRoom | None = SpareRoom(self.receiver, in_hand)
         self.layer = ServiceClassMiddleware(
             self._answer,
             max_offline=100,
             retry_after_s=7,
+            in_hand=in_hand,
             room=lambda: self.room,
             take_spare_only=self.take_spare_only,
         )
@@ -170,7 +175,7 @@ class Server:
     async def in_hand(self, requests: int) -> list[asyncio.Task]:
         """So many that wait for the gate."""
         tasks = [asyncio.create_task(self.post()) for _ in range(requests)]
-        while self.layer.offline_in_hand != requests:
+        while self.layer.in_hand.now() != requests:
             await asyncio.sleep(0)
         return tasks
 
@@ -192,7 +197,7 @@ async def test_a_new_message_makes_room():
     server.says(1)
     await server.in_hand(1)
     assert (await server.post()).status_code == 429
-    server.says(1)
+    server.says(1, at_s=51.0)
     waiting = asyncio.create_task(server.post())
     server.gate.set()
     assert (await waiting).status_code == 200
@@ -236,7 +241,7 @@ async def test_who_asks_for_the_model_as_offline_work_is_told_too():
     server.says(5)
     assert (await server.get("/offline/model_info")).headers[HEADER] == "5"
     assert HEADER not in (await server.get("/model_info")).headers
-    assert server.layer.offline_in_hand == 0
+    assert server.layer.in_hand.now() == 0
 
 
 @pytest.mark.parametrize("status", [429, 503])

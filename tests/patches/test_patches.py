@@ -131,25 +131,6 @@ def test_the_patches_apply_together(order: list[Path], tmp_path: Path) -> None:
         compile((tmp_path / name).read_text(), name, "exec")
 
 
-class PluginsLoaded(Exception):
-    pass
-
-
-@needs_sglang
-async def test_0001_a_tokenizer_worker_loads_plugins_before_all_else(tmp_path: Path) -> None:
-    def load_plugins() -> None:
-        raise PluginsLoaded
-
-    init = definition(
-        patched(tmp_path, "0001") / "srt/entrypoints/http_server.py",
-        "init_multi_tokenizer",
-        {"load_plugins": load_plugins},
-    )
-
-    with pytest.raises(PluginsLoaded):
-        await init()
-
-
 class FakeServer:
     """Answers what RuntimeEndpoint asks, and keeps the bodies posted to /generate."""
 

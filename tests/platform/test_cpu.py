@@ -37,6 +37,9 @@ def _args(**given: Any) -> SimpleNamespace:
         "enable_hierarchical_cache": True,
         "hicache_io_backend": "kernel",
         "hicache_mem_layout": "page_first",
+        "enable_lora": True,
+        "lora_paths": None,
+        "lora_backend": "csgmv",
         "cuda_graph_config": CudaGraphConfig(
             decode=PhaseConfig(backend=Backend.FULL), prefill=PhaseConfig(backend=Backend.BREAKABLE)
         ),
@@ -55,6 +58,7 @@ def test_defaults() -> None:
     assert args.max_total_tokens == KV_POOL_TOKENS
     assert args.chunked_prefill_size == CHUNKED_PREFILL_TOKENS
     assert (args.hicache_io_backend, args.hicache_mem_layout) == ("direct", "layer_first")
+    assert args.lora_backend == "torch_native"
     graphs = args.cuda_graph_config
     assert graphs.decode.backend == graphs.prefill.backend == Backend.DISABLED
 
@@ -81,6 +85,7 @@ def test_a_given_memory_fraction_sizes_the_pool() -> None:
         ("enable_torch_compile", True),
         ("hicache_io_backend", "kernel_ascend"),
         ("hicache_mem_layout", "page_head"),
+        ("lora_backend", "triton"),
     ],
 )
 def test_a_flag_that_cannot_work_is_refused_by_name(flag: str, value: Any) -> None:
@@ -90,6 +95,10 @@ def test_a_flag_that_cannot_work_is_refused_by_name(flag: str, value: Any) -> No
 
 def test_hicache_flags_do_not_matter_without_hicache() -> None:
     assert _resolved(hicache_mem_layout="page_head", enable_hierarchical_cache=False)
+
+
+def test_a_backend_for_adapters_does_not_matter_without_them() -> None:
+    assert _resolved(lora_backend="triton", enable_lora=None)
 
 
 def test_the_platform_announces_its_attention_backend_once() -> None:

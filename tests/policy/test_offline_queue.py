@@ -409,6 +409,71 @@ def test_a_prefix_key_is_bounded_and_knows_its_namespace():
     assert prefix_key(range(64), "tenant") != prefix_key(range(64))
 
 
+# ------------------------------------------------------------- adapters within a job
+
+
+def none_may(_adapter: str) -> bool:
+    return False
+
+
+@given(st.permutations([f"{adapter}{group}" for adapter in "abc" for group in "vwxyz"]))
+@settings(max_examples=30, deadline=None)
+def test_requests_of_an_adapter_follow_each_other_and_those_of_a_prefix_in_it(order):
+    queue = queue_of()
+    for name in order:
+        push(queue, name, adapter=name[0], prefix=name[1].encode())
+    assert take_all(queue) == sorted(order)
+
+
+def test_those_whose_adapter_may_not_run_are_passed_over():
+    queue = queue_of()
+    for name in ("a1", "b1", "a2", "c1", "b2"):
+        push(queue, name, adapter=name[0])
+    (a1,) = queue.take(1)
+    assert names(queue.take(9, lambda adapter: adapter != "b")) == ["a2", "c1"]
+    push(queue, "a3", adapter="a")
+    queue.give_back([a1])
+    assert names(queue.take(1, lambda adapter: adapter == "b")) == ["b1"]
+    assert queue.take(9, none_may) == []
+    assert take_all(queue) == ["a1", "b2", "a3"]
+
+
+def test_each_answer_is_for_one_that_is_taken_at_once():
+    queue = queue_of()
+    for name in ("a1", "a2", "b1", "b2"):
+        push(queue, name, adapter=name[0])
+    yes: list[str] = []
+
+    def one_of_each(adapter: str) -> bool:
+        if adapter in yes:
+            return False
+        yes.append(adapter)
+        return True
+
+    assert names(queue.take(4, one_of_each)) == ["a1", "b1"] == [f"{name}1" for name in yes]
+
+
+def test_another_job_or_one_without_a_deadline_runs_meanwhile():
+    queue = queue_of()
+    push(queue, "soon", adapter="a", deadline_s=10.0)
+    push(queue, "later", adapter="b", deadline_s=1000.0)
+    push(queue, "whenever", adapter="c", job="j")
+    assert names(queue.take(1, lambda adapter: adapter != "a")) == ["later"]
+    assert names(queue.take(1, lambda adapter: adapter == "c")) == ["whenever"]
+    assert take_all(queue) == ["soon"]
+
+
+def test_who_runs_next_is_known_among_those_that_may():
+    queue = queue_of()
+    for name in ("a", "b", "c"):
+        push(queue, name, adapter=name)
+    a, b = queue.take(2)
+    queue.give_back([a, b])
+    assert queue.next_that_gave_way(lambda adapter: adapter != "a") is b
+    assert queue.next_that_gave_way(lambda adapter: adapter == "c") is None
+    assert queue.next_that_gave_way(none_may) is None
+
+
 # ------------------------------------------------------------------------ the backlog
 
 
@@ -515,6 +580,7 @@ ITEMS = st.builds(
     job=st.sampled_from(["", "a", "b"]),
     deadline_s=st.sampled_from([None, None, 10.0, 500.0, 500.1]),
     prefix=st.sampled_from([b"", b"x", b"y", b"xz"]),
+    adapter=st.sampled_from(["", "", "a", "b"]),
 )
 
 
@@ -555,6 +621,15 @@ class QueueBesideSets(RuleBasedStateMachine):
         left = [self.items[name].deadline_s or 1e9 for name in self.waiting]
         if dated and left:
             assert max(dated) <= min(left) + 0.1
+
+    @rule(n=st.integers(0, 6), adapters=st.sets(st.sampled_from(["", "a", "b"])))
+    def take_some(self, n, adapters):
+        may_run = [name for name in self.waiting if self.items[name].adapter in adapters]
+        taken = names(self.queue.take(n, adapters.__contains__))
+        assert len(taken) == min(n, len(may_run))
+        assert set(taken) <= set(may_run)
+        for name in taken:
+            self.taken[name] = self.waiting.pop(name)
 
     @rule(data=st.data())
     def give_back(self, data):

@@ -27,6 +27,7 @@ OTHER = {
     "graphs": "prefill disabled, decode disabled",
     "overlap": False,
     "sglang": "0.5.24",
+    "lora_backend": "csgmv",
 }
 PROFILE = Profile(
     identity=IDENTITY,
@@ -57,6 +58,13 @@ def test_an_engine_that_differs_in_anything_has_no_profile(store, field):
     store.save(PROFILE)
     other = msgspec.structs.replace(IDENTITY, **{field: OTHER[field]})
     assert store.load(other) is None
+
+
+def test_a_profile_of_before_there_were_adapters_is_one_without(store):
+    before = {f: getattr(IDENTITY, f) for f in IDENTITY.__struct_fields__ if f != "lora_backend"}
+    assert msgspec.json.decode(msgspec.json.encode(IDENTITY)) == before
+    store.save(PROFILE)
+    assert store.load(IDENTITY) == PROFILE
 
 
 def test_a_file_of_another_engine_under_this_name_is_refused(store):

@@ -5,9 +5,10 @@ from typing import get_args
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from support.tiny_models import CONTEXT_TOKENS, Arch, make_tiny_model
+from support.tiny_models import CONTEXT_TOKENS, Arch, make_tiny_adapter, make_tiny_model
 
 PROMPT = "The capital of France is"
 
@@ -77,3 +78,15 @@ def test_the_chat_template_ends_turns_with_eos(tmp_path: Path) -> None:
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.eos_token == "<|im_end|>"
     assert len(tokenizer.encode(text)) == 3 + len("user\nHi\nassistant\n")
+
+
+def test_an_adapter_has_two_matrices_for_each_projection_of_its_model(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", arch="llama", layers=2)
+    adapter = make_tiny_adapter(tmp_path / "adapter", model=model, seed=0, rank=4)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    assert len(weights) == 2 * 2 * 7
+    down_a = weights["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"]
+    down_b = weights["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"]
+    down = load_file(model / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    assert (down_b @ down_a).shape == down.shape
+    assert 0.3 < (down_b @ down_a).std() / down.std() < 2

@@ -8,11 +8,13 @@ A prompt of one repeated character gives attention nothing to tell apart: use va
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DeepseekV2Config,
@@ -37,7 +39,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-__all__ = ["CONTEXT_TOKENS", "Arch", "make_tiny_model"]
+__all__ = ["CONTEXT_TOKENS", "Arch", "make_tiny_adapter", "make_tiny_model"]
 
 Arch = Literal[
     "llama",
@@ -130,6 +132,9 @@ _DETAILS: dict[str, dict[str, object]] = {
 }
 _QK_NORM = 2.0
 _FEED_FORWARD_NORM = 8.0  # with the embeddings as output head a smaller one repeats the last token
+_ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_ADAPTER_STD = 0.25
+"""An adapter's product of two is of about half a layer's weights."""
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -165,6 +170,34 @@ def make_tiny_model(
     """
     _tokenizer().save_pretrained(folder)
     _model(arch, layers, seed).to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_adapter(folder: Path, *, model: Path, seed: int, rank: int = 4) -> Path:
+    """Write a random adapter (LoRA) for a model of this module, and return its folder.
+
+    For the projections of attention and of the MLP, in the format of PEFT, which is not needed.
+
+    Args:
+        folder: made if absent.
+        model: the folder of a dense model.
+        seed: of the weights.
+        rank: of the adapter.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": [*_ADAPTED]}
+    config |= {"base_model_name_or_path": str(model), "task_type": "CAUSAL_LM", "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, weight in load_file(model / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        if module.endswith(_ADAPTED):
+            out_size, in_size = weight.shape
+            for which, shape in (("A", (rank, in_size)), ("B", (out_size, rank))):
+                values = torch.empty(shape).normal_(std=_ADAPTER_STD, generator=generator)
+                weights[f"base_model.model.{module}.lora_{which}.weight"] = values
+    save_file(weights, folder / "adapter_model.safetensors")
     return folder
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from msgspec.structs import asdict
 
-from conserve_sgl.policy import Bound, LatencyModel, SlackBudget, Starvation, StepPlan, StepView
+from conserve_sgl.policy import Bound, LatencyModel, SlackBudget, Starvation, StepView
 from conserve_sgl.policy.latency import StepKind
 
 if TYPE_CHECKING:
@@ -72,10 +72,10 @@ class Accounts:
         self._starvation = Starvation()
         self._bound = Bound.YIELD
 
-    def step(self, batch: ScheduleBatch | None, view: StepView, plan: StepPlan) -> None:
-        """A step was planned, and SGLang formed this batch, or None."""
+    def step(self, batch: ScheduleBatch | None, view: StepView, bound: Bound) -> None:
+        """A step was planned, and SGLang formed this batch, or None; `bound` held offline work."""
         now_s = time.monotonic()
-        self._bound = plan.bound
+        self._bound = bound
         # A prefill that goes on was counted when it began.
         self._ledger.step(now_s, None if batch is self._aside.slices.suspended else batch)
         self._notice_starvation(now_s, batch, view)

@@ -4,7 +4,7 @@ put aside       an offline prompt between two chunks, while online prompts wait 
                 grants it nothing. SGLang continues its one chunked request before anything
                 else and assumes that there is no other
 load ahead      the KV of the next request that gave way, while there is no time for it
-make way        rows and KV for the online prompts that SGLang is about to admit
+make way        rows, KV and adapters for the online prompts that SGLang is about to admit
 candidates      offline requests behind the online ones in `waiting_queue`, for SGLang's own
                 pass (`adder.py` lets them use what the plan grants) and no longer
 go on           the prefill that is suspended between two layers, where nothing else is admitted
@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from conserve_sgl.checkpoint.checkpointer import Checkpointer
+from conserve_sgl.engine.adapters import Adapters
 from conserve_sgl.engine.adder import ConserveAdder, OfflinePurse
 from conserve_sgl.engine.aside import Aside
 from conserve_sgl.engine.host import NextBatchPlan, PrefillAdder, Req, ScheduleBatch
@@ -50,8 +51,13 @@ class Admission:
         intake: where offline requests wait, and online ones are announced.
         aside: what SGLang does not know of.
         memory: the KV pool, and who gives way in it.
+        adapters: which of them may be in the engine.
         checkpoints: what requests that gave way have on the host.
         is_offline: tells an offline request.
+
+    Attributes:
+        found_no_place: whether the latest step could have let offline requests in, and had no place
+            for the adapter of any that waits.
     """
 
     def __init__(
@@ -61,6 +67,7 @@ class Admission:
         intake: Intake,
         aside: Aside,
         memory: KvMemory,
+        adapters: Adapters,
         checkpoints: Checkpointer,
         is_offline: Callable[[Req], bool],
     ) -> None:
@@ -69,11 +76,13 @@ class Admission:
         self._aside = aside
         self._slices = aside.slices
         self._memory = memory
+        self._adapters = adapters
         self._checkpoints = checkpoints
         self._is_offline = is_offline
         self._always_mixes = host.is_mixed_chunk
         self._shortage = Shortage()
         self._purse: OfflinePurse | None = None
+        self.found_no_place = False
 
     # -------------------------------------------------------------------- the pass
 
@@ -92,6 +101,8 @@ class Admission:
             plan: of the step.
             form_theirs: SGLang's `get_new_batch_prefill`.
         """
+        self.found_no_place = False
+        self._adapters.make_way(running)
         self._load_ahead(running, view, plan)
         self._mix(running, view, plan)
         if self._host.waiting_queue and self._memory.holds_offline(running):
@@ -101,7 +112,10 @@ class Admission:
         if not self._chunk_finds_kv(running):
             return NextBatchPlan(batch_to_run=None, running_batch=running)
         free_tokens = self._memory.free_tokens - plan.kv_reserve_tokens
-        candidates = self._intake.queue.take(self._admissions(running, plan, free_tokens))
+        admissions = self._admissions(running, plan, free_tokens)
+        queue = self._intake.queue
+        candidates = queue.take(admissions, self._adapters.may_run(running))
+        self.found_no_place = bool(admissions and len(queue) and not candidates)
         not_yet = self._waiting_for_kv(candidates, running, plan)
         self._host.waiting_queue.extend(req for req in candidates if req not in not_yet)
         self._purse = None
@@ -169,7 +183,7 @@ class Admission:
         host, unless online prompts are about to need the room."""
         if plan.offline_admissions or view.online_prompts or not view.offline_waiting:
             return
-        req = self._intake.queue.next_that_gave_way()
+        req = self._intake.queue.next_that_gave_way(self._adapters.may_run(running))
         if req is not None:
             self._waiting_for_kv([req], running, plan)
 

@@ -21,7 +21,7 @@ from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.mem_cache.prefill_budget import SWAPrefillBudget
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.platforms import current_platform
-from sglang.srt.runtime_context import get_exec, get_schedule
+from sglang.srt.runtime_context import get_exec, get_lora, get_schedule
 from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.common import DynamicGradMode, broadcast_pyobj, get_device_name
@@ -53,6 +53,7 @@ __all__ = [
     "envs",
     "get_device_name",
     "get_exec",
+    "get_lora",
     "get_schedule",
     "release_kv_cache",
     "sglang_version",

@@ -20,7 +20,7 @@ class ArrivalInbox:
     """Knows which online requests are announced but not yet in the scheduler.
 
     Args:
-        endpoint: of the `ArrivalSender`.
+        endpoint: of the `ArrivalSender`s.
         forget_after_s: an announcement counts no longer than this. A request that was refused
             while it was tokenized never reaches the scheduler, and must not hold offline work
             back for ever.
@@ -29,7 +29,7 @@ class ArrivalInbox:
     def __init__(self, endpoint: str, *, forget_after_s: float = 0.25) -> None:
         self._socket = zmq.Context.instance().socket(zmq.PULL)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(endpoint)
+        self._socket.bind(endpoint)
         self._decoder = msgspec.msgpack.Decoder(Arrival)
         self._forget_after_ns = int(forget_after_s * 1e9)
         self._announced: dict[str, tuple[int, int]] = {}  # rid: (sent, seen)

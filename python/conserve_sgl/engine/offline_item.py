@@ -33,6 +33,7 @@ def offline_item(req: Req) -> OfflineItem:
         job=tag.job,
         deadline_s=tag.deadline_s,
         prefix=prefix_key(req.origin_input_ids, req.extra_key or ""),
+        adapter=req.lora_id or "",
     )
 
 

@@ -36,6 +36,7 @@ from conserve_sgl.engine.host import (
     ScheduleBatch,
     Scheduler,
     get_exec,
+    get_lora,
     release_kv_cache,
     sglang_version,
 )
@@ -83,6 +84,7 @@ class ProfiledEngine:
             graphs=_graphs(),
             overlap=scheduler.enable_overlap,
             sglang=sglang_version,
+            lora_backend=get_lora().lora_backend if scheduler.enable_lora else None,
         )
 
     @property

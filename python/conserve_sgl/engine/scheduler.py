@@ -16,6 +16,7 @@ What is overridden of SGLang, and what conserve adds to it:
     init_ipc_channels               the inbox of announced arrivals
     init_running_status             settings, the offline queue, what is put aside, memory
     init_schedule_policy            online first in the waiting queue; admission
+    init_lora_drainer               adapters drain for online requests alone
     init_invariant_checker          rows that are put aside are no leaks
     init_batch_result_processor     hidden states of requests that were preempted
     ingest_requests                 arrivals are read before requests
@@ -57,6 +58,7 @@ from typing import Any
 from conserve_sgl.checkpoint.checkpointer import Checkpointer
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.engine.accounts import Accounts
+from conserve_sgl.engine.adapters import Adapters, OnlineDrainer
 from conserve_sgl.engine.admission import Admission
 from conserve_sgl.engine.aside import Aside
 from conserve_sgl.engine.capabilities import Host, decide
@@ -94,7 +96,7 @@ from conserve_sgl.engine.waiting_order import OnlineFirst
 from conserve_sgl.errors import IncompatibleError
 from conserve_sgl.ingress.arrival import arrival_endpoint
 from conserve_sgl.ingress.spare import SpareSender, spare_endpoint
-from conserve_sgl.policy import OfflineQueue, PriorityRule, StepPlan
+from conserve_sgl.policy import Bound, OfflineQueue, PriorityRule, StepPlan
 from conserve_sgl.policy.latency import prompt_token_s
 from conserve_sgl.profile.steps import StepLog
 from conserve_sgl.settings import OfflineWork
@@ -232,14 +234,23 @@ class ConserveScheduler(Scheduler):
             requeue=self._intake.take_back,
             free_rows=self.req_to_token_pool.available_size,
         )
+        adapters = Adapters(
+            self, aside=self._aside, memory=self._memory, is_offline=self.is_offline
+        )
         self._admission = Admission(
             self,
             intake=self._intake,
             aside=self._aside,
             memory=self._memory,
+            adapters=adapters,
             checkpoints=self._checkpoints,
             is_offline=self.is_offline,
         )
+
+    def init_lora_drainer(self) -> None:
+        super().init_lora_drainer()
+        if self.lora_drainer is not None:
+            self.lora_drainer = OnlineDrainer(self.lora_drainer, self.is_offline)
 
     def init_invariant_checker(self) -> None:
         super().init_invariant_checker()
@@ -281,7 +292,8 @@ class ConserveScheduler(Scheduler):
         running_batch = self._aside.parked.come_back(running_batch, rows_to_spare)
         formed = super().get_next_batch_to_run(running_batch, last_batch)
         self._observer.note_formed(formed.batch_to_run)
-        self._accounts.step(formed.batch_to_run, view, plan)
+        bound = Bound.ADAPTERS if self._admission.found_no_place else plan.bound
+        self._accounts.step(formed.batch_to_run, view, bound)
         self._learning.started(formed.batch_to_run)
         return formed
 

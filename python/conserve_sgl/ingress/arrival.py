@@ -1,8 +1,9 @@
 """The arrival channel: tells the scheduler of an online request before it is tokenized.
 
-PUSH in the tokenizer process, PULL in the scheduler (`engine/inbox.py`), one msgpack-encoded
-`Arrival` a message, over an ipc endpoint that both derive from SGLang's instance id. It only ever
-carries hints: a message that does not get through costs a little latency, never a request.
+PUSH in the tokenizer process, or in each of several; PULL in the scheduler (`engine/inbox.py`), one
+msgpack-encoded `Arrival` a message, over an ipc endpoint that all derive from SGLang's instance id.
+It only ever carries hints: a message that does not get through costs a little latency, never a
+request.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ def arrival_endpoint(instance_id: str) -> str:
 
 
 class ArrivalSender:
-    """The tokenizer process's end. Never blocks and never raises: see the module's docstring."""
+    """A tokenizer process's end. Never blocks and never raises: see the module's docstring."""
 
     def __init__(self, endpoint: str) -> None:
         self._socket = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.setsockopt(zmq.SNDHWM, _HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(endpoint)
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # or it would keep for later what is of now
+        self._socket.connect(endpoint)
         self._encoder = msgspec.msgpack.Encoder()
         self.dropped = 0
 

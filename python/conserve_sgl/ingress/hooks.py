@@ -9,6 +9,7 @@ from typing import Any
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.ingress.arrival import ArrivalSender, arrival_endpoint
 from conserve_sgl.ingress.classify import AskedJob
+from conserve_sgl.ingress.in_hand import InHand, in_hand_file
 from conserve_sgl.ingress.middleware import ServiceClassMiddleware, asked_class, asked_job
 from conserve_sgl.ingress.sampler_limits import check_request, check_samples
 from conserve_sgl.ingress.spare import SpareReceiver, SpareRoom, spare_endpoint
@@ -30,6 +31,7 @@ class Ingress:
         self._config = config
         self._is_health_check = is_health_check
         self._rule = PriorityRule()
+        self._in_hand = InHand()
         self._sender: ArrivalSender | None = None
         self._room: SpareRoom | None = None
         self._count_refusal: Callable[[], None] = lambda: None
@@ -38,12 +40,15 @@ class Ingress:
         """AFTER `TokenizerManager.init_ipc_channels`: our channels to and from the scheduler."""
         self._rule = PriorityRule.of(manager.server_args)
         self._sender = ArrivalSender(arrival_endpoint(port_args.instance_id))
-        self._room = SpareRoom(SpareReceiver(spare_endpoint(port_args.instance_id)))
+        receiver = SpareReceiver(spare_endpoint(port_args.instance_id))
+        self._room = SpareRoom(receiver, self._in_hand)
+        if manager.server_args.tokenizer_worker_num > 1:
+            self._in_hand.share(in_hand_file(port_args.instance_id))
         if manager.server_args.enable_metrics:
             self._count_refusal = refusal_counter(manager.served_model_name)
 
-    def before_run_http_server(self, app: Any) -> None:
-        """BEFORE `_setup_and_run_http_server`: put our layer around the whole application."""
+    def wrap(self, app: Any) -> None:
+        """Put our layer around the whole application, which has not been started."""
         build_stack = app.build_middleware_stack
         offline = self._config.offline
 
@@ -53,6 +58,7 @@ class Ingress:
                 max_offline=offline.queue_requests,
                 retry_after_s=offline.retry_after_s,
                 on_refusal=self._count_refusal,
+                in_hand=self._in_hand,
                 room=lambda: self._room,
                 take_spare_only=offline.take == "spare",
             )

@@ -23,6 +23,7 @@ from conserve_sgl.ingress.classify import (
     split_prefix,
 )
 from conserve_sgl.ingress.drain import Drain
+from conserve_sgl.ingress.in_hand import InHand
 from conserve_sgl.ingress.spare import SpareRoom
 from conserve_sgl.policy.service_class import ServiceClass
 
@@ -61,6 +62,7 @@ class ServiceClassMiddleware:
         retry_after_s: what that answer's Retry-After says at least, in seconds; more when places
             become free more slowly.
         on_refusal: called at every 429 of this layer.
+        in_hand: counts the offline requests in hand, here and in the server's other processes.
         room: tells what the engine would take now, once it can be told.
         take_spare_only: answer 429 beyond that, too, so that what would wait here for long can go
             to another server. While it cannot be told, one request is taken.
@@ -73,6 +75,7 @@ class ServiceClassMiddleware:
         max_offline: int,
         retry_after_s: int,
         on_refusal: Callable[[], None] = lambda: None,
+        in_hand: InHand | None = None,
         room: Callable[[], SpareRoom | None] = lambda: None,
         take_spare_only: bool = False,
     ) -> None:
@@ -82,7 +85,7 @@ class ServiceClassMiddleware:
         self._on_refusal = on_refusal
         self._room = room
         self._take_spare_only = take_spare_only
-        self.offline_in_hand = 0
+        self.in_hand = in_hand or InHand()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -131,13 +134,12 @@ class ServiceClassMiddleware:
             asked_class.reset(tokens[0])
             asked_job.reset(tokens[1])
             if counted:
-                self.offline_in_hand -= 1
+                self.in_hand.end()
                 self._drain.freed(time.monotonic())
 
     def _goes_on(self) -> None:
-        self.offline_in_hand += 1
-        if (room := self._room()) is not None:
-            room.went()
+        self._left()
+        self.in_hand.begin()
 
     def _left(self) -> int | None:
         """Offline requests that the engine would take now; None where nobody knows."""
@@ -148,19 +150,19 @@ class ServiceClassMiddleware:
         if not _is_bounded(asked, path) or not self._is_full():
             return False
         self._on_refusal()
-        full = f"{self.offline_in_hand} offline requests are in hand already; try again later"
+        full = f"{self.in_hand.now()} offline requests are in hand already; try again later"
         wait_s = self._drain.wait_s(time.monotonic())
         await _answer(send, 429, full, {b"retry-after": wait_s, SPARE_HEADER: 0})
         return True
 
     def _is_full(self) -> bool:
-        if self.offline_in_hand >= self._max_offline:
+        if self.in_hand.now() >= self._max_offline:
             return True
         if not self._take_spare_only:
             return False
         left = self._left()
         # A scheduler that sleeps says nothing, and wakes up for a request.
-        return self.offline_in_hand > 0 if left is None else left == 0
+        return self.in_hand.now() > 0 if left is None else left == 0
 
     def _with_hints(self, send: Send, asked: ServiceClass | None, *, counted: bool) -> Send:
         """A `send` that says when to come back where the scheduler refused, its queue full (429) or

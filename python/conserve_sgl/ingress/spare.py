@@ -1,7 +1,7 @@
-"""The scheduler tells the HTTP process what offline work it would take now.
+"""The scheduler tells the HTTP processes what offline work it would take now.
 
-PUB in the scheduler process, SUB in the tokenizer and HTTP process, one msgpack-encoded `SpareNow`
-a message, of which the receiver keeps the latest, over an ipc endpoint that both derive from
+PUB in the scheduler process, SUB in each tokenizer and HTTP process, one msgpack-encoded `SpareNow`
+a message, of which the receiver keeps the latest, over an ipc endpoint that all derive from
 SGLang's instance id. Read where it is needed, without a task of its own.
 """
 
@@ -13,6 +13,8 @@ import time
 
 import msgspec
 import zmq
+
+from conserve_sgl.ingress.in_hand import InHand
 
 __all__ = ["SpareNow", "SpareReceiver", "SpareRoom", "SpareSender", "spare_endpoint"]
 
@@ -86,31 +88,23 @@ class SpareRoom:
 
     Args:
         receiver: of the messages.
+        in_hand: counts what went.
     """
 
-    def __init__(self, receiver: SpareReceiver) -> None:
+    def __init__(self, receiver: SpareReceiver, in_hand: InHand) -> None:
         self._receiver = receiver
-        self._of: SpareNow | None = None
-        self._went = 0
+        self._in_hand = in_hand
 
     def left(self) -> int | None:
         """Offline requests that the engine would take now; None where nobody knows: there was no
-        message, or none of late."""
-        self._look()
-        if self._of is None:
-            return None
-        if self._of.held:
-            return 0
-        if time.monotonic() - self._of.at_s > STALE_S:
-            return None
-        return max(self._of.requests - self._went, 0)
-
-    def went(self) -> None:
-        """An offline request goes to the engine."""
-        self._look()
-        self._went += 1
-
-    def _look(self) -> None:
+        message, or none of late. To be asked before each that goes to the engine, too: what goes
+        counts from the first look at a message on."""
         latest = self._receiver.latest()
-        if latest is not self._of:
-            self._of, self._went = latest, 0
+        if latest is None:
+            return None
+        went = self._in_hand.begun_since(int(latest.at_s * 1e9))
+        if latest.held:
+            return 0
+        if time.monotonic() - latest.at_s > STALE_S:
+            return None
+        return max(latest.requests - went, 0)

@@ -35,6 +35,7 @@ _ATTENTION_BACKENDS = (NAME, "torch_native")
 # SGLang's defaults need kernels that exist on a GPU only, so they stand for "not given".
 _HICACHE_IO_BACKENDS = ("kernel", "direct")
 _HICACHE_LAYOUTS = ("page_first", "layer_first")
+_LORA_BACKENDS = ("csgmv", "torch_native")
 
 
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):
@@ -88,17 +89,19 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         _refuse_unsupported(server_args)
         _default_sizes(server_args)
         _default_hicache(server_args)
+        server_args.lora_backend = "torch_native"
         _disable_graphs(server_args)
 
     def init_backend(self) -> None:
-        """Register attention, experts, HiCache and sampling where a model runs. Idempotent."""
+        """Register attention, experts, HiCache, adapters and sampling where a model runs. Idempotent."""
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
-        from conserve_sgl.platform import experts, hicache, sampling
+        from conserve_sgl.platform import experts, hicache, lora, sampling
 
         register_attention_backend(NAME)(_make_attention_backend)
         experts.install()
         hicache.install()
+        lora.install()
         sampling.install()
 
     def post_load_model(self, model: torch.nn.Module) -> None:
@@ -173,6 +176,8 @@ def _refuse_unsupported(args: Any) -> None:
     if args.enable_hierarchical_cache:
         require("hicache_io_backend", args.hicache_io_backend, _HICACHE_IO_BACKENDS)
         require("hicache_mem_layout", args.hicache_mem_layout, _HICACHE_LAYOUTS)
+    if args.enable_lora or args.lora_paths:
+        require("lora_backend", args.lora_backend, _LORA_BACKENDS)
 
 
 def require(flag: str, value: Any, allowed: tuple) -> None:

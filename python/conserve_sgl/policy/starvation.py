@@ -14,7 +14,8 @@ _LIMIT_S = 30.0
 
 
 class Bound(StrEnum):
-    """What bounds offline work in a step, in the order in which they are looked at."""
+    """What bounds offline work in a step, in the order in which they are looked at. The last is
+    found where the plan let some in, and none of what waits could be."""
 
     ONLINE_PROMPTS = "online prompts"
     ARRIVAL = "an arrival"
@@ -22,6 +23,7 @@ class Bound(StrEnum):
     TPOT = "slo.tpot"
     GAP = "slo.longest_gap"
     YIELD = "slo.yield_ms"
+    ADAPTERS = "adapters"
 
     @property
     def remedy(self) -> str:
@@ -38,6 +40,8 @@ _REMEDIES = {
     "fewer online requests at a time, makes room, and offline.min_share takes it",
     Bound.GAP: "no step with offline work is shorter than slo.longest_gap; a larger one makes room",
     Bound.YIELD: "no offline step is shorter than slo.yield_ms; a larger one makes room",
+    Bound.ADAPTERS: "a batch has no place for its adapters beside those of online requests; a "
+    "larger --max-loras-per-batch makes room",
 }
 
 

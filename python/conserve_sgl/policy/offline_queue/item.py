@@ -29,6 +29,7 @@ class OfflineItem(msgspec.Struct, frozen=True, kw_only=True):
         job: the job it belongs to; requests without a name are one job, "".
         deadline_s: when it should be done, or None.
         prefix: `prefix_key` of its prompt.
+        adapter: the adapter (LoRA) that it runs with, "" for none.
     """
 
     rid: str
@@ -37,6 +38,7 @@ class OfflineItem(msgspec.Struct, frozen=True, kw_only=True):
     job: str = ""
     deadline_s: float | None = None
     prefix: bytes = b""
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         if self.tokens < 1:

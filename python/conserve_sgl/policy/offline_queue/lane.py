@@ -1,23 +1,27 @@
 """The requests of one job that have one deadline, and which of them runs next.
 
 What gave way runs first, in the order of first turns, so that none waits for others that began
-later; then sweep by sweep in the order of the prompts' first tokens, so that prompts with a common
-prefix follow each other and find it in the radix tree. A request that comes during a sweep waits
-for the next one, so none is overtaken for ever.
+later; then sweep by sweep in the order of adapters, of which a batch can hold a few only, and of
+the prompts' first tokens, so that prompts with a common prefix follow each other and find it in the
+radix tree. A request that comes during a sweep waits for the next one, so none is overtaken for
+ever; but those whose adapter may not run now are passed over.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import Generic, TypeVar
 
 from conserve_sgl.policy.offline_queue.item import OfflineItem
 
-__all__ = ["Entry", "Lane"]
+__all__ = ["Entry", "Lane", "MayRun"]
 
 T = TypeVar("T")
+
+MayRun = Callable[[str], bool]
+"""Whether a request with this adapter may run; if so it is taken before the next is asked for."""
 
 _SERVED_KEPT = 256
 
@@ -36,15 +40,24 @@ class Entry(Generic[T]):
         self.turn = 0  # when it was taken first, counted in requests; 0 before
 
     def __lt__(self, other: Entry) -> bool:
-        return (self.item.prefix, self.order) < (other.item.prefix, other.order)
+        mine, others = self.item, other.item
+        return (mine.adapter, mine.prefix, self.order) < (
+            others.adapter,
+            others.prefix,
+            other.order,
+        )
 
 
 def _turn(entry: Entry) -> int:
     return entry.turn
 
 
+def _adapter(entry: Entry) -> str:
+    return entry.item.adapter
+
+
 class _Sweep:
-    """Requests sorted by prefix, then arrival, and how far it has been served."""
+    """Requests sorted by adapter, prefix and arrival, and how far it has been served."""
 
     __slots__ = ("_entries", "_served")
 
@@ -61,21 +74,29 @@ class _Sweep:
     def add(self, entry: Entry) -> None:
         insort(self._entries, entry, lo=self._served)
 
+    def first(self, may_run: MayRun) -> Entry | None:
+        """The first whose adapter may run: each adapter is asked for once."""
+        at = self._served
+        while at < len(self._entries):
+            entry = self._entries[at]
+            if may_run(entry.item.adapter):
+                return entry
+            at = bisect_right(self._entries, entry.item.adapter, lo=at, key=_adapter)
+        return None
+
     def discard(self, entry: Entry) -> bool:
         """Whether it was there."""
         at = bisect_left(self._entries, entry, lo=self._served)
         if at == len(self._entries) or self._entries[at] is not entry:
             return False
-        del self._entries[at]
-        return True
-
-    def pop(self) -> Entry:
-        entry = self._entries[self._served]
+        if at > self._served:
+            del self._entries[at]
+            return True
         self._served += 1
         if self._served == _SERVED_KEPT:  # moving all the others up for each would cost more
             del self._entries[:_SERVED_KEPT]
             self._served = 0
-        return entry
+        return True
 
 
 class Lane:
@@ -142,20 +163,19 @@ class Lane:
         self.gave_way_tokens += entry.item.tokens
         self._count(entry, 1)
 
-    def pop(self) -> Entry:
-        """Take the request that runs next; there is one."""
-        if self.gave_way:
-            entry = self.gave_way.pop(0)
-            self.gave_way_tokens -= entry.item.tokens
-        else:
-            if not self._sweep:
-                self._sweep, self._next_sweep = self._next_sweep, _Sweep()
-            entry = self._sweep.pop()
-        self._count(entry, -1)
-        return entry
+    def first(self, may_run: MayRun) -> Entry | None:
+        """The request that runs next; None where none of them may."""
+        back = (entry for entry in self.gave_way if may_run(entry.item.adapter))
+        return next(back, None) or self._sweep.first(may_run) or self._next_sweep.first(may_run)
+
+    def take(self, entry: Entry) -> None:
+        """Take what is `first`."""
+        if not self._sweep and not entry.turn:
+            self._sweep, self._next_sweep = self._next_sweep, _Sweep()
+        self.remove(entry)
 
     def remove(self, entry: Entry) -> None:
-        """Take one that waits here out of turn."""
+        """Take one that waits here, in its turn or not."""
         if not (self._next_sweep.discard(entry) or self._sweep.discard(entry)):
             self.gave_way.remove(entry)
             self.gave_way_tokens -= entry.item.tokens

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
+from itertools import chain
 
 from conserve_sgl.policy.offline_queue.item import OfflineItem, coarse_deadline_s
 from conserve_sgl.policy.offline_queue.lane import Entry, Lane
@@ -87,10 +88,11 @@ class Lanes:
         return bool(self._dated) and bool(self._undated)
 
     @property
-    def next(self) -> Lane:
-        """The lane whose turn it is; there is one in which something waits."""
+    def in_turn(self) -> Iterator[Lane]:
+        """Those in which something waits, the one whose turn it is first."""
         undated = self._owed_tokens > 0 if self.contended else bool(self._undated)
-        return (self._undated if undated else self._dated).first
+        kinds = (self._undated, self._dated) if undated else (self._dated, self._undated)
+        return chain(*kinds)
 
     def entered(self, lane: Lane) -> None:
         """A request was added to `lane`."""

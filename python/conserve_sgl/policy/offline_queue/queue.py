@@ -11,12 +11,16 @@ from typing import Generic, TypeVar
 
 from conserve_sgl.policy.offline_queue.backlog import Backlog, at_risk
 from conserve_sgl.policy.offline_queue.item import OfflineItem, bounded, bounded_tokens
-from conserve_sgl.policy.offline_queue.lane import Entry, Lane
+from conserve_sgl.policy.offline_queue.lane import Entry, Lane, MayRun
 from conserve_sgl.policy.offline_queue.lanes import Lanes
 
 __all__ = ["OfflineQueue"]
 
 T = TypeVar("T")
+
+
+def _all_may(_adapter: str) -> bool:
+    return True
 
 
 class OfflineQueue(Generic[T]):
@@ -77,19 +81,20 @@ class OfflineQueue(Generic[T]):
         self._entered(lane)
         return True
 
-    def next_that_gave_way(self) -> T | None:
+    def next_that_gave_way(self, may_run: MayRun = _all_may) -> T | None:
         """What `take` would return first, if it was taken before and given back; else None."""
-        if not self._waiting:
-            return None
-        gave_way = self._lanes.next.gave_way
-        return gave_way[0].of if gave_way else None
+        entry = self._first(may_run)
+        return entry.of if entry is not None and entry.turn else None
 
-    def take(self, n: int) -> list[T]:
-        """Remove and return up to `n` requests, in the order in which they should run."""
+    def take(self, n: int, may_run: MayRun = _all_may) -> list[T]:
+        """Remove and return up to `n` requests, in the order in which they should run.
+
+        Args:
+            may_run: asked for adapters before each is taken; those of others are passed over.
+        """
         requests = []
-        for _ in range(min(n, self._waiting)):
-            entry = self._take_one()
-            self._taken[id(entry.of)] = entry
+        while len(requests) < n and (entry := self._first(may_run)) is not None:
+            self._take(entry)
             requests.append(entry.of)
         return requests
 
@@ -171,19 +176,22 @@ class OfflineQueue(Generic[T]):
 
     # ----------------------------------------------------------------- one request
 
-    def _take_one(self) -> Entry[T]:
-        contended, lane = self._lanes.contended, self._lanes.next
-        entry = lane.pop()
+    def _first(self, may_run: MayRun) -> Entry[T] | None:
+        firsts = (lane.first(may_run) for lane in self._lanes.in_turn)
+        return next((entry for entry in firsts if entry is not None), None)
+
+    def _take(self, entry: Entry[T]) -> None:
+        entry.contended, lane = self._lanes.contended, entry.lane
+        lane.take(entry)
         self._lanes.left(lane)
         if not entry.turn:
             self._turns += 1
             entry.turn = self._turns
         lane.out += 1
-        entry.contended = contended
         self._never_taken.pop(entry.order, None)
         self._waiting -= 1
         self._lanes.charge(entry, entry.item.tokens)
-        return entry
+        self._taken[id(entry.of)] = entry
 
     def _entered(self, lane: Lane) -> None:
         self._waiting += 1
