@@ -168,7 +168,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     Args:
         name: of the job; "" is all requests that name none. A batch's is its id.
         waiting, running: requests; those that sit out count as running.
-        finished: answered since the job was last without any request here.
+        finished: requests that are done since the job was last without any here.
         waiting_tokens: that the waiting are expected to take.
         deadline_at_s: the earliest; None without.
         done_at_s: when those that are here will be done, at the present rate; None if nobody knows.
@@ -313,7 +313,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     Args:
         at_s: when.
-        kv: None from a server that does not tell (`status.enabled` is off).
+        jobs: those that are done first, at most 50; there are `more_jobs` besides.
         capabilities: what of conserve works with this model, if the server says so.
         batches: those that have not ended, oldest first; at most 20.
         next_step: `seq` of the step that comes next: ask with `?since=` this.
@@ -329,7 +329,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     online: Online
     offline: Offline
     jobs: tuple[Job, ...]
-    kv: Kv | None
+    more_jobs: int = 0
+    kv: Kv
     events: Events
     model: StepModel
     batches: tuple[BatchLine, ...] = ()
