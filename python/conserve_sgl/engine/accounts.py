@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from msgspec.structs import asdict
 
-from conserve_sgl.policy import Bound, LatencyModel, SlackBudget, Starvation, StepPlan, StepView
+from conserve_sgl.policy import LatencyModel, SlackBudget, Starvation, StepPlan, StepView
+from conserve_sgl.policy.bound import BoundSeconds, bound_of
 from conserve_sgl.policy.latency import StepKind
+from conserve_sgl.policy.throughput import Throughput
+from conserve_sgl.settings import OfflineWork
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from conserve_sgl.engine.live_settings import LiveSettings
     from conserve_sgl.engine.metrics import Exporter
     from conserve_sgl.engine.spare import SpareCapacity
+    from conserve_sgl.engine.step_recorder import StepRecorder
+    from conserve_sgl.status.latency import OnlineLatencies
 
 __all__ = ["Accounts"]
 
@@ -41,6 +46,15 @@ class Accounts:
         spare: tells what offline work would be taken.
         exporter: writes the state to `/metrics`, or None.
         is_offline: tells an offline request.
+        short_of_kv: whether the offline prompts that were tried last found no KV.
+        recorder: writes steps down, or None.
+        latencies: of online requests, or None.
+
+    Attributes:
+        bounds: what bounded offline work, and for how long.
+        throughput: offline tokens a second.
+        view: what the last step was planned by.
+        reserved_tokens: KV that it left to online requests.
     """
 
     def __init__(
@@ -55,6 +69,9 @@ class Accounts:
         spare: SpareCapacity,
         exporter: Exporter | None,
         is_offline: Callable[[Req], bool],
+        short_of_kv: Callable[[], bool],
+        recorder: StepRecorder | None,
+        latencies: OnlineLatencies | None,
     ) -> None:
         self._ledger, self._inbox, self._queue = intake.ledger, intake.inbox, intake.queue
         self._live = live
@@ -65,17 +82,30 @@ class Accounts:
         self._spare = spare
         self._exporter = exporter
         self._is_offline = is_offline
+        self._short_of_kv = short_of_kv
+        self._recorder = recorder
+        self._latencies = latencies
+        self.view = StepView(now_s=time.monotonic())
+        self.reserved_tokens = 0
         self._starvation = Starvation()
-        self._bound = Bound.YIELD
+        self.bounds = BoundSeconds()
+        self.throughput = Throughput()
 
     def step(self, batch: ScheduleBatch | None, view: StepView, plan: StepPlan) -> None:
         """A step was planned, and SGLang formed this batch, or None."""
         now_s = time.monotonic()
-        self._bound = plan.bound
+        self.view, self.reserved_tokens = view, plan.kv_reserve_tokens
+        held = self._live.now.holds_offline
+        ends = self._live.now.offline is OfflineWork.ENDS
+        bound = bound_of(view, plan, held=held, ends=ends, short_of_kv=self._short_of_kv())
+        self.bounds.look(now_s, bound)
         # A prefill that goes on was counted when it began.
         self._ledger.step(now_s, None if batch is self._aside.slices.suspended else batch)
+        if self._recorder is not None:
+            self._recorder.formed(now_s, batch, view, bound)
         self._notice_starvation(now_s, batch, view)
-        held = self._live.now.holds_offline
+        tokens = self._ledger.tokens
+        self.throughput.look(now_s, view, computed=tokens["computed"], output=tokens["output"])
         self._spare.step(now_s, view, waiting=len(self._queue), held=held)
         if self._exporter is not None and self._exporter.is_due(now_s):
             new_ms = [] if self._inbox is None else self._inbox.new_latencies_ms()
@@ -85,7 +115,7 @@ class Accounts:
         waiting = view.offline_waiting or view.offline_resident
         waits = bool(waiting) and not self._live.now.holds_offline
         runs = batch is not None and any(map(self._is_offline, batch.reqs))
-        said = self._starvation.look(now_s, self._bound, waits=waits, runs=runs)
+        said = self._starvation.look(now_s, self.bounds.now, waits=waits, runs=runs)
         if said is not None:
             logger.warning("conserve: %s", said)
 
@@ -95,15 +125,25 @@ class Accounts:
         self._ledger.close_finished(time.monotonic())
         return self._state()
 
+    @property
+    def alone_tokens_per_s(self) -> float | None:
+        """Offline tokens a second that the engine would serve with no online request there."""
+        return self.throughput.alone_tokens_per_s(self._model.predict_s, self.view)
+
     def _state(self) -> dict[str, Any]:
+        now_s = time.monotonic()
         latencies_ms = [] if self._inbox is None else self._inbox.latencies_ms()
         p50, p99 = np.percentile(latencies_ms or [0.0], (50, 99)).tolist()
         return {
-            **self._ledger.state(time.monotonic(), parked=len(self._aside.whole)),
+            **self._ledger.state(now_s, parked=len(self._aside.whole)),
             "offline_paused": self._live.now.holds_offline,
             "offline_starved_s": self._starvation.seconds,
-            "spare": self._spare.state(time.monotonic()),
-            "offline_bound": str(self._bound),
+            "offline_tokens_per_s": self.throughput.tokens_per_s,
+            "offline_alone_tokens_per_s": self.alone_tokens_per_s,
+            "spare": self._spare.state(now_s),
+            "offline_bound": str(self.bounds.now),
+            "offline_bound_s": {str(bound): s for bound, s in self.bounds.total.items()},
+            "online_s": {} if self._latencies is None else self._latencies.quantiles(now_s),
             "batches_held": self._live.now.batches_held,
             "slo": asdict(self._live.now.slo),
             "margins": self._budget.margins,

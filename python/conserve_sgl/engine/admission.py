@@ -75,6 +75,11 @@ class Admission:
         self._shortage = Shortage()
         self._purse: OfflinePurse | None = None
 
+    @property
+    def short_of_kv(self) -> bool:
+        """Whether the offline prompts that were tried last found no KV."""
+        return self._shortage.found_no_kv
+
     # -------------------------------------------------------------------- the pass
 
     def form(

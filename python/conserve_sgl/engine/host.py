@@ -5,6 +5,7 @@
 
 from sglang.srt.managers.io_struct import (
     AbortReq,
+    GetInternalStateReqOutput,
     SetInternalStateReq,
     SetInternalStateReqOutput,
 )
@@ -15,7 +16,7 @@ from sglang.srt.managers.scheduler_components.batch_result_processor import (
     SchedulerBatchResultProcessor,
 )
 from sglang.srt.managers.scheduler_components.invariant_checker import SchedulerInvariantChecker
-from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.managers.utils import GenerationBatchResult, is_health_check_generate_req
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.platforms import current_platform
@@ -33,6 +34,7 @@ __all__ = [
     "ForwardBatch",
     "ForwardMode",
     "GenerationBatchResult",
+    "GetInternalStateReqOutput",
     "NextBatchPlan",
     "PrefillAdder",
     "Req",
@@ -50,6 +52,7 @@ __all__ = [
     "get_device_name",
     "get_exec",
     "get_schedule",
+    "is_health_check_generate_req",
     "release_kv_cache",
     "sglang_version",
 ]

@@ -10,6 +10,7 @@ from conserve_sgl.policy.step import StepView
 
 __all__ = ["Throughput", "alone_tokens_per_s"]
 
+_EVERY_S = 1.0
 _LEAST_TOKENS = 1.0
 """Tokens a second below which nobody can tell prompts from answers."""
 
@@ -42,7 +43,7 @@ def alone_tokens_per_s(
 
 
 class Throughput:
-    """Measures it, from one look a second or so.
+    """Measures it, from one look a second.
 
     Attributes:
         tokens_per_s: prompt tokens computed and output tokens a second, in the last half minute or
@@ -58,7 +59,7 @@ class Throughput:
         self._context_tokens = 0
 
     def look(self, now_s: float, view: StepView, *, computed: int, output: int) -> None:
-        """Take in what was served since the last look.
+        """Take in what was served since the last look, if that is a second ago.
 
         Args:
             now_s: a monotonic clock.
@@ -67,6 +68,8 @@ class Throughput:
             output: offline tokens answered since the start.
         """
         seconds = 0.0 if self._seen_s is None else now_s - self._seen_s
+        if self._seen_s is not None and seconds < _EVERY_S:
+            return
         if seconds > 0:
             self._prompts.follow((computed - self._computed) / seconds, seconds)
             self._outputs.follow((output - self._output) / seconds, seconds)

@@ -92,6 +92,14 @@ class OnlineLatencies:
         self._decoded_s: float | None = None
         self._fresh: list[float] = []  # when each row that has not decoded yet got its first token
 
+    def quantiles(self, now_s: float) -> dict[str, dict[str, float]]:
+        """P50 and P99 of each in seconds, by name and quantile; without samples, none."""
+        return {
+            name: {"0.5": latency.p50_ms / 1e3, "0.99": latency.p99_ms / 1e3}
+            for name in ("ttft", "tpot", "itl")
+            if (latency := getattr(self, name).read(now_s, None)).samples
+        }
+
     def first_token(self, now_s: float, ttft_s: float, *, goes_on: bool) -> None:
         """A request got its first token, `ttft_s` after it was announced; more may come."""
         self.ttft.add(now_s, ttft_s)

@@ -22,6 +22,7 @@ KEPT_STEPS = 4096
 # preemptions, yields; bound, sliced.
 _STEP = Struct("<ddd5I3IB?2x")
 _TIMES = Struct("<ddd")
+_SLICED_AT = _STEP.size - 3
 _BOUNDS = tuple(Bound)
 _INDEX = {bound: index for index, bound in enumerate(_BOUNDS)}
 
@@ -56,7 +57,6 @@ class StepRing:
         offline_prompt_tokens: int,
         offline_rows: int,
         offline_parked: int,
-        sliced: bool,
         bound: Bound,
         arrivals: int,
         preemptions: int,
@@ -80,14 +80,15 @@ class StepRing:
             preemptions - self._preemptions,
             yields - self._yields,
             _INDEX[bound],
-            sliced,
+            False,
         )
         self._arrivals, self._preemptions, self._yields = arrivals, preemptions, yields
         self._formed += 1
 
-    def ended(self, now_s: float, seconds: float) -> None:
+    def ended(self, now_s: float, seconds: float, *, sliced: bool) -> None:
         """The oldest step that was formed and has not ended took so long until now; 0 where that
-        was not measured, and then it is the time from its start, or the end of the one before."""
+        was not measured, and then it is the time from its start, or the end of the one before.
+        `sliced`: whether it ran in slices."""
         if self.ended_steps == self._formed:
             return
         offset = self.ended_steps % self._kept * _STEP.size
@@ -95,6 +96,7 @@ class StepRing:
         if seconds <= 0:
             seconds = now_s - max(formed_s, self._end_s)
         _TIMES.pack_into(self._buffer, offset, now_s - seconds, seconds, idle_s)
+        self._buffer[offset + _SLICED_AT] = sliced
         self._end_s = now_s
         self.ended_steps += 1
 
