@@ -1,5 +1,4 @@
-"""Settings that change while the server runs, what it says of itself, and its end; slices in `slack`
-mode."""
+"""Settings that change while a server runs, what it says of itself, its end; `slack` slices."""
 
 from __future__ import annotations
 

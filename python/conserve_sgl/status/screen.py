@@ -142,9 +142,9 @@ def _kv_line(kv: Kv) -> str:
 def _events_line(record: Snapshot) -> str:
     events = record.events
     return (
-        f"since the start: {events.preemptions:,} preemptions, {events.rows_parked:,} rows sat out, "
-        f"{events.yields:,} yields; tokens found again {events.restored_tokens:,}, computed again "
-        f"{events.recomputed_tokens:,}"
+        f"since the start: {events.preemptions:,} preemptions, {events.yields:,} yields, "
+        f"{events.rows_parked:,} rows sat out; of what gave way {events.restored_tokens:,} tokens "
+        f"were found again, {events.recomputed_tokens:,} computed again"
     )
 
 
