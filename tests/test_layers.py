@@ -324,6 +324,7 @@ LIGHT = [
     "conserve_sgl.profile.measure",
     "conserve_sgl.simulate.command",
     "conserve_sgl.device.make",
+    "conserve_sgl.status.command",
     "conserve_sgl.tune",
 ]
 HEAVY = ("torch", "sglang", "transformers")
@@ -346,13 +347,13 @@ def test_light_modules_import_neither_torch_nor_sglang():
 
 
 def test_what_works_without_sglang_imports_only_what_is_installed_with_it():
-    """`conserve eval`, `run-batch` and `tune` on a laptop."""
+    """`conserve eval`, `run-batch`, `status` and `tune` on a laptop."""
     declared = tomllib.loads((PACKAGE.parent.parent / "pyproject.toml").read_text())["project"]
     names = {re.split(r"[<>=\[]", line)[0].lower() for line in declared["dependencies"]}
     modules = {"pyyaml": "yaml", "pyzmq": "zmq"}
     there = {modules.get(name, name) for name in names} | {"conserve_sgl", *sys.stdlib_module_names}
     parts = ["cli.py", "tune.py", "settings.py", "config.py", "client/*.py", "jobs/*.py"]
-    parts += ["batch/*.py", "policy/**/*.py", "profile/*.py"]
+    parts += ["batch/*.py", "policy/**/*.py", "profile/*.py", "status/*.py"]
     for file in (file for part in parts for file in PACKAGE.glob(part)):
         assert {name.split(".")[0] for name in imported(file)} <= there, relative(file)
 

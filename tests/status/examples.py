@@ -141,4 +141,5 @@ def step(seq: int, **fields: object) -> Step:
 def record_of(*seqs: int, **fields: object) -> Snapshot:
     """A record with these steps, after which the next one comes."""
     steps = tuple(step(seq) for seq in seqs)
-    return changed(RECORD, steps=steps, next_step=max(seqs, default=-1) + 1, **fields)
+    known = {"steps": steps, "next_step": max(seqs, default=-1) + 1}
+    return changed(RECORD, **(known | fields))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from math import isnan
 
 import numpy
 import pytest
 
-from conserve_sgl.status.latency import WINDOW_S, LatencyWindow, OnlineLatencies
+from conserve_sgl.status.latency import NO_QUANTILES, WINDOW_S, LatencyWindow, OnlineLatencies
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 30.0])
@@ -94,9 +95,10 @@ def test_rows_that_never_decode_do_not_pile_up():
     assert len(seen._fresh) <= 4096
 
 
-def test_quantiles_are_those_that_there_are():
+def test_quantiles_are_seconds_and_no_number_where_there_is_none():
     seen = OnlineLatencies()
-    assert seen.quantiles(10.0) == {}
     seen.first_token(10.0, 0.5, goes_on=False)
-    (found,) = seen.quantiles(10.0).values()
-    assert found == pytest.approx({"0.5": 0.5, "0.99": 0.5}, rel=0.02)
+    found = seen.quantiles(10.0)
+    assert set(found) == set(NO_QUANTILES)
+    assert found["ttft"] == pytest.approx({"0.5": 0.5, "0.99": 0.5}, rel=0.02)
+    assert all(isnan(seconds) for seconds in found["tpot"].values())

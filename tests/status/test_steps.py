@@ -124,7 +124,11 @@ def test_steps_that_are_forgotten_have_no_time():
     engine.ring.forget()
     engine.end()  # nothing is in flight
     engine.run(1)
-    assert [step.seconds for step in engine.read()] == [pytest.approx(0.1), None, pytest.approx(0.1)]
+    assert [step.seconds for step in engine.read()] == [
+        pytest.approx(0.1),
+        None,
+        pytest.approx(0.1),
+    ]
 
 
 def test_nothing_grows_in_the_ring():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from status.examples import KV, MODEL, OFFLINE, ONLINE, SERVER, SETTINGS, changed
 
 from conserve_sgl.policy import Bound
 from conserve_sgl.status.why import why
+from status.examples import KV, MODEL, OFFLINE, ONLINE, SERVER, SETTINGS, changed
 
 
 def said(bound: Bound, **parts: dict[str, object]) -> str:
@@ -81,9 +81,7 @@ def test_a_bound_says_why_and_what_would_make_room(bound, text):
 
 
 def test_nothing_waits_where_all_runs_and_where_there_is_nothing():
-    assert said(Bound.NOTHING, offline=NO_WORK) == (
-        "Nothing waits: there is no offline work here."
-    )
+    assert said(Bound.NOTHING, offline=NO_WORK) == ("Nothing waits: there is no offline work here.")
     assert said(Bound.NOTHING, offline={"waiting": 0}) == (
         "Nothing waits: all offline work that is here runs."
     )

@@ -14,6 +14,7 @@ from conserve_sgl.policy.bound import BoundSeconds, bound_of
 from conserve_sgl.policy.latency import StepKind
 from conserve_sgl.policy.throughput import Throughput
 from conserve_sgl.settings import OfflineWork
+from conserve_sgl.status.latency import NO_QUANTILES, OnlineLatencies
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from conserve_sgl.engine.metrics import Exporter
     from conserve_sgl.engine.spare import SpareCapacity
     from conserve_sgl.engine.step_recorder import StepRecorder
-    from conserve_sgl.status.latency import OnlineLatencies
 
 __all__ = ["Accounts"]
 
@@ -143,7 +143,7 @@ class Accounts:
             "spare": self._spare.state(now_s),
             "offline_bound": str(self.bounds.now),
             "offline_bound_s": {str(bound): s for bound, s in self.bounds.total.items()},
-            "online_s": {} if self._latencies is None else self._latencies.quantiles(now_s),
+            "online_s": self._online_s(now_s),
             "batches_held": self._live.now.batches_held,
             "slo": asdict(self._live.now.slo),
             "margins": self._budget.margins,
@@ -153,6 +153,9 @@ class Accounts:
             "arrival_ms": {"p50": p50, "p99": p99},
             "slices": self._aside.slices.state(),
         }
+
+    def _online_s(self, now_s: float) -> dict[str, dict[str, float]]:
+        return NO_QUANTILES if self._latencies is None else self._latencies.quantiles(now_s)
 
 
 def _latency_state(model: LatencyModel) -> dict[str, Any]:

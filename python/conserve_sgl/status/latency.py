@@ -8,16 +8,19 @@ allocated when a latency is counted.
 from __future__ import annotations
 
 from array import array
-from math import exp, log
+from math import exp, log, nan
 
 import numpy as np
 
 from conserve_sgl.status.record import Latency
 
-__all__ = ["WINDOW_S", "LatencyWindow", "OnlineLatencies"]
+__all__ = ["NO_QUANTILES", "WINDOW_S", "LatencyWindow", "OnlineLatencies"]
 
 WINDOW_S = 300.0
 """What is kept: this, less up to a slice."""
+
+NO_QUANTILES: dict[str, dict[str, float]] = {"ttft": {}, "tpot": {}, "itl": {}}
+"""Those of a server that keeps no latencies."""
 
 _SLICES = 10
 _SLICE_S = WINDOW_S / _SLICES
@@ -69,6 +72,11 @@ class LatencyWindow:
             self._began_s += turns * _SLICE_S
 
 
+def _quantiles(seen: Latency) -> dict[str, float]:
+    milliseconds = {"0.5": seen.p50_ms, "0.99": seen.p99_ms}
+    return {name: nan if ms is None else ms / 1e3 for name, ms in milliseconds.items()}
+
+
 def _percentile_ms(below: np.ndarray, share: float) -> float:
     bucket = int(np.searchsorted(below, share * float(below[-1])))
     return 1e3 * exp(_FIRST + (bucket + 0.5) * _WIDTH)
@@ -93,12 +101,9 @@ class OnlineLatencies:
         self._fresh: list[float] = []  # when each row that has not decoded yet got its first token
 
     def quantiles(self, now_s: float) -> dict[str, dict[str, float]]:
-        """P50 and P99 of each in seconds, by name and quantile; without samples, none."""
-        return {
-            name: {"0.5": latency.p50_ms / 1e3, "0.99": latency.p99_ms / 1e3}
-            for name in ("ttft", "tpot", "itl")
-            if (latency := getattr(self, name).read(now_s, None)).samples
-        }
+        """P50 and P99 of each in seconds, by name and quantile; NaN without samples."""
+        windows = {"ttft": self.ttft, "tpot": self.tpot, "itl": self.itl}
+        return {name: _quantiles(window.read(now_s, None)) for name, window in windows.items()}
 
     def first_token(self, now_s: float, ttft_s: float, *, goes_on: bool) -> None:
         """A request got its first token, `ttft_s` after it was announced; more may come."""

@@ -176,13 +176,18 @@ def _job_cells(record: Snapshot, job: Job) -> list[str | Text]:
     due, will = job.deadline_at_s, job.done_at_s
     late = due is not None and will is not None and will > due
     return [
-        job.name or "(no name)",
+        _plain(job.name or "(no name)"),
         f"{job.waiting:,}",
         f"{job.running:,}",
         done,
         "-" if due is None else _until(due - record.at_s),
         Text("-" if will is None else _until(will - record.at_s), style="red" if late else ""),
     ]
+
+
+def _plain(name: str) -> Text:
+    """What a client sent, which is no markup and moves no cursor."""
+    return Text("".join(c if c.isprintable() else "?" for c in name))
 
 
 def _until(seconds: float) -> str:
@@ -205,7 +210,7 @@ def _several(seen: Sequence[Seen]) -> RenderableType:
             continue
         online, offline = record.online, record.offline
         table.add_row(
-            one.endpoint,
+            _plain(one.endpoint),
             _ms(online.ttft.p99_ms),
             _ms(online.tpot.p99_ms),
             f"{online.rows:,}",
