@@ -33,7 +33,7 @@ class Ask(msgspec.Struct, frozen=True):
             return None
         try:
             return msgspec.json.decode(rid.removeprefix(_PREFIX), type=cls)
-        except msgspec.DecodeError:
+        except ValueError:
             return None
 
 
