@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from math import isnan, nan
+from math import isnan
 
 import pytest
 import yaml
@@ -78,7 +78,7 @@ def test_tokens_are_told_apart_by_kind(registry):
 
 def test_bounds_and_quantiles_have_labels_of_their_own(registry):
     exporter = Exporter(LABELS)
-    online = {"ttft": {"0.5": 0.2, "0.99": nan}, "tpot": {}, "itl": {}}
+    online = {"ttft": {"0.5": 0.2, "0.99": None}, "tpot": {}, "itl": {}}
     exporter.write(0.0, state(offline_bound_s={"kv": 3.0, "paused": 0.0}, online_s=online), [])
     exporter.write(1.0, state(offline_bound_s={"kv": 4.5, "paused": 0.0}, online_s=online), [])
     written = samples(registry)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -386,3 +390,19 @@ def test_the_commands_of_the_pages_run(server, command, tmp_path, monkeypatch):
 
 def test_what_is_recorded_is_a_snapshot():
     assert msgspec.json.decode(msgspec.json.encode(RECORD), type=Snapshot) == RECORD
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_recording_that_is_stopped_ends_well(server, tmp_path, number):
+    path = tmp_path / "r.jsonl"
+    server.status = keeps(*range(10))
+    command = [sys.executable, "-m", "conserve_sgl.cli", "status", "--record", str(path)]
+    with subprocess.Popen([*command, server.url], stdout=subprocess.PIPE) as process:
+        while not (path.exists() and path.stat().st_size):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait(20) == 0
+    assert [step.seq for look in read_recording(path) for step in look.snapshot.steps] == [
+        *range(10)
+    ]

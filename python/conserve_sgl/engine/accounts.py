@@ -154,7 +154,7 @@ class Accounts:
             "slices": self._aside.slices.state(),
         }
 
-    def _online_s(self, now_s: float) -> dict[str, dict[str, float]]:
+    def _online_s(self, now_s: float) -> dict[str, dict[str, float | None]]:
         return NO_QUANTILES if self._latencies is None else self._latencies.quantiles(now_s)
 
 

@@ -8,7 +8,7 @@ allocated when a latency is counted.
 from __future__ import annotations
 
 from array import array
-from math import exp, log, nan
+from math import exp, log
 
 import numpy as np
 
@@ -19,7 +19,7 @@ __all__ = ["NO_QUANTILES", "WINDOW_S", "LatencyWindow", "OnlineLatencies"]
 WINDOW_S = 300.0
 """What is kept: this, less up to a slice."""
 
-NO_QUANTILES: dict[str, dict[str, float]] = {"ttft": {}, "tpot": {}, "itl": {}}
+NO_QUANTILES: dict[str, dict[str, float | None]] = {"ttft": {}, "tpot": {}, "itl": {}}
 """Those of a server that keeps no latencies."""
 
 _SLICES = 10
@@ -72,9 +72,9 @@ class LatencyWindow:
             self._began_s += turns * _SLICE_S
 
 
-def _quantiles(seen: Latency) -> dict[str, float]:
+def _quantiles(seen: Latency) -> dict[str, float | None]:
     milliseconds = {"0.5": seen.p50_ms, "0.99": seen.p99_ms}
-    return {name: nan if ms is None else ms / 1e3 for name, ms in milliseconds.items()}
+    return {name: None if ms is None else ms / 1e3 for name, ms in milliseconds.items()}
 
 
 def _percentile_ms(below: np.ndarray, share: float) -> float:
@@ -100,8 +100,8 @@ class OnlineLatencies:
         self._decoded_s: float | None = None
         self._fresh: list[float] = []  # when each row that has not decoded yet got its first token
 
-    def quantiles(self, now_s: float) -> dict[str, dict[str, float]]:
-        """P50 and P99 of each in seconds, by name and quantile; NaN without samples."""
+    def quantiles(self, now_s: float) -> dict[str, dict[str, float | None]]:
+        """P50 and P99 of each in seconds, by name and quantile; None without samples."""
         windows = {"ttft": self.ttft, "tpot": self.tpot, "itl": self.itl}
         return {name: _quantiles(window.read(now_s, None)) for name, window in windows.items()}
 
