@@ -15,7 +15,7 @@ from conserve_sgl.engine.step_recorder import StepRecorder
 from conserve_sgl.policy import SlackBudget, most_offline_rows
 from conserve_sgl.settings import OfflineWork
 from conserve_sgl.status.ask import Answer, Ask
-from conserve_sgl.status.latency import WINDOW_S, LatencyWindow, OnlineLatencies
+from conserve_sgl.status.latency import WINDOW_S, LatencyWindow, OnlineLatencies, unseen
 from conserve_sgl.status.record import (
     Events,
     Job,
@@ -165,7 +165,7 @@ class Status:
 
         def latency(window: LatencyWindow | None, objective: str) -> Latency:
             if window is None:
-                window = LatencyWindow()
+                return unseen(objectives_s[objective])
             return window.read(now_s, objectives_s[objective])
 
         return Online(

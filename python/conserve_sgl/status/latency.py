@@ -14,7 +14,7 @@ import numpy as np
 
 from conserve_sgl.status.record import Latency
 
-__all__ = ["NO_QUANTILES", "WINDOW_S", "LatencyWindow", "OnlineLatencies"]
+__all__ = ["NO_QUANTILES", "WINDOW_S", "LatencyWindow", "OnlineLatencies", "unseen"]
 
 WINDOW_S = 300.0
 """What is kept: this, less up to a slice."""
@@ -30,6 +30,16 @@ _FIRST = log(_SHORTEST_S)
 _BUCKETS = int((log(_LONGEST_S) - _FIRST) / _WIDTH) + 2
 _MOST_FRESH = 4096
 _EMPTY = array("Q", bytes(8 * _BUCKETS))
+
+
+def unseen(objective_s: float | None) -> Latency:
+    """Of a latency without samples."""
+    known = {"p50_ms": None, "p99_ms": None, "within": None}
+    return Latency(objective_ms=_milliseconds(objective_s), samples=0, **known)
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3
 
 
 class LatencyWindow:
@@ -52,13 +62,14 @@ class LatencyWindow:
         self._turn(now_s)
         counts = np.frombuffer(self._counts, dtype=np.uint64).reshape(_SLICES, _BUCKETS).sum(axis=0)
         below = np.cumsum(counts)
-        samples = int(below[-1])
+        if not (samples := int(below[-1])):
+            return unseen(objective_s)
         return Latency(
-            objective_ms=None if objective_s is None else objective_s * 1e3,
-            p50_ms=_percentile_ms(below, 0.50) if samples else None,
-            p99_ms=_percentile_ms(below, 0.99) if samples else None,
+            objective_ms=_milliseconds(objective_s),
+            p50_ms=_percentile_ms(below, 0.50),
+            p99_ms=_percentile_ms(below, 0.99),
             samples=samples,
-            within=_share_below(below, objective_s) if samples and objective_s else None,
+            within=_share_below(below, objective_s) if objective_s else None,
         )
 
     def _turn(self, now_s: float) -> None:
