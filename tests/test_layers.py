@@ -40,11 +40,13 @@ MAY_IMPORT = {
     "policy": set(),
     "config": {"policy", "strict_yaml", *_LEAVES},
     "settings": {"config", "shapes", *_LEAVES},
+    # The record of a server, and what shows one from outside.
+    "status": {"client", "json_lines", "policy", *_LEAVES},
     "checkpoint": {"config", "policy", *_LEAVES},
     "client": {"json_lines", *_LEAVES},
     "jobs": {"client", "json_lines", "shapes", "strict_yaml", *_LEAVES},
-    "batch": {"client", "config", *_LEAVES},
-    "ingress": {"config", "policy", *_LEAVES},
+    "batch": {"client", "config", "status", *_LEAVES},
+    "ingress": {"config", "policy", "status", *_LEAVES},
     "profile": {"policy", *_LEAVES},
     "engine": {
         "config",
@@ -53,8 +55,10 @@ MAY_IMPORT = {
         "ingress",
         "profile",
         "settings",
+        "status",
         "machine",
         "emulation",
+        "__init__",
         *_LEAVES,
     },
     # The step times of a device: what the simulator and the emulated device share.
@@ -85,6 +89,7 @@ MAY_IMPORT = {
         "client",
         "policy",
         "profile",
+        "status",
         *_LEAVES,
     },
     "bench/command": {"bench/report", "bench/systems", *_LEAVES},
@@ -108,9 +113,19 @@ MAY_IMPORT = {
         "strict_yaml",
         *_LEAVES,
     },
-    "plugin": {"batch", "config", "compat", "engine", "ingress", "profile", "settings", *_LEAVES},
+    "plugin": {
+        "batch",
+        "config",
+        "compat",
+        "engine",
+        "ingress",
+        "profile",
+        "settings",
+        "status",
+        *_LEAVES,
+    },
     "worker": {"plugin"},
-    "tune": _LEAVES,
+    "tune": {"client", "status", *_LEAVES},
     "doctor": {
         "config",
         "compat",
@@ -136,6 +151,7 @@ MAY_IMPORT = {
         "profile",
         "settings",
         "simulate",
+        "status",
         "tune",
         "__init__",
         *_LEAVES,
@@ -309,6 +325,7 @@ LIGHT = [
     "conserve_sgl.profile.measure",
     "conserve_sgl.simulate.command",
     "conserve_sgl.device.make",
+    "conserve_sgl.status.command",
     "conserve_sgl.tune",
 ]
 HEAVY = ("torch", "sglang", "transformers")
@@ -331,13 +348,13 @@ def test_light_modules_import_neither_torch_nor_sglang():
 
 
 def test_what_works_without_sglang_imports_only_what_is_installed_with_it():
-    """`conserve eval`, `run-batch` and `tune` on a laptop."""
+    """`conserve eval`, `run-batch`, `status` and `tune` on a laptop."""
     declared = tomllib.loads((PACKAGE.parent.parent / "pyproject.toml").read_text())["project"]
     names = {re.split(r"[<>=\[]", line)[0].lower() for line in declared["dependencies"]}
     modules = {"pyyaml": "yaml", "pyzmq": "zmq"}
     there = {modules.get(name, name) for name in names} | {"conserve_sgl", *sys.stdlib_module_names}
     parts = ["cli.py", "tune.py", "settings.py", "config.py", "client/*.py", "jobs/*.py"]
-    parts += ["batch/*.py", "policy/**/*.py", "profile/*.py"]
+    parts += ["batch/*.py", "policy/**/*.py", "profile/*.py", "status/*.py"]
     for file in (file for part in parts for file in PACKAGE.glob(part)):
         assert {name.split(".")[0] for name in imported(file)} <= there, relative(file)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from math import isnan
 
 import pytest
 import yaml
@@ -52,7 +53,8 @@ def state(**changed: object) -> dict[str, object]:
     numbers: dict[str, object] = {"offline_tokens": {"computed": 0, "output": 0}}
     for metric in METRICS:
         part, _, key = metric.key.rpartition(".")
-        (numbers.setdefault(part, {}) if part else numbers).setdefault(key, 0)
+        none = {} if metric.label else 0
+        (numbers.setdefault(part, {}) if part else numbers).setdefault(key, none)
     return {**numbers, **changed}
 
 
@@ -72,6 +74,19 @@ def test_tokens_are_told_apart_by_kind(registry):
     written = samples(registry)
     assert written["conserve:offline_tokens_total computed"] == 9
     assert written["conserve:offline_tokens_total output"] == 2
+
+
+def test_bounds_and_quantiles_have_labels_of_their_own(registry):
+    exporter = Exporter(LABELS)
+    online = {"ttft": {"0.5": 0.2, "0.99": None}, "tpot": {}, "itl": {}}
+    exporter.write(0.0, state(offline_bound_s={"kv": 3.0, "paused": 0.0}, online_s=online), [])
+    exporter.write(1.0, state(offline_bound_s={"kv": 4.5, "paused": 0.0}, online_s=online), [])
+    written = samples(registry)
+    assert written["conserve:offline_bound_seconds_total kv"] == 4.5
+    assert written["conserve:offline_bound_seconds_total paused"] == 0
+    assert written["conserve:online_ttft_seconds 0.5"] == 0.2
+    assert isnan(written["conserve:online_ttft_seconds 0.99"])
+    assert not any(name.startswith("conserve:online_itl") for name in written)
 
 
 def test_latencies_are_seconds_in_a_histogram(registry):
@@ -102,6 +117,7 @@ def test_the_ledger_s_state_has_what_is_exported():
     ledger = OfflineLedger(OfflineQueue(1), lambda _req: True)
     keys = {m.key for m in METRICS if "." not in m.key}
     keys -= {"arrivals_received", "offline_paused", "offline_starved_s"}  # the scheduler's own
+    keys -= {"offline_bound_s", "offline_tokens_per_s", "offline_alone_tokens_per_s"}
     assert keys == set(ledger.state(0.0, parked=0))
 
 
@@ -118,11 +134,12 @@ def test_the_page_lists_every_metric_with_its_type_and_key(checkout):
 
 def test_the_dashboard_asks_only_for_metrics_that_there_are(checkout):
     dashboard = json.loads((checkout / "docs" / "grafana.json").read_text())
-    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    targets = [one for panel in dashboard["panels"] for one in panel.get("targets", ())]
+    asked = [target["expr"] for target in targets]
     there = {m.name for m in METRICS} | {f"{ARRIVAL_LATENCY.name}_bucket", OF_HTTP}
     named = {name for expr in asked for name in re.findall(r"conserve:\w+", expr)}
     assert named <= there
-    assert len(named) > 10
+    assert len(named) > 25
 
 
 def test_the_alerts_ask_only_for_metrics_that_there_are_and_each_is_explained(checkout):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from conserve_sgl.engine.observe import OnlineClock, RowCount
+from conserve_sgl.engine.observe import Observer, OnlineClock, RowCount
 from conserve_sgl.policy.slo import Pace
 
 PACE = Pace(tpot_s=0.1, unloaded_s=0.04, reserve_s=0.18)
@@ -65,3 +65,72 @@ class TestEnds:
         clock = OnlineClock(4.0)
         assert clock.end(5.0, 1) is not None
         assert clock.end(5.0, 1) is None
+
+
+class TestLatencies:
+    """What online requests got, as it is noted of each step's results."""
+
+    @pytest.fixture
+    def told(self) -> list[tuple]:
+        return []
+
+    @pytest.fixture
+    def observer(self, told) -> Observer:
+        latencies = SimpleNamespace(
+            decoded=lambda _now_s, rows: told.append(("decoded", rows)),
+            first_token=lambda _now_s, ttft_s, goes_on: told.append(("first", goes_on, ttft_s > 0)),
+            ended=lambda _now_s, tpot_s: told.append(("ended", tpot_s is not None)),
+        )
+        none = SimpleNamespace()
+        return Observer(
+            none,
+            policy=SimpleNamespace(online_ended=lambda **_: None),
+            live=none,
+            intake=none,
+            aside=none,
+            memory=none,
+            learning=none,
+            is_offline=lambda req: req.offline,
+            is_probe=lambda req: req.probe,
+            latencies=latencies,
+        )
+
+    @staticmethod
+    def req(*, ends: bool = False, aborts: bool = False, probe: bool = False, **known):
+        made = row(**known)
+        made.probe = probe
+        made.finished = lambda: ends or aborts
+        reason = {"type": "abort" if aborts else "stop"}
+        made.finished_reason = SimpleNamespace(to_json=lambda: reason)
+        return made
+
+    def test_rows_that_decode_are_counted_once(self, observer, told):
+        rows = [self.req(), self.req(tokens=9), self.req(offline=True)]
+        observer.note_result(SimpleNamespace(reqs=rows))
+        assert told == [("decoded", 2)]
+
+    def test_a_first_token_comes_after_those_of_rows_that_ride_along(self, observer, told):
+        fresh = self.req(first_s=None)
+        observer.note_result(SimpleNamespace(reqs=[fresh, self.req()]))
+        assert told == [("decoded", 1), ("first", True, True)]
+        assert fresh.online_clock.first_s is not None
+
+    def test_an_answer_of_one_token_ends_with_its_first(self, observer, told):
+        observer.note_result(SimpleNamespace(reqs=[self.req(first_s=None, ends=True)]))
+        assert told == [("ended", False), ("first", False, True)]
+
+    def test_a_request_that_ended_is_not_counted_in_the_step_in_flight(self, observer, told):
+        batch = SimpleNamespace(reqs=[self.req(tokens=5, ends=True)])
+        observer.note_result(batch)
+        assert told == [("ended", True), ("decoded", 1)]
+        observer.note_result(batch)
+        assert len(told) == 2
+
+    def test_prompts_in_chunks_and_health_checks_got_nothing(self, observer, told):
+        rows = [self.req(tokens=0, first_s=None), self.req(first_s=None, probe=True, ends=True)]
+        observer.note_result(SimpleNamespace(reqs=rows))
+        assert told == []
+
+    def test_an_aborted_request_has_no_time_per_token(self, observer, told):
+        observer.note_result(SimpleNamespace(reqs=[self.req(tokens=5, aborts=True)]))
+        assert told == [("decoded", 1)]

@@ -96,6 +96,13 @@ def test_without_an_option_it_shows_and_changes_nothing(engine):
     assert engine.posted == []
 
 
+def test_without_an_option_it_says_what_bounds_offline_work(engine):
+    state = STATE | {"status": {"why": {"text": "Nothing waits."}}}
+    engine.answers["/server_info"] = (200, {"internal_states": [{"conserve": state}]})
+    assert run("--endpoint", engine.url).output.splitlines()[1] == "  Nothing waits."
+    assert "Nothing waits." not in run("--endpoint", engine.url, "--offline", "run").output
+
+
 def test_servers_are_told_apart_by_their_whole_address(engine):
     urls = [f"{engine.url}/{'a-long-name-of-a-route/' * 4}{name}" for name in "ab"]
     for url in urls:

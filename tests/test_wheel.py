@@ -35,6 +35,9 @@ def test_the_wheel_holds_the_package_and_its_entry_points(wheel: Path):
         text = archive.read(points).decode()
     assert "conserve_sgl/plugin.py" in names
     assert "conserve_sgl/device/shipped/h100-llama8b-triton.json" in names
+    page = {"index.html", "page.css", "page.js", "icon.svg"}
+    page |= {"uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE"}
+    assert {f"conserve_sgl/ingress/page/{name}" for name in page} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "scripts"))]
     assert "conserve = conserve_sgl.plugin:register" in text
     assert "conserve_cpu = conserve_sgl.platform:activate" in text

@@ -279,7 +279,6 @@ def tune(
 
     Exit code 0: all changed. 1: a server could not be changed; those before it are. 2: bad input.
     """
-    from conserve_sgl.client.endpoints import check_endpoint
     from conserve_sgl.settings import OfflineWork, batches_number, offline_number, slo_numbers
     from conserve_sgl.tune import tune as tune_servers
 
@@ -289,12 +288,58 @@ def tune(
     if batches is not None:
         numbers |= batches_number(held=batches == "hold")
     servers = endpoint or [_DEFAULT_ENDPOINT]
-    try:
-        for url in servers:
-            check_endpoint(url)
-    except ValueError as e:
-        raise typer.BadParameter(str(e), param_hint="--endpoint") from e
+    _check_endpoints(servers, "--endpoint")
     tune_servers(servers, numbers, api_key=api_key, admin_api_key=admin_api_key, console=Console())
+
+
+@app.command()
+def status(
+    endpoint: Annotated[
+        list[str] | None, typer.Argument(help=f"Servers' base URLs. Default: {_DEFAULT_ENDPOINT}.")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Look once a second, until Ctrl-C.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="A line of JSON for each server and look.")
+    ] = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Append every look to this file, with all steps; implies --watch."),
+    ] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="Show what was recorded in this file; ask no server.")
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Write the steps to this file, for chrome://tracing and Perfetto."),
+    ] = None,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """What servers do now, and what bounds offline work: conserve status [URL ...].
+
+    Exit code 0: all answered. 1: one did not. 2: bad input.
+    """
+    from conserve_sgl.status.command import replay_file, show
+    from conserve_sgl.status.command import watch as watch_servers
+
+    if replay is not None:
+        if endpoint or watch or record or as_json:
+            raise typer.BadParameter("asks no server; it goes with --trace", param_hint="--replay")
+        replay_file(replay, trace=trace, console=Console())
+        return
+    servers = endpoint or [_DEFAULT_ENDPOINT]
+    _check_endpoints(servers, "ENDPOINT")
+    console = Console()
+    if not (watch or record):
+        answered = show(servers, api_key=api_key, as_json=as_json, trace=trace, console=console)
+    elif trace is not None:
+        raise typer.BadParameter("record first, then --replay FILE --trace", param_hint="--trace")
+    else:
+        answered = watch_servers(
+            servers, api_key=api_key, as_json=as_json, record=record, console=console
+        )
+    raise typer.Exit(0 if answered else _FAILED)
 
 
 @app.command(context_settings={"allow_extra_args": True})
@@ -479,6 +524,16 @@ def doctor(context: typer.Context, config: ConfigOption = None) -> None:
 
     path = config or (Path(os.environ[CONFIG_ENV]) if os.environ.get(CONFIG_ENV) else None)
     raise typer.Exit(examine(Console(), config=path, flags=context.args))
+
+
+def _check_endpoints(urls: list[str], option: str) -> None:
+    from conserve_sgl.client.endpoints import check_endpoint
+
+    try:
+        for url in urls:
+            check_endpoint(url)
+    except ValueError as e:
+        raise typer.BadParameter(str(e), param_hint=option) from e
 
 
 def _checked(config: Path | None) -> Path:

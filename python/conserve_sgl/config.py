@@ -27,6 +27,7 @@ __all__ = [
     "OfflineConfig",
     "SlicesConfig",
     "SloConfig",
+    "StatusConfig",
 ]
 
 CONFIG_ENV = "CONSERVE_CONFIG"
@@ -176,6 +177,17 @@ class BatchConfig(_Section):
             raise ValueError("storage_dir: ~ is not filled in here; write the whole path")
 
 
+class StatusConfig(_Section):
+    """What the server keeps for people to look at.
+
+    Args:
+        enabled: keeps the latest steps and the latencies of the last minutes, and answers
+            `/conserve/status`.
+    """
+
+    enabled: bool = False
+
+
 class ConserveConfig(_Section):
     """The whole of it."""
 
@@ -185,6 +197,7 @@ class ConserveConfig(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     slices: SlicesConfig = SlicesConfig()
     batch: BatchConfig = BatchConfig()
+    status: StatusConfig = StatusConfig()
 
     @classmethod
     def load(cls, path: Path | str) -> ConserveConfig:

@@ -29,10 +29,11 @@ import msgspec
 
 from conserve_sgl import compat
 from conserve_sgl.batch.server.storage import make_storage
-from conserve_sgl.config import CONFIG_ENV, BatchConfig, ConserveConfig
+from conserve_sgl.config import CONFIG_ENV, BatchConfig, ConserveConfig, StatusConfig
 from conserve_sgl.errors import ConserveError, HookError
 from conserve_sgl.profile.steps import STEP_LOG_ENV
 from conserve_sgl.settings import OfflineWork, batches_held, offline_number
+from conserve_sgl.status.record import BatchLine
 
 __all__ = ["HOOK_TARGETS", "register", "verify", "worker_app"]
 
@@ -128,10 +129,11 @@ def _hooks(config: ConserveConfig) -> list[_Hook]:
     global _ingress
     _ingress = ingress = Ingress(config, is_health_check_generate_req)
     batches = _Batches(config.batch)
+    around_app = functools.partial(_around_app, config.status, ingress, batches)
     return [
         _Hook(_SCHEDULER, ConserveScheduler, "REPLACE"),
         _Hook(_LAUNCH, functools.partial(_before_launch, config.batch), "BEFORE"),
-        _Hook(_RUN_HTTP, functools.partial(_around_app, ingress, batches), "BEFORE"),
+        _Hook(_RUN_HTTP, around_app, "BEFORE"),
         _Hook(_INIT_IPC, ingress.after_init_ipc_channels, "AFTER"),
         _Hook(_INIT_STATE, ingress.before_init_req_state, "BEFORE"),
         _Hook(_SAMPLES, ingress.after_handle_parallel_sampling, "AFTER"),
@@ -174,6 +176,7 @@ def _before_launch(batch: BatchConfig, *args: Any, **kwargs: Any) -> None:
 
 
 def _around_app(
+    status: StatusConfig,
     ingress: Any,
     batches: _Batches,
     server_args: Any,
@@ -201,6 +204,24 @@ def _around_app(
 
     ingress.wrap(app)
     batches.serve(app, server_args, tokenizer_manager)
+    if status.enabled:
+        _add_status(app, batches)
+
+
+def _add_status(app: Any, batches: _Batches) -> None:
+    from conserve_sgl.ingress.status import add_status_route
+
+    add_status_route(app, _ask_scheduler, batches.open)
+
+
+async def _ask_scheduler(rid: str) -> dict[str, Any]:
+    from sglang.srt.entrypoints.http_server import get_global_state
+    from sglang.srt.managers.io_struct import GetInternalStateReq
+
+    manager = get_global_state().tokenizer_manager
+    manager.auto_create_handle_loop()
+    (answer,) = await manager.get_internal_state_communicator(GetInternalStateReq(rid=rid))
+    return answer.internal_state
 
 
 def worker_app() -> Any:
@@ -211,6 +232,9 @@ def worker_app() -> Any:
     from sglang.srt.entrypoints.http_server import app
 
     _ingress.wrap(app)
+    config = ConserveConfig.from_environment()
+    if config is not None and config.status.enabled:
+        _add_status(app, _Batches(config.batch))
     return app
 
 
@@ -236,6 +260,10 @@ class _Batches:
             )
         except ConserveError as e:
             _refuse_to_start(e)
+
+    async def open(self) -> list[BatchLine]:
+        """Those that have not ended."""
+        return [] if self._server is None else await self._server.open_batches()
 
     async def around_set_internal_state(
         self, change: Callable[..., Any], manager: Any, asked: Any

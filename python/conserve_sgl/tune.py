@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import aiohttp
+import msgspec
 from rich.console import Console
 
+from conserve_sgl.client.control import ask
 from conserve_sgl.errors import ServerError
 
 __all__ = ["change", "tune"]
@@ -31,7 +33,8 @@ def tune(
         numbers: what to change; empty only shows.
         api_key: as the servers' own `--api-key`.
         admin_api_key: as theirs, for servers that want it for a change; None is `api_key`.
-        console: gets a line for each server, as soon as it is known.
+        console: gets a line for each server, as soon as it is known, and where nothing is changed
+            another one: what bounds offline work.
 
     Raises:
         ServerError: a server does not answer, refuses, or runs without conserve. Those before it
@@ -41,6 +44,9 @@ def tune(
         state = asyncio.run(_tune_one(url, numbers, api_key, admin_api_key))
         # No table: the address tells servers apart, and must not be cut.
         console.print(f"{url}: {_line(state)}", highlight=False, markup=False, soft_wrap=True)
+        if not numbers and "status" in state:
+            text = state["status"]["why"]["text"]
+            console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def change(url: str, numbers: Mapping[str, float]) -> None:
@@ -86,25 +92,12 @@ class _Server:
             raise ServerError(f"{self._url}: no conserve in this server") from e
 
     async def _ask(self, method: str, path: str, key: str | None, **kwargs: Any) -> Any:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
         url = f"{self._url}{path}"
+        body = await ask(self._session, method, url, key, **kwargs)
         try:
-            # A redirect would turn the change into a question, and drop the key.
-            kwargs |= {"headers": headers, "allow_redirects": False}
-            async with self._session.request(method, url, **kwargs) as response:
-                if response.status != 200:
-                    raise ServerError(_refusal(url, response))
-                return await response.json()
-        except (aiohttp.ClientError, TimeoutError, ValueError) as e:
-            raise ServerError(f"{url}: {str(e) or type(e).__name__}") from e
-
-
-def _refusal(url: str, response: aiohttp.ClientResponse) -> str:
-    is_closed = response.status in (401, 403)
-    hint = "; give --api-key or --admin-api-key" if is_closed else ""
-    if moved := response.headers.get("location"):
-        hint = f"; it points to {moved}"
-    return f"{url}: {response.status} {response.reason}{hint}"
+            return msgspec.json.decode(body)
+        except msgspec.DecodeError as e:
+            raise ServerError(f"{url}: {e}") from e
 
 
 def _line(state: Mapping[str, Any]) -> str:

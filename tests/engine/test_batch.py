@@ -7,16 +7,19 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from support.browser import Browser, browsing, needs_browser
 from support.server import OFFLINE
 
 # Less than the suite's limit: a server that stands still is found while its fixture can stop it.
@@ -37,8 +40,10 @@ class Restartable:
         self.start()
 
     def start(self, start: str = "run") -> None:
-        config = f"batch: {{storage_dir: {self._storage}, max_in_flight: 8, start: {start}}}"
-        starting = self._start_server(self._model, f"--api-key={KEY}", config=config)
+        batch = f"{{storage_dir: {self._storage}, max_in_flight: 8, start: {start}}}"
+        config = f"status: {{enabled: true}}\nbatch: {batch}"
+        flags = (f"--api-key={KEY}", "--served-model-name=tiny-llama")
+        starting = self._start_server(self._model, *flags, config=config)
         with starting as self.server:
             pass  # it stays until another one is asked for
         self.server.http.headers["Authorization"] = f"Bearer {KEY}"
@@ -100,6 +105,102 @@ def lines(client: openai.OpenAI, file_id: str) -> dict[str, Any]:
     found = [json.loads(line) for line in client.files.content(file_id).text.splitlines()]
     assert len({line["custom_id"] for line in found}) == len(found)
     return {line["custom_id"]: line for line in found}
+
+
+def tpot_ms(client: openai.OpenAI, text: str) -> float:
+    """What a client measures of a request: milliseconds for each token after the first."""
+    times, tokens = [], 0
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    with client.chat.completions.create(**chat_body(text, tokens=30), **options) as stream:
+        for chunk in stream:
+            if chunk.choices:
+                times.append(time.monotonic())
+            elif chunk.usage:
+                tokens = chunk.usage.completion_tokens
+    return 1000 * (times[-1] - times[0]) / (tokens - 1)
+
+
+def take_picture(browser: Browser, client: openai.OpenAI, folder: Path) -> None:
+    """For README.md, beside some chats."""
+    with ThreadPoolExecutor(3) as pool:
+        for number in range(24):
+            pool.submit(tpot_ms, client, f"talk {number}")
+        browser.looks(width=1000, height=940)
+        browser.page.wait_for_timeout(12_000)
+        browser.run("document.getElementById('server').textContent = 'tiny-llama'")
+        browser.page.screenshot(path=folder / "conserve-page.png")
+
+
+@needs_browser
+def test_the_page_shows_what_clients_measure_and_pauses_and_cancels_batches(
+    running, tmp_path, checkout
+):
+    """The first test of this server: nobody else's latencies are in the window."""
+    server, url = running.server, running.server.base_url
+    bodies = [chat_body(f"look {i}", tokens=120) for i in range(40)]
+    with (
+        running.client() as client,
+        server.slow_steps(0.03),
+        browsing(tmp_path / "profile") as browser,
+    ):
+        browser.open(f"{url}/conserve")
+        browser.wait(lambda: browser.page.is_visible("#key"))
+        browser.write("#key", "wrong")
+        browser.press("Enter")
+        browser.shows("#key-refused", "does not take this key")
+        browser.write("#key", KEY)
+        browser.press("Enter")
+        browser.shows("#sentence", "Nothing waits")
+        times_ms = []
+        for _ in range(3):  # the machine may be at something else; a slow page is slow each time
+            browser.open(f"{url}/conserve")
+            browser.shows("#sentence", "Nothing waits")
+            times_ms.append(browser.shown_ms())
+        assert min(times_ms) < 1000
+
+        batch = create(client, jsonl(CHAT, bodies))
+        browser.shows("#batches", f"{batch.id} in_progress")
+        measured = [tpot_ms(client, f"chat {i}") for i in range(5)]
+        asked = len(browser.asked)
+        browser.wait(lambda: len(browser.asked) > asked + 1)  # it has seen the last of them
+        _, p50_ms, *_ = browser.text("#latencies tbody tr:nth-child(2)").split()
+        assert float(p50_ms) == pytest.approx(statistics.median(measured), rel=0.1)
+
+        browser.click("#offline-switch")
+        browser.confirm()
+        browser.shows("#sentence", "Offline work is paused")
+        browser.shows("#queue", " 0 run, 0 sit out")
+        paused = server.state()["offline_tokens"]
+        assert client.chat.completions.create(**chat_body("still here")).choices
+        asked = len(browser.asked)
+        browser.wait(lambda: len(browser.asked) > asked + 2)
+        assert server.state()["offline_tokens"] == paused
+        assert client.batches.retrieve(batch.id).status == "in_progress"
+        browser.click("#offline-switch")
+        browser.confirm()
+        browser.shows("#offline-switch", "Pause offline work")
+
+        endless = create(client, jsonl(CHAT, [chat_body(f"on {i}", 400) for i in range(400)]))
+        browser.shows("#batches", endless.id)
+        if folder := os.environ.get("CONSERVE_SCREENSHOTS"):
+            take_picture(browser, client, checkout / folder)
+        browser.click(f"[aria-label='Cancel {endless.id}']")
+        browser.confirm()
+        assert client.batches.retrieve(endless.id).status in ("cancelling", "cancelled")
+        assert browser.hosts() == {url.removeprefix("http://")}
+        assert browser.faults == []
+    with running.client() as client:
+        done = until(client, batch.id, over)
+        assert done.request_counts.to_dict() == {"total": 40, "completed": 40, "failed": 0}
+        output = lines(client, done.output_file_id)
+        assert len(output) == 40
+        for i in (0, 20, 39):
+            direct = client.chat.completions.create(**bodies[i]).choices[0].message.content
+            answer = output[f"r{i}"]["response"]["body"]
+            assert answer["choices"][0]["message"]["content"] == direct
+        while client.batches.retrieve(endless.id).status != "cancelled":
+            time.sleep(0.05)
+    server.assert_idle_and_balanced()
 
 
 def test_a_batch_gives_the_tokens_of_direct_requests_as_offline_work(running):

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from conserve_sgl.engine.metrics import ARRIVAL_LATENCY, METRICS
+from support.prometheus import Prometheus, needs_prometheus
 from support.server import OFFLINE, until
 
 pytestmark = pytest.mark.engine
 
-CONFIG = "offline: {queue_requests: 24, no_deadline_share: 0}"
+CONFIG = """
+offline: {queue_requests: 24, no_deadline_share: 0}
+status: {enabled: true}
+"""
 FLAGS = (
     "--max-running-requests=2",
     "--enable-metrics",
@@ -96,6 +103,59 @@ def test_every_metric_is_scraped_and_says_what_the_state_says(server):
     assert found[f"{ARRIVAL_LATENCY.name}_count"][""] == state["arrivals_received"] >= 1
     assert found["conserve:offline_http_refused_total"][""] == 0
     assert "sglang:num_queue_reqs" in found
+
+
+VARIABLES = {"$model": ".*", "$priority": ".*"}
+COMPARISON = re.compile(r" (==|!=|<=|>=|<|>) ")
+
+
+def board_of(checkout) -> tuple[list[str], list[str]]:
+    """The expressions of the board, and the queries of its variables."""
+    board = json.loads((checkout / "docs" / "grafana.json").read_text())
+    exprs = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    for name, value in VARIABLES.items():
+        exprs = [expr.replace(name, value) for expr in exprs]
+    assert not [expr for expr in exprs if "$" in expr]
+    queries = [one["query"] for one in board["templating"]["list"] if one["type"] == "query"]
+    return exprs, queries
+
+
+@needs_prometheus
+def test_every_query_of_the_board_and_every_alert_finds_data_in_a_real_prometheus(
+    server, pool, checkout, tmp_path
+):
+    exprs, queries = board_of(checkout)
+    alerts = yaml.safe_load((checkout / "docs" / "alerts.yaml").read_text())["groups"][0]["rules"]
+    # A comparison that does not hold leaves nothing: as a number it leaves 0.
+    exprs += [COMPARISON.sub(r" \1 bool ", rule["expr"]) for rule in alerts]
+    missing = list(exprs)
+    with Prometheus(server.base_url, checkout / "docs" / "alerts.yaml", tmp_path) as prometheus:
+
+        def serve() -> None:
+            """Online requests beside offline ones of which some wait."""
+            beside = in_queue(server, pool, {}, {}, first_tokens=100)
+            for _ in range(3):
+                server.generate(PROMPT)
+            for future in beside:
+                future.result()
+
+        while missing:  # rates need two looks at what counts up, and some what was not there before
+            serve()
+            missing = [expr for expr in missing if not prometheus.numbers(expr)]
+        for query in queries:
+            selector, label = re.fullmatch(r"label_values\((.+), (\w+)\)", query).groups()
+            known = prometheus.label_values(label, selector)
+            assert known or label == "priority", query  # --enable-priority-scheduling is not on
+
+        rules = prometheus.rules()
+        assert sorted(rules) == sorted(rule["alert"] for rule in alerts)
+        assert {name: rule.get("lastError") for name, rule in rules.items()} == dict.fromkeys(rules)
+        assert rules["ConserveOfflinePaused"]["state"] == "inactive"
+        server.set_internal_state({"conserve_offline": 0})
+        until(lambda: prometheus.rules()["ConserveOfflinePaused"]["state"] == "pending")
+        server.set_internal_state({"conserve_offline": 1})
+        until(lambda: prometheus.rules()["ConserveOfflinePaused"]["state"] == "inactive")
+    server.assert_idle_and_balanced()
 
 
 def test_answers_to_offline_work_say_what_else_would_be_taken(server, pool):

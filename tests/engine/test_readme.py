@@ -48,6 +48,7 @@ def test_commands_of_ours_exist(commands):
         "serve",
         "eval",
         "run-batch",
+        "status",
         "doctor",
         "tune",
         "simulate",

@@ -1,18 +1,23 @@
-"""Settings that change while the server runs, and its end; slices in `slack` mode."""
+"""Settings that change while a server runs, what it says of itself, its end; `slack` slices."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import msgspec
+import numpy
 import pytest
 from typer.testing import CliRunner
 
 from conserve_sgl.cli import app
+from conserve_sgl.status.record import Snapshot
 from support.server import OFFLINE, until
 
 pytestmark = pytest.mark.engine
@@ -21,6 +26,7 @@ CONFIG = """
 slo: {ttft: 600000ms, tpot: 2x, yield_ms: 0.1}
 offline: {retry_after_s: 3}
 slices: {mode: slack}
+status: {enabled: true}
 """
 FOX = "the quick brown fox jumps over the lazy dog. "
 SHORT = {"sampling_params": {"max_new_tokens": 2}}
@@ -36,6 +42,91 @@ def tune(server, *options: str) -> str:
     result = CliRunner().invoke(app, ["tune", "--endpoint", server.base_url, *options])
     assert result.exit_code == 0, result.output
     return result.output
+
+
+def status(server, **query: int) -> Snapshot:
+    answer = server.http.get("/conserve/status", params=query).raise_for_status()
+    return msgspec.json.decode(answer.content, type=Snapshot)
+
+
+def streamed(server, number: int) -> list[float]:
+    """When a client asked for 20 tokens, and when it got each; those that come at once share what
+    they took."""
+    sampling = {"temperature": 0, "max_new_tokens": 20, "ignore_eos": True}
+    body = {"text": f"{number}: {FOX}", "sampling_params": sampling, "stream": True}
+    times = [time.monotonic()]
+    with server.http.stream("POST", "/generate", json=body) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                tokens = json.loads(line[6:])["meta_info"]["completion_tokens"]
+                new = tokens + 1 - len(times)
+                times += numpy.linspace(times[-1], time.monotonic(), new + 1)[1:].tolist()
+    assert len(times) == 21
+    return times
+
+
+def test_the_status_says_what_clients_measured_beside_offline_work(server):
+    """The first test of a fresh server: nobody else's latencies are in the window."""
+    offline = {"sampling_params": {"max_new_tokens": 300, "ignore_eos": True}}
+    before = status(server)
+    assert before.why.text == "Nothing waits: there is no offline work here."
+    with server.slow_steps(0.04), ThreadPoolExecutor(4) as pool:
+        beside = [
+            pool.submit(server.generate, f"{i} {FOX}", **offline, headers=OFFLINE) for i in range(2)
+        ]
+        until(lambda: status(server).offline.rows == 2)
+        asked = [pool.submit(streamed, server, number) for number in (1, 2)]
+        times = [each.result() for each in asked]
+        times += [streamed(server, number) for number in range(3, 8)]
+        seen = status(server)
+        for each in beside:
+            each.result()
+    ttft_ms = [1e3 * (each[1] - each[0]) for each in times]
+    gaps_ms = [1e3 * gap for each in times for gap in numpy.diff(each[1:])]
+    tpot_ms = [1e3 * (each[-1] - each[1]) / 19 for each in times]
+    assert seen.online.itl.samples == before.online.itl.samples + len(gaps_ms)
+    for measured, latency in (
+        (ttft_ms, seen.online.ttft),
+        (tpot_ms, seen.online.tpot),
+        (gaps_ms, seen.online.itl),
+    ):
+        assert latency.p50_ms == pytest.approx(float(numpy.median(measured)), rel=0.1)
+    assert seen.online.ttft.objective_ms == 600_000
+    assert seen.online.ttft.within == 1.0
+    assert seen.kv.online + seen.kv.offline + seen.kv.cached + seen.kv.free == seen.kv.total
+    assert seen.kv.offline > 0
+    assert [job.running for job in seen.jobs] == [2]
+
+
+def test_the_steps_of_the_status_are_those_that_ran(server):
+    before = status(server).next_step
+    rows, prompt = 3, f"{FOX * 20}"
+    body = {"sampling_params": {"max_new_tokens": 30, "ignore_eos": True}}
+    server.generate_all([f"{i} {prompt}" for i in range(rows)], **body, headers=OFFLINE)
+    server.generate(f"online {prompt}", **body)
+    until(lambda: status(server).next_step > before + 60)
+    seen = status(server, since=before)
+    steps = seen.steps
+    assert [step.seq for step in steps] == list(range(before, seen.next_step))
+    online, offline = body["sampling_params"]["max_new_tokens"], 30 * rows
+    assert sum(step.online_rows for step in steps) >= online - 1
+    assert sum(step.offline_rows for step in steps) >= offline - rows
+    assert sum(step.online_prompt_tokens for step in steps) > 100
+    assert sum(step.offline_prompt_tokens for step in steps) > 300
+    assert sum(step.arrivals for step in steps) == 1
+    for step, following in itertools.pairwise(steps):
+        assert step.seconds is not None
+        assert step.start_s + step.seconds + following.idle_s == pytest.approx(
+            following.start_s, abs=0.002
+        )
+    latest = status(server, steps=5)
+    assert [step.seq for step in latest.steps] == list(
+        range(latest.next_step - 5, latest.next_step)
+    )
+    assert server.http.get("/conserve/status", params={"since": "x"}).status_code == 400
+    shown = server.state()["status"]
+    assert msgspec.convert(shown, Snapshot).server == seen.server
+    server.assert_idle_and_balanced()
 
 
 def test_an_arrival_with_time_to_spare_is_yielded_to_once_the_objective_is_tight(server):

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from conserve_sgl.config import ConserveConfig, OfflineConfig
+from conserve_sgl.config import ConserveConfig, OfflineConfig, StatusConfig
 from conserve_sgl.ingress.arrival import arrival_endpoint
 from conserve_sgl.ingress.classify import AskedJob
 from conserve_sgl.ingress.hooks import Ingress
@@ -313,3 +313,14 @@ async def test_our_layer_is_the_outermost_and_set_up_from_the_configuration():
         refused = await http.post("/offline/generate")
     assert paths == ["/generate"]
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "3")
+
+
+@pytest.mark.parametrize(("enabled", "status"), [(True, 200), (False, 404)])
+async def test_the_page_is_there_where_the_configuration_has_it(enabled, status):
+    app = Starlette()
+    config = ConserveConfig(status=StatusConfig(enabled=enabled))
+    Ingress(config, is_health_check).before_run_http_server(app)
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://engine") as http:
+        for path in ("/conserve", "/offline/conserve", "/conserve/page.js"):
+            assert (await http.get(path)).status_code == status

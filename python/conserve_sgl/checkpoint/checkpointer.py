@@ -236,6 +236,11 @@ class Checkpointer:
         total = req.kv.kv_committed_len
         return total - min(self._shared.get(req, 0), total)
 
+    def kept_tokens(self, req: Req) -> int:
+        """Of `reclaimable_tokens`, those that outlive the row of `req` in the tree."""
+        shared = min(self._shared.get(req, 0), req.kv.kv_committed_len)
+        return max(req.kv.cache_protected_len - shared, 0) if self.enabled else 0
+
     def _candidate(self, req: Req, index: int, *, is_running: bool) -> Candidate:
         total = req.kv.kv_committed_len
         return Candidate(
@@ -331,6 +336,13 @@ class Checkpointer:
             restored = min(req.prefix_len, computed)
             self._counts["restored_tokens"] += restored
             self._counts["recomputed_tokens"] += computed - restored
+
+    def host_tokens(self) -> tuple[int, int, int] | None:
+        """Of HiCache's pool on the host: all, those in use, those pinned; None without HiCache."""
+        if self._tree.cache_controller is None:
+            return None
+        pool = self._tree.cache_controller.mem_pool_host
+        return pool.size, pool.size - pool.available_size(), self._copies.pinned_tokens
 
     def state(self) -> dict[str, Any]:
         """What `/server_info` shows under `internal_states[i].conserve.checkpoint`."""

@@ -56,8 +56,8 @@ class Admission:
         is_offline: tells an offline request.
 
     Attributes:
-        found_no_place: whether the latest step could have let offline requests in, and had no place
-            for the adapter of any that waits.
+        short_of_adapters: whether the latest step could have let offline requests in, and had no
+            place for the adapter of any that waits.
     """
 
     def __init__(
@@ -82,7 +82,12 @@ class Admission:
         self._always_mixes = host.is_mixed_chunk
         self._shortage = Shortage()
         self._purse: OfflinePurse | None = None
-        self.found_no_place = False
+        self.short_of_adapters = False
+
+    @property
+    def short_of_kv(self) -> bool:
+        """Whether the offline prompts that were tried last found no KV."""
+        return self._shortage.found_no_kv
 
     # -------------------------------------------------------------------- the pass
 
@@ -101,7 +106,7 @@ class Admission:
             plan: of the step.
             form_theirs: SGLang's `get_new_batch_prefill`.
         """
-        self.found_no_place = False
+        self.short_of_adapters = False
         self._adapters.make_way(running)
         self._load_ahead(running, view, plan)
         self._mix(running, view, plan)
@@ -115,7 +120,7 @@ class Admission:
         admissions = self._admissions(running, plan, free_tokens)
         queue = self._intake.queue
         candidates = queue.take(admissions, self._adapters.may_run(running))
-        self.found_no_place = bool(admissions and len(queue) and not candidates)
+        self.short_of_adapters = bool(admissions and len(queue) and not candidates)
         not_yet = self._waiting_for_kv(candidates, running, plan)
         self._host.waiting_queue.extend(req for req in candidates if req not in not_yet)
         self._purse = None

@@ -6,6 +6,7 @@
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import (
     AbortReq,
+    GetInternalStateReqOutput,
     SetInternalStateReq,
     SetInternalStateReqOutput,
 )
@@ -16,7 +17,7 @@ from sglang.srt.managers.scheduler_components.batch_result_processor import (
     SchedulerBatchResultProcessor,
 )
 from sglang.srt.managers.scheduler_components.invariant_checker import SchedulerInvariantChecker
-from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.managers.utils import GenerationBatchResult, is_health_check_generate_req
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.mem_cache.prefill_budget import SWAPrefillBudget
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
@@ -35,6 +36,7 @@ __all__ = [
     "ForwardBatch",
     "ForwardMode",
     "GenerationBatchResult",
+    "GetInternalStateReqOutput",
     "NextBatchPlan",
     "PrefillAdder",
     "Req",
@@ -55,6 +57,7 @@ __all__ = [
     "get_exec",
     "get_lora",
     "get_schedule",
+    "is_health_check_generate_req",
     "release_kv_cache",
     "sglang_version",
 ]

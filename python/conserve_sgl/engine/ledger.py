@@ -103,7 +103,7 @@ class OfflineLedger:
 
     def backlog(self, now_s: float) -> Backlog:
         """What waits in the queue, and how much of it will be late at the present rate."""
-        return self._queue.backlog(now_s, self._expected_tokens_per_s())
+        return self._queue.backlog(now_s, self.expected_tokens_per_s)
 
     def state(self, now_s: float, parked: int) -> dict[str, Any]:
         """Everything above as `/server_info` shows it; `parked` requests hold still."""
@@ -148,7 +148,8 @@ class OfflineLedger:
         while self._samples[0][0] < self._busy_s - _WINDOW_S:
             self._samples.popleft()
 
-    def _expected_tokens_per_s(self) -> float | None:
+    @property
+    def expected_tokens_per_s(self) -> float | None:
         """Tokens as the queue expects them that were served a second, over the last minute in
         which there was offline work; None before there was any to speak of."""
         if len(self._samples) < 5:

@@ -10,6 +10,7 @@ from conserve_sgl.checkpoint.fault import RandomPreemption
 from conserve_sgl.checkpoint.kv_pools import KvPools
 from conserve_sgl.engine.aside import Aside
 from conserve_sgl.engine.host import Req, ScheduleBatch
+from conserve_sgl.status.record import HostKv, Kv
 
 __all__ = ["KvMemory"]
 
@@ -79,6 +80,29 @@ class KvMemory:
             return False
         own_pages = -(-reqs[0].kv.kv_allocated_len // self._page)
         return self.free_tokens >= self._total_tokens - own_pages * self._page
+
+    def pools(self, reqs: list[Req], reserved_tokens: int) -> Kv:
+        """Who holds the pool now.
+
+        Args:
+            reqs: offline requests that were taken from the queue.
+            reserved_tokens: what offline work leaves to online work.
+        """
+        held = [req for req in reqs if req.kv.holds_kv]
+        free, cached = self._allocator.available_size(), self._tree.evictable_size()
+        in_use = max(self._total_tokens - free - cached, 0)
+        host = self._checkpoints.host_tokens()
+        offline = min(sum(map(self._checkpoints.reclaimable_tokens, held)), in_use)
+        return Kv(
+            total=self._total_tokens,
+            online=in_use - offline,
+            offline=offline,
+            checkpointed=min(sum(map(self._checkpoints.kept_tokens, held)), offline),
+            cached=cached,
+            free=free,
+            reserved=reserved_tokens,
+            host=None if host is None else HostKv(total=host[0], used=host[1], pinned=host[2]),
+        )
 
     # ------------------------------------------------------------------ giving way
 

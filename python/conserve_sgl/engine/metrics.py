@@ -80,6 +80,23 @@ METRICS = (
         "How long offline work has waited without any of it running; the log says why.",
     ),
     Metric(
+        "conserve:offline_bound_seconds_total",
+        "offline_bound_s",
+        "For how long each bound held offline work back; `nothing waits` is none.",
+        label="bound",
+    ),
+    Metric(
+        "conserve:offline_tokens_per_second",
+        "offline_tokens_per_s",
+        "Offline prompt tokens computed and output tokens a second, over the last half minute.",
+    ),
+    Metric(
+        "conserve:offline_alone_tokens_per_second",
+        "offline_alone_tokens_per_s",
+        "What the engine would do of that work with no online request there, by its latency model; "
+        "NaN until there was some.",
+    ),
+    Metric(
         "conserve:offline_spare_reqs",
         "spare.requests",
         "Offline requests that would be taken now beyond those that are here.",
@@ -194,6 +211,24 @@ METRICS = (
         "conserve:step_model_is_biased",
         "latency.is_biased",
         "1 while predictions are off to one side by more than a tenth.",
+    ),
+    Metric(
+        "conserve:online_ttft_seconds",
+        "online_s.ttft",
+        "Time to first token of online requests, last 5 minutes (status.enabled).",
+        label="quantile",
+    ),
+    Metric(
+        "conserve:online_tpot_seconds",
+        "online_s.tpot",
+        "Time per token after the first of online requests that ended, likewise.",
+        label="quantile",
+    ),
+    Metric(
+        "conserve:online_itl_seconds",
+        "online_s.itl",
+        "Time between two tokens of an online request, likewise.",
+        label="quantile",
     ),
     Metric(
         "conserve:online_arrivals_total",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the tests of this file need no SGLang
     from conserve_sgl.engine.learning import Learning
     from conserve_sgl.engine.live_settings import LiveSettings
     from conserve_sgl.engine.memory import KvMemory
+    from conserve_sgl.status.latency import OnlineLatencies
 
 __all__ = ["Observer", "OnlineClock", "RowCount", "rest_of_prompt", "waiting_prompts"]
 
@@ -158,6 +159,8 @@ class Observer:
         memory: the KV pool.
         learning: knows when the device will be free.
         is_offline: tells an offline request.
+        is_probe: tells a health check of SGLang's from requests of clients.
+        latencies: what online requests get, or None.
 
     Attributes:
         view: what was seen last.
@@ -174,7 +177,11 @@ class Observer:
         memory: KvMemory,
         learning: Learning,
         is_offline: Callable[[Req], bool],
+        is_probe: Callable[[Req], bool],
+        latencies: OnlineLatencies | None,
     ) -> None:
+        self._is_probe = is_probe
+        self._latencies = latencies
         self.view = StepView(now_s=time.monotonic())
         self._host = host
         self._policy = policy
@@ -235,10 +242,35 @@ class Observer:
 
     def note_result(self, batch: ScheduleBatch) -> None:
         """The result of `batch` was handled: tell the policy what online requests got that end."""
-        now_s = time.monotonic()
+        now_s, seen = time.monotonic(), self._latencies
+        decoded, first = 0, []
         for req in batch.reqs:
-            if self._is_offline(req) or not req.finished() or is_aborted(req):
+            if self._is_offline(req):
+                continue
+            if seen is not None and self._counts(req):
+                if req.online_clock.first_s is None:
+                    req.online_clock.first_s = now_s
+                    first.append(req)
+                else:
+                    decoded += 1
+            if not req.finished() or is_aborted(req):
                 continue
             got = req.online_clock.end(now_s, len(req.output_ids))
             if got is not None:  # a request that ended may be in the step in flight, too
                 self._policy.online_ended(ttft_s=got[0], tpot_s=got[1])
+                if seen is not None and not self._is_probe(req):
+                    seen.ended(now_s, got[1])
+        if seen is not None:
+            self._note_tokens(now_s, decoded, first, seen)
+
+    def _counts(self, req: Req) -> bool:
+        """Whether `req` got a token that a client waited for."""
+        return bool(req.output_ids) and not req.online_clock.ended and not self._is_probe(req)
+
+    @staticmethod
+    def _note_tokens(now_s: float, decoded: int, first: list[Req], seen: OnlineLatencies) -> None:
+        if decoded:
+            seen.decoded(now_s, decoded)
+        for req in first:
+            ttft_s = now_s - req.online_clock.arrived_s
+            seen.first_token(now_s, ttft_s, goes_on=not req.finished())

@@ -66,6 +66,7 @@ from conserve_sgl.engine.device import kv_token_bytes, marks_of
 from conserve_sgl.engine.hidden_states import with_flat_hidden_states
 from conserve_sgl.engine.host import (
     AbortReq,
+    GetInternalStateReqOutput,
     NextBatchPlan,
     PrefillAdder,
     Req,
@@ -75,6 +76,7 @@ from conserve_sgl.engine.host import (
     SetInternalStateReqOutput,
     envs,
     get_schedule,
+    is_health_check_generate_req,
 )
 from conserve_sgl.engine.inbox import ArrivalInbox
 from conserve_sgl.engine.intake import Intake
@@ -91,15 +93,19 @@ from conserve_sgl.engine.ranks import from_rank_zero, int_of_rank_zero
 from conserve_sgl.engine.sliced_step import run_in_slices
 from conserve_sgl.engine.slices import SUSPENDED, LayerSlices
 from conserve_sgl.engine.spare import SpareCapacity
+from conserve_sgl.engine.status import Status
 from conserve_sgl.engine.step_meter import StepMeter
+from conserve_sgl.engine.step_recorder import StepRecorder
 from conserve_sgl.engine.waiting_order import OnlineFirst
 from conserve_sgl.errors import IncompatibleError
 from conserve_sgl.ingress.arrival import arrival_endpoint
 from conserve_sgl.ingress.spare import SpareSender, spare_endpoint
-from conserve_sgl.policy import Bound, OfflineQueue, PriorityRule, StepPlan
+from conserve_sgl.policy import OfflineQueue, PriorityRule, StepPlan
 from conserve_sgl.policy.latency import prompt_token_s
 from conserve_sgl.profile.steps import StepLog
 from conserve_sgl.settings import OfflineWork
+from conserve_sgl.status.ask import Ask
+from conserve_sgl.status.latency import OnlineLatencies
 
 __all__ = ["ConserveScheduler"]
 
@@ -121,8 +127,11 @@ class ConserveScheduler(Scheduler):
     def __init__(self, server_args: Any, port_args: Any) -> None:
         super().__init__(server_args, port_args)
         # All is set up, and the parent has not been told yet that requests may come.
-        self._learning = Learning(StepMeter(marks_of(self)))
-        model = load_or_measure(self, self._intake.ledger.counts)
+        ledger, inbox, shown = self._intake.ledger, self._inbox, self._live.config.status.enabled
+        recorder = StepRecorder(ledger, self._aside, inbox) if shown else None
+        latencies = OnlineLatencies() if shown else None
+        self._learning = Learning(StepMeter(marks_of(self), listener=recorder))
+        model = load_or_measure(self, ledger.counts)
         log = StepLog.of_environment() if self.tp_group.is_first_rank else StepLog()
         self._learning.begin(model, log)
         self._checkpoints.token_s = prompt_token_s(model.predict_s)
@@ -139,8 +148,10 @@ class ConserveScheduler(Scheduler):
             memory=self._memory,
             learning=self._learning,
             is_offline=self.is_offline,
+            is_probe=is_health_check_generate_req,
+            latencies=latencies,
         )
-        is_heard = self._inbox is not None
+        is_heard = inbox is not None
         sender = SpareSender(spare_endpoint(port_args.instance_id)) if is_heard else None
         exports = self.metrics_collector_context.current_scheduler_metrics_enabled
         self._accounts = Accounts(
@@ -150,10 +161,23 @@ class ConserveScheduler(Scheduler):
             model=model,
             checkpoints=self._checkpoints,
             aside=self._aside,
-            spare=SpareCapacity(self._intake.ledger, sender),
+            spare=SpareCapacity(ledger, sender),
             capabilities=self._capabilities,
             exporter=Exporter(self.metrics_collector.labels) if exports else None,
             is_offline=self.is_offline,
+            admission=self._admission,
+            recorder=recorder,
+            latencies=latencies,
+        )
+        self._status = Status(
+            self,
+            accounts=self._accounts,
+            intake=self._intake,
+            live=self._live,
+            budget=budget,
+            memory=self._memory,
+            recorder=recorder,
+            latencies=latencies,
         )
 
     def init_ipc_channels(self, port_args: Any) -> None:
@@ -292,8 +316,7 @@ class ConserveScheduler(Scheduler):
         running_batch = self._aside.parked.come_back(running_batch, rows_to_spare)
         formed = super().get_next_batch_to_run(running_batch, last_batch)
         self._observer.note_formed(formed.batch_to_run)
-        bound = Bound.ADAPTERS if self._admission.found_no_place else plan.bound
-        self._accounts.step(formed.batch_to_run, view, bound)
+        self._accounts.step(formed.batch_to_run, view, plan)
         self._learning.started(formed.batch_to_run)
         return formed
 
@@ -402,6 +425,8 @@ class ConserveScheduler(Scheduler):
         return self._live.change(recv_req, super().set_internal_state)
 
     def get_internal_state(self, recv_req: Any) -> Any:
-        output = super().get_internal_state(recv_req)
-        output.internal_state["conserve"] = self._accounts.state()
+        if (ask := Ask.of_rid(recv_req.rid)) is not None:  # SGLang's own would take a while
+            return GetInternalStateReqOutput(internal_state=self._status.answer(ask))
+        output, state = super().get_internal_state(recv_req), self._accounts.state()
+        output.internal_state["conserve"] = state | {"status": self._status.builtins(state)}
         return output

@@ -24,6 +24,11 @@ class Shortage:
         self._free_tokens = free_tokens if found_no_kv else None
         self._steps = 0
 
+    @property
+    def found_no_kv(self) -> bool:
+        """How the last try ended."""
+        return self._free_tokens is not None
+
     def lasts(self, free_tokens: int) -> bool:
         """Whether a try in this step, with so many tokens free, would end as the last one did."""
         if self._free_tokens is None or free_tokens > self._free_tokens:

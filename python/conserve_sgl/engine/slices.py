@@ -157,6 +157,16 @@ class LayerSlices:
     # ------------------------------------------------------------------ the batch
 
     @property
+    def count(self) -> int:
+        """Slices that ran since the start."""
+        return self._counts["slices"]
+
+    @property
+    def suspensions(self) -> int:
+        """Times that a prefill stopped between two of them."""
+        return self._counts["suspensions"]
+
+    @property
     def suspended_reqs(self) -> list[Req]:
         """The requests of the suspended batch; they hold rows and KV."""
         return [] if self.suspended is None else self.suspended.reqs

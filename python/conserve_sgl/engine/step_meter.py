@@ -12,7 +12,7 @@ from conserve_sgl.policy.latency import StepSample, StepWork
 if TYPE_CHECKING:
     from conserve_sgl.engine.host import ScheduleBatch
 
-__all__ = ["Mark", "StepMeter", "work_of"]
+__all__ = ["Mark", "StepListener", "StepMeter", "work_of"]
 
 
 def work_of(batch: ScheduleBatch) -> StepWork:
@@ -36,6 +36,18 @@ class Mark(Protocol):
 
     def elapsed_time(self, end: Any) -> float:
         """Milliseconds from this mark to `end`, on the device's clock."""
+        ...
+
+
+class StepListener(Protocol):
+    """Is told of steps, in the order in which they were started."""
+
+    def ended(self, now_s: float, seconds: float) -> None:
+        """The oldest step ended and took so long; 0 where that is not known."""
+        ...
+
+    def forgotten(self) -> None:
+        """Of the steps in flight nothing more will be told."""
         ...
 
 
@@ -74,11 +86,17 @@ class StepMeter:
     Args:
         mark: marks the end of what is on the device's stream by now; None is serial.
         clock: seconds, the host's.
+        listener: is told of every step, those that nobody learns from too.
     """
 
     def __init__(
-        self, mark: Callable[[], Mark] | None, *, clock: Callable[[], float] = time.monotonic
+        self,
+        mark: Callable[[], Mark] | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        listener: StepListener | None = None,
     ) -> None:
+        self._listener = listener
         self._mark = mark
         self._clock = clock
         self._in_flight: deque[_Step] = deque()
@@ -124,6 +142,8 @@ class StepMeter:
         """Leave out the steps in flight: the engine was paused, or their batch was taken apart."""
         self._in_flight.clear()
         self._last_end = None
+        if self._listener is not None:
+            self._listener.forgotten()
 
     def _closed(self, now_s: float) -> list[StepSample]:
         if not self._in_flight:
@@ -133,6 +153,8 @@ class StepMeter:
         if step.end is not None:
             seconds = self._between(step.begin or self._last_end, step.end)
         self._last_end_s, self._last_end = now_s, step.end
+        if self._listener is not None:
+            self._listener.ended(now_s, seconds)
         return [] if step.work is None else [StepSample(step.work, seconds)]
 
     @staticmethod

@@ -11,6 +11,7 @@ from conserve_sgl.ingress.arrival import ArrivalSender, arrival_endpoint
 from conserve_sgl.ingress.classify import AskedJob
 from conserve_sgl.ingress.in_hand import InHand, in_hand_file
 from conserve_sgl.ingress.middleware import ServiceClassMiddleware, asked_class, asked_job
+from conserve_sgl.ingress.page import StatusPage
 from conserve_sgl.ingress.sampler_limits import check_request, check_samples
 from conserve_sgl.ingress.spare import SpareReceiver, SpareRoom, spare_endpoint
 from conserve_sgl.policy.job_tag import JobTag
@@ -48,13 +49,14 @@ class Ingress:
             self._count_refusal = refusal_counter(manager.served_model_name)
 
     def wrap(self, app: Any) -> None:
-        """Put our layer around the whole application, which has not been started."""
+        """Put our layers around the whole application, which has not been started."""
         build_stack = app.build_middleware_stack
         offline = self._config.offline
 
         def build_with_ours() -> ServiceClassMiddleware:
+            stack = build_stack()
             return ServiceClassMiddleware(
-                build_stack(),
+                StatusPage(stack) if self._config.status.enabled else stack,
                 max_offline=offline.queue_requests,
                 retry_after_s=offline.retry_after_s,
                 on_refusal=self._count_refusal,

@@ -28,12 +28,12 @@ from typing import Protocol
 
 import msgspec
 
+from conserve_sgl.policy.bound import Bound
 from conserve_sgl.policy.floor import Floor
 from conserve_sgl.policy.latency import StepWork
 from conserve_sgl.policy.margin import Margin
 from conserve_sgl.policy.reserve import OnlineReserve
 from conserve_sgl.policy.slo import AIM, Pace, Seconds, Slo
-from conserve_sgl.policy.starvation import Bound
 from conserve_sgl.policy.step import Rows, StepPlan, StepView
 
 __all__ = ["SlackBudget", "StepTimes"]
@@ -199,6 +199,17 @@ class SlackBudget:
         """Of the time to spare by each objective, the share that offline work may use; outcomes
         move it."""
         return {"ttft": self._ttft_margin.share, "tpot": self._tpot_margin.share}
+
+    @property
+    def objectives_s(self) -> dict[str, float | None]:
+        """The objectives as times: `ttft`, `tpot` and `longest_gap`. A relative one is None before
+        online work was seen; of TTFT it is that of a typical prompt, for one that waits alone."""
+        ttft = self._slo.ttft
+        typical_s = self._typical_prefill_s
+        ttft_s = ttft.seconds if isinstance(ttft, Seconds) else ttft.factor * typical_s
+        tpot_s = self.pace.tpot_s
+        gap_s = self._slo.longest_gap_s(tpot_s) if tpot_s else 0.0
+        return {"ttft": ttft_s or None, "tpot": tpot_s or None, "longest_gap": gap_s or None}
 
     def plan(self, view: StepView) -> StepPlan:
         """See `Policy.plan`."""

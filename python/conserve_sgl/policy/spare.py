@@ -7,18 +7,17 @@ online load of late, and what it serves beyond that is nothing until the load ch
 
 from __future__ import annotations
 
-from math import ceil, exp
+from math import ceil
 
 import msgspec
+
+from conserve_sgl.policy.rate import Rate
 
 __all__ = ["Spare", "SpareMeter"]
 
 AHEAD_S = 4.0
 """Seconds of work that should wait in the queue, so that rows which end find the next request:
 clients take a moment to send one."""
-
-_SMOOTH_S = 30.0
-"""Time constant of the rates."""
 
 _LEAST_AHEAD = 4
 """Requests that may wait in any case: of long ones less than one ends in `AHEAD_S`."""
@@ -46,9 +45,9 @@ class SpareMeter:
         self._seen_s: float | None = None
         self._tokens = self._finished = 0
         self._fed = False
-        self._used = _Rate()
-        self._finishing = _Rate()
-        self._able = _Rate()
+        self._used = Rate()
+        self._finishing = Rate()
+        self._able = Rate()
         self._able_s: float | None = None
 
     def look(
@@ -98,16 +97,3 @@ class SpareMeter:
             return None, None
         more = 0.0 if held else max(self._able.value - self._used.value, 0.0)
         return more, self._able_s
-
-
-class _Rate:
-    """A moving average over time, which begins with its first value."""
-
-    def __init__(self) -> None:
-        self.value = 0.0
-        self._weight = 0.0
-
-    def follow(self, value: float, seconds: float) -> None:
-        fades = exp(-seconds / _SMOOTH_S)
-        self._weight = fades * self._weight + 1 - fades
-        self.value += (1 - fades) / self._weight * (value - self.value)

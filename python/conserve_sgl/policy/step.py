@@ -11,8 +11,8 @@ from typing import Protocol
 
 import msgspec
 
+from conserve_sgl.policy.bound import Bound
 from conserve_sgl.policy.slo import Pace
-from conserve_sgl.policy.starvation import Bound
 
 __all__ = ["Policy", "Prompt", "Rows", "StepPlan", "StepView"]
 

@@ -14,8 +14,11 @@ from conserve_sgl.batch.server.storage import Storage
 from conserve_sgl.batch.server.store import Store
 from conserve_sgl.client.clock import Clock
 from conserve_sgl.config import BatchConfig
+from conserve_sgl.status.record import BatchLine
 
 __all__ = ["BatchServer"]
+
+_MOST_SHOWN = 20
 
 
 class BatchServer:
@@ -86,6 +89,23 @@ class BatchServer:
         """Hold the batches, or send them; see `BatchProcessor.hold`."""
         if self._processor is not None:
             self._processor.hold(held)
+
+    async def open_batches(self) -> list[BatchLine]:
+        """The batches that have not ended, oldest first, as they are now; at most 20."""
+        records = await self._get_store().active_batches()
+        shown = map(self._get_processor().shown, records[:_MOST_SHOWN])
+        return [
+            BatchLine(
+                id=batch.id,
+                status=batch.status,
+                total=batch.request_counts.total,
+                completed=batch.request_counts.completed,
+                failed=batch.request_counts.failed,
+                created_at_s=batch.created_at,
+                expires_at_s=batch.expires_at,
+            )
+            for batch in shown
+        ]
 
     def _get_store(self) -> Store:
         assert self._store is not None, "a route was called before the application started"

@@ -15,9 +15,11 @@ import functools
 import gc
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -194,6 +196,39 @@ def latency_model() -> Iterator[Row]:
         work = StepWork(decode_rows=n, decode_context=500 * n)
         seconds = model.predict_s(work)
         yield measure("observe a step", n, lambda w=work, s=seconds: model.observe(w, s))
+
+
+@micro
+def step_record() -> Iterator[Row]:
+    """Writing a step of so many rows down, formed and ended, and its bound (`status.enabled`); what
+    the online rows got, an eighth of all, besides."""
+    from conserve_sgl.engine.step_recorder import StepRecorder
+    from conserve_sgl.policy import Bound, Rows, StepView
+    from conserve_sgl.policy.bound import BoundSeconds
+    from conserve_sgl.status.latency import OnlineLatencies
+
+    slices = SimpleNamespace(count=0, suspensions=0, suspended=None)
+    ledger = SimpleNamespace(tokens=Counter(computed=0), counts=Counter(offline_preempted=0))
+    aside = SimpleNamespace(slices=slices, parked=())
+    recorder = StepRecorder(ledger, aside, SimpleNamespace(received=0))
+    bounds, latencies = BoundSeconds(), OnlineLatencies()
+    mode = SimpleNamespace(is_extend=lambda: False)
+    for n in SIZES:
+        online = max(1, n // 8)
+        view = StepView(now_s=1.0, online_decoding=Rows(online, 500 * online))
+        batch = SimpleNamespace(reqs=[None] * n, forward_mode=mode)
+
+        def record(batch: SimpleNamespace = batch, view: StepView = view) -> None:
+            now_s = time.monotonic()
+            bounds.look(now_s, Bound.TPOT)
+            recorder.formed(now_s, batch, view, Bound.TPOT)
+            recorder.ended(now_s, 0.02)
+
+        def note(rows: int = online) -> None:
+            latencies.decoded(time.monotonic(), rows)
+
+        yield measure("write a step down", n, record)
+        yield measure("count its online tokens", n, note)
 
 
 def _latency_model() -> LatencyModel:

@@ -6,6 +6,7 @@ lane      the requests of one job and deadline: what gave way first, then by pre
 lanes     between them: the earliest deadline; without one, equal shares of tokens to each job
 queue     `OfflineQueue`: the bound, and the account of what was taken
 backlog   the queue at a moment, for metrics
+eta       the queue by job, and when each will be done
 """
 
 from conserve_sgl.policy.offline_queue.backlog import Backlog

@@ -107,7 +107,9 @@ class Lane:
         deadline_s: of its requests, or None.
         tie: ranks it among its equals; the lower is served first.
         served_tokens: that its requests took, or are expected to take while they are out.
-        out: requests that were taken and neither given back nor settled.
+        out, out_tokens: requests that were taken and neither given back nor settled, and the tokens
+            that they are expected to take.
+        finished: requests that were settled.
         waiting, waiting_tokens: requests that wait, and the tokens that they are expected to take.
         gave_way, gave_way_tokens: of those, the ones that were taken before.
     """
@@ -116,10 +118,12 @@ class Lane:
         "_next_sweep",
         "_sweep",
         "deadline_s",
+        "finished",
         "gave_way",
         "gave_way_tokens",
         "key",
         "out",
+        "out_tokens",
         "served_tokens",
         "tie",
         "waiting",
@@ -131,7 +135,8 @@ class Lane:
         self.deadline_s = key[1]
         self.tie = tie
         self.served_tokens = 0
-        self.out = 0
+        self.out = self.out_tokens = 0
+        self.finished = 0
         self.waiting = 0
         self.waiting_tokens = 0
         self.gave_way_tokens = 0
@@ -180,6 +185,11 @@ class Lane:
             self.gave_way.remove(entry)
             self.gave_way_tokens -= entry.item.tokens
         self._count(entry, -1)
+
+    def went_out(self, entry: Entry, n: int) -> None:
+        """A request was taken (1), or is out no longer (-1)."""
+        self.out += n
+        self.out_tokens += n * entry.item.tokens
 
     def _count(self, entry: Entry, n: int) -> None:
         self.waiting += n

@@ -51,10 +51,13 @@ class Lanes:
     Args:
         no_deadline_share: of the tokens served while requests with and without a deadline wait,
             the share of the latter, 0 to 1; short of it by at most one request.
+
+    Attributes:
+        share: that.
     """
 
     def __init__(self, no_deadline_share: float) -> None:
-        self._share = no_deadline_share
+        self.share = no_deadline_share
         self._lanes: dict[tuple[str, float | None], Lane] = {}
         self._dated = _Order()
         self._undated = _Order()
@@ -118,7 +121,7 @@ class Lanes:
         """Count `tokens`, which may be negative, as served to the request's lane."""
         undated = entry.lane.deadline_s is None
         if entry.contended:
-            self._owed_tokens += tokens * (self._share - undated)
+            self._owed_tokens += tokens * (self.share - undated)
         if undated:
             self._serve(entry.lane, tokens)
 

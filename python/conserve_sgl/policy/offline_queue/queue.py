@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from conserve_sgl.policy.offline_queue.backlog import Backlog, at_risk
+from conserve_sgl.policy.offline_queue.eta import JobBacklog, job_backlogs
 from conserve_sgl.policy.offline_queue.item import OfflineItem, bounded, bounded_tokens
 from conserve_sgl.policy.offline_queue.lane import Entry, Lane, MayRun
 from conserve_sgl.policy.offline_queue.lanes import Lanes
@@ -109,7 +110,7 @@ class OfflineQueue(Generic[T]):
         for request in requests:
             entry = self._taken.pop(id(request))
             self._lanes.charge(entry, -entry.item.tokens)
-            entry.lane.out -= 1
+            entry.lane.went_out(entry, -1)
             entry.lane.give_back(entry)
             self._entered(entry.lane)
 
@@ -123,7 +124,8 @@ class OfflineQueue(Generic[T]):
         if entry is None:
             return None
         self._lanes.charge(entry, bounded_tokens(tokens) - entry.item.tokens)
-        entry.lane.out -= 1
+        entry.lane.went_out(entry, -1)
+        entry.lane.finished += 1
         self._forget(entry)
         self._lanes.forget_if_idle(entry.lane)
         return entry.item
@@ -169,6 +171,14 @@ class OfflineQueue(Generic[T]):
             at_risk=at_risk(self._lanes.dated, now_s, tokens_per_s),
         )
 
+    def jobs(self, tokens_per_s: float | None) -> list[JobBacklog]:
+        """Every job that has a request here, those that are done first first.
+
+        Args:
+            tokens_per_s: as for `backlog`; None leaves out when each is done.
+        """
+        return job_backlogs(self._lanes, tokens_per_s, self._lanes.share)
+
     def _oldest_wait_s(self, now_s: float) -> float:
         arrivals = [e.item.arrived_s for lane in self._lanes for e in lane.gave_way]
         arrivals.append(next(iter(self._never_taken.values()), now_s))
@@ -187,7 +197,7 @@ class OfflineQueue(Generic[T]):
         if not entry.turn:
             self._turns += 1
             entry.turn = self._turns
-        lane.out += 1
+        lane.went_out(entry, 1)
         self._never_taken.pop(entry.order, None)
         self._waiting -= 1
         self._lanes.charge(entry, entry.item.tokens)
