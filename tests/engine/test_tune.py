@@ -114,7 +114,7 @@ def test_the_steps_of_the_status_are_those_that_ran(server):
     for step, following in itertools.pairwise(steps):
         assert step.seconds is not None
         assert step.start_s + step.seconds + following.idle_s == pytest.approx(
-            following.start_s, abs=0.002
+            following.start_s, abs=1e-5
         )
     latest = status(server, steps=5)
     assert [step.seq for step in latest.steps] == list(
