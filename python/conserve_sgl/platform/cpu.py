@@ -93,7 +93,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         _disable_graphs(server_args)
 
     def init_backend(self) -> None:
-        """Register attention, experts, HiCache, adapters and sampling where a model runs. Idempotent."""
+        """Register what a model runs with: attention, experts, HiCache, adapters, sampling.
+
+        Idempotent.
+        """
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
         from conserve_sgl.platform import experts, hicache, lora, sampling
