@@ -19,7 +19,12 @@ from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.platforms import current_platform
-from sglang.srt.runtime_context import get_exec, get_schedule
+from sglang.srt.runtime_context import (
+    get_exec,
+    get_schedule,
+    get_spec,
+    max_speculative_num_draft_tokens,
+)
 from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.common import DynamicGradMode, broadcast_pyobj, get_device_name
@@ -50,6 +55,8 @@ __all__ = [
     "get_device_name",
     "get_exec",
     "get_schedule",
+    "get_spec",
+    "max_speculative_num_draft_tokens",
     "release_kv_cache",
     "sglang_version",
 ]

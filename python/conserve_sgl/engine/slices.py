@@ -81,6 +81,8 @@ def why_whole(model: type, server_args: Any) -> str | None:
     """
     if not hasattr(model, "forward_split_prefill"):
         return f"{model.__name__} has no forward_split_prefill"
+    if server_args.speculative_algorithm is not None:
+        return "with --speculative-algorithm a worker that drafts runs the steps"
     if server_args.enable_return_routed_experts:
         # One buffer holds the experts of all layers of the step that runs, and is read at its end.
         return "--enable-return-routed-experts would return those of the steps in between"

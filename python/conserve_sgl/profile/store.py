@@ -28,7 +28,9 @@ FORMAT = 1
 """Raise it when measured steps no longer mean the same; older files are measured again."""
 
 
-class EngineIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class EngineIdentity(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """What step times depend on. A profile serves engines that are equal in all of it.
 
     Args:
@@ -43,6 +45,8 @@ class EngineIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         graphs: whether decode and prefill run as CUDA graphs.
         overlap: whether SGLang overlaps scheduling and forward.
         sglang: its version.
+        drafts: the algorithm of speculative decoding, and the tokens of a row in a step; None
+            without it.
     """
 
     model: str
@@ -56,6 +60,7 @@ class EngineIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     graphs: str
     overlap: bool
     sglang: str
+    drafts: str | None = None
 
     @property
     def file_name(self) -> str:
