@@ -222,8 +222,8 @@ RELIED = [
     Relied(
         "sglang.srt.managers.overlap_utils:FutureMap.resolve_seq_lens_cpu",
         "f7d9d6e12fc4040c",
-        "engine/parking.py: with overlap scheduling the length of a row that sat out is found under "
-        "its index, as are its last tokens",
+        "engine/parking.py: with overlap scheduling the length of a row that sat out is found "
+        "under its index, as are its last tokens",
     ),
     Relied(
         "sglang.srt.speculative.eagle_utils:eagle_prepare_for_decode",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.layers.logprob_processor import compute_spec_logprobs
 from sglang.srt.managers.utils import GenerationBatchResult
-from sglang.srt.mem_cache import allocation
+from sglang.srt.mem_cache import allocation, memory_pool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.runtime_context import get_spec
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
@@ -39,6 +39,11 @@ _ORDERS = (4, 2)
 def install() -> None:
     """Fill SGLang's seams in this process. Idempotent."""
     allocation.assign_req_to_token_pool_func = _write_slots
+    memory_pool.copy_all_layer_kv_cache_func = _move_nothing
+
+
+def _move_nothing(*_of_a_tree: Any) -> None:
+    """What is accepted of a chain is where it belongs; SGLang warms its copy up all the same."""
 
 
 def _write_slots(
