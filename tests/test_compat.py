@@ -30,7 +30,7 @@ STOCK = {
 }
 
 REFUSED = [
-    pytest.param("speculative_algorithm", "EAGLE", id="speculative decoding"),
+    pytest.param("speculative_algorithm", "EAGLE", id="drafts from a model"),
     pytest.param("disaggregation_mode", "prefill", id="a prefill engine"),
     pytest.param("disaggregation_mode", "decode", id="a decode engine"),
     pytest.param("enable_dp_attention", True, id="DP attention"),
@@ -53,6 +53,8 @@ ACCEPTED = [
     pytest.param({"enable_lora_overlap_loading": False}, id="adapters loaded before a step"),
     pytest.param({"attn_dp_size": None}, id="no DP attention"),
     pytest.param({"chunked_prefill_size": 8192}, id="a chunk size"),
+    pytest.param({"speculative_algorithm": "NGRAM"}, id="drafts from n-grams"),
+    pytest.param({"speculative_algorithm": "ngram"}, id="drafts from n-grams, as it may be typed"),
     pytest.param({"prefill_decode_interval": 0}, id="no steps between prefills"),
 ]
 

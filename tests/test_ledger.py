@@ -28,6 +28,7 @@ class FakeReq:
     custom: dict[str, Any] | None = None
     extra_key: str | None = None
     lora_id: str | None = None
+    finished_len: int | None = None
 
     def __post_init__(self) -> None:
         self.origin_input_ids = range(self.prompt)
@@ -90,6 +91,8 @@ def test_the_tokens_expected(limit, prompt, tokens):
 
 def test_cached_prompt_tokens_cost_nothing():
     assert served_tokens(FakeReq("off", prompt=10, cached_tokens=8, output_ids=[1, 2, 3])) == 5
+    past_its_end = FakeReq("off", prompt=10, output_ids=[1, 2, 3, 4], finished_len=3)
+    assert served_tokens(past_its_end) == 13
 
 
 # -------------------------------------------------------------------------- the counts

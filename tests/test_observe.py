@@ -6,7 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from conserve_sgl.engine.observe import Observer, OnlineClock, RowCount
+from conserve_sgl.engine.observe import (
+    AcceptedLength,
+    Observer,
+    OnlineClock,
+    RowCount,
+    running_rows,
+)
 from conserve_sgl.policy.slo import Pace
 
 PACE = Pace(tpot_s=0.1, unloaded_s=0.04, reserve_s=0.18)
@@ -19,6 +25,7 @@ def row(*, offline: bool = False, seqlen: int = 100, tokens: int = 1, first_s: f
         offline=offline,
         seqlen=seqlen,
         output_ids=[0] * tokens,
+        finished_len=None,
         online_clock=clock,
         finished=lambda: False,
     )
@@ -50,6 +57,43 @@ def test_the_first_token_that_was_read_is_remembered():
     fresh = row(tokens=1, first_s=None)
     count_of(fresh)
     assert fresh.online_clock.first_s == 10.0
+
+
+@pytest.mark.parametrize(("last", "in_flight"), [("decode", 3.0), ("prefill", 0.0), ("none", 0.0)])
+def test_rows_of_a_step_in_flight_are_as_far_on_as_such_a_step_gives(last, in_flight):
+    running = SimpleNamespace(reqs=[row(tokens=10, seqlen=100)])
+    mode = SimpleNamespace(is_extend=lambda: last == "prefill")
+    batch = None if last == "none" else SimpleNamespace(forward_mode=mode, reqs=[])
+    count = RowCount(PACE, 10.0, lambda req: req.offline)
+    running_rows(count, running, batch, None, overlap=True, step_tokens=3.0)
+    assert count.online.context_tokens == 100 + in_flight
+    assert count.online_due_s == PACE.next_due_s(5.0, 10 + in_flight)[0]
+
+
+class TestAcceptedLength:
+    def test_a_step_gives_one_token_until_more_is_seen(self):
+        accepted = AcceptedLength(lambda req: req.offline)
+        assert accepted.tokens == 1
+        accepted.note([row(), row()], [2, 3])
+        assert accepted.tokens == 3.5
+
+    def test_it_follows_slowly(self):
+        accepted = AcceptedLength(lambda req: req.offline)
+        accepted.note([row()], [3])
+        accepted.note([row()], [1])
+        assert accepted.tokens == pytest.approx(3.9)
+
+    def test_online_rows_count_where_there_are_any(self):
+        accepted = AcceptedLength(lambda req: req.offline)
+        accepted.note([row(offline=True), row()], [7, 1])
+        assert accepted.tokens == 2
+        accepted.note([], [])
+        assert accepted.tokens == 2
+
+    def test_else_offline_rows_do(self):
+        accepted = AcceptedLength(lambda req: req.offline)
+        accepted.note([row(offline=True), row(offline=True)], [7, 1])
+        assert accepted.tokens == 5
 
 
 class TestEnds:

@@ -50,7 +50,12 @@ _SLICES = "its forward pass is not the one that conserve schedules"
 _RANKS = "its ranks would take different scheduling decisions"
 _NO_HTTP = "it bypasses the HTTP server, where the service class is read"
 _REFUSED = (
-    _Refusal("speculative_algorithm", "--speculative-algorithm", _unless(None), _SLICES),
+    _Refusal(
+        "speculative_algorithm",
+        "--speculative-algorithm",
+        lambda name: name is not None and name.upper() != "NGRAM",
+        "only NGRAM was run with it; checkpoints do not know yet what a model that drafts leaves",
+    ),
     _Refusal(
         "disaggregation_mode",
         "--disaggregation-mode",

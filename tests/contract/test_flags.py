@@ -33,7 +33,7 @@ def test_a_refused_field_is_one_of_server_args(refusal):
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(["--speculative-algorithm", "NGRAM"], id="speculative decoding"),
+        pytest.param(["--speculative-algorithm", "EAGLE"], id="drafts from a model"),
         pytest.param(["--disaggregation-mode", "prefill"], id="a prefill engine"),
         pytest.param(["--attn-dp-size", "2"], id="DP attention"),
         pytest.param(["--dp-size", "2"], id="several replicas"),
@@ -55,6 +55,7 @@ def test_the_flag_as_a_person_types_it_is_refused(flags):
     "flags",
     [
         pytest.param(["--enable-mixed-chunk"], id="mixed batches"),
+        pytest.param(["--speculative-algorithm", "NGRAM"], id="drafts from n-grams"),
         pytest.param(["--enable-priority-scheduling"], id="priority scheduling"),
         pytest.param(["--enable-hierarchical-cache"], id="HiCache"),
         pytest.param(["--disable-overlap-schedule"], id="no overlap"),

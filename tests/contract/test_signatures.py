@@ -425,6 +425,7 @@ REQUEST_ATTRIBUTES = (
     "beam_group",
     "extend_end",
     "finished",
+    "finished_len",
     "full_untruncated_fill_ids",
     "host_hit_length",
     "kv",
@@ -457,7 +458,12 @@ def test_a_request_has_what_is_read_of_it():
             {"holds_kv", "req_pool_idx", "cache_protected_len", "kv_committed_len"},
         ),
         ("sglang.srt.managers.schedule_batch:ReqKvInfo", {"kv_allocated_len"}),
-        ("sglang.srt.managers.schedule_batch:ScheduleBatch", {"decoding_reqs"}),
+        ("sglang.srt.managers.schedule_batch:ScheduleBatch", {"decoding_reqs", "spec_info"}),
+        (
+            "sglang.srt.managers.utils:GenerationBatchResult",
+            {"accept_lens", "new_seq_lens", "next_draft_input", "num_correct_drafts_per_req_cpu"}
+            | {"speculative_num_draft_tokens"},
+        ),
         (
             "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache",
             {"buffer_pipeline", "cache_controller", "is_write_back", "page_size"},

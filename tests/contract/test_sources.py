@@ -219,6 +219,36 @@ RELIED = [
         "engine/parking.py: which tensors and lists of two batches are joined",
     ),
     Relied(
+        "sglang.srt.speculative.ngram_info:NgramVerifyInput.filter_batch",
+        "56b5fc67cd9bd26b",
+        "engine/parking.py: filtering replaces the tensors of a batch's spec_info, so that a "
+        "shallow copy of it may be cut otherwise",
+    ),
+    Relied(
+        "sglang.srt.speculative.ngram_info:NgramVerifyInput.merge_batch",
+        "b72c13ffbdb32829",
+        "engine/parking.py: what rows that come back bring along",
+    ),
+    Relied(
+        "sglang.srt.managers.overlap_utils:FutureMap.resolve_seq_lens_cpu",
+        "f7d9d6e12fc4040c",
+        "engine/parking.py: with overlap scheduling the length of a row that sat out is found "
+        "under its index, as are its last tokens",
+    ),
+    Relied(
+        "sglang.srt.speculative.eagle_utils:eagle_prepare_for_decode",
+        "a7054af5ba19aa6e",
+        "ProfileLimits and _StepRunner._decode: KV is allocated for drafts beyond what is "
+        "committed, and for those of the step after it",
+    ),
+    Relied(
+        "sglang.srt.managers.scheduler_components.batch_result_processor:"
+        "SchedulerBatchResultProcessor._resolve_spec_v2_tokens",
+        "d79752842869a4d7",
+        "Checkpointer and AcceptedLength: kv_committed_len counts what was accepted, and is "
+        "seqlen - 1 once a result is handled; a retracted request takes no part in it",
+    ),
+    Relied(
         "sglang.srt.managers.schedule_batch:release_req",
         "e9a690b5c7084bb5",
         "Checkpointer.release: what of a preempted request is kept and reset",

@@ -202,6 +202,19 @@ def test_decode(requests: list, heads: tuple) -> None:
     _check(make_case(ForwardMode.DECODE, requests, heads=heads))
 
 
+@pytest.mark.parametrize("heads", HEADS)
+def test_drafts_are_verified_as_an_extend(heads: tuple) -> None:
+    """SGLang hands over the committed lengths, and how many tokens each row verifies."""
+    case = make_case(ForwardMode.EXTEND, [(90, 5), (0, 5), (300, 5)], heads=heads)
+    batch = case.batch
+    wanted = case.run(CpuAttnBackend)
+    batch.seq_lens = batch.extend_prefix_lens
+    batch.extend_prefix_lens = batch.extend_seq_lens = None
+    batch.forward_mode = ForwardMode.TARGET_VERIFY
+    batch.spec_info = SimpleNamespace(draft_token_num=5)
+    torch.testing.assert_close(case.run(CpuAttnBackend), wanted)
+
+
 @pytest.mark.parametrize("mode", [ForwardMode.EXTEND, ForwardMode.MIXED, ForwardMode.DECODE])
 def test_bfloat16_is_as_near_as_torch_native(mode: ForwardMode) -> None:
     requests = [(90, 1), (300, 1)] if mode == ForwardMode.DECODE else [(90, 40), (17, 1)]

@@ -93,6 +93,12 @@ def test_a_flag_that_cannot_work_is_refused_by_name(flag: str, value: Any) -> No
         _resolved(**{flag: value})
 
 
+def test_drafts_come_from_n_grams() -> None:
+    assert _resolved(speculative_algorithm="NGRAM")
+    assert CpuPlatform().supports_speculative_algorithm("NGRAM")
+    assert not CpuPlatform().supports_speculative_algorithm("STANDALONE")
+
+
 def test_hicache_flags_do_not_matter_without_hicache() -> None:
     assert _resolved(hicache_mem_layout="page_head", enable_hierarchical_cache=False)
 

@@ -239,6 +239,20 @@ class TestBesideOnlineRows:
         early = msgspec.structs.replace(view, **due(0.1), offline_decoding=Rows(64, 6400))
         assert budget.plan(early).bound_s == pytest.approx(0.1)
 
+    def test_a_step_of_several_tokens_is_bounded_by_the_time_for_all_of_them(self):
+        """Of three tokens a step: 13 ms a token alone, three times the gap, and of the reserve."""
+        budget = make_budget(slo=Slo(Factor(20.0), Factor(1.5)))
+        one = {"online_decoding": Rows(3, 300), "offline_waiting": 0, "step_tokens": 3.0}
+        view = msgspec.structs.replace(VIEW, **one)
+        for _ in range(3):
+            budget.plan(view)
+        pace = budget.pace
+        assert (pace.unloaded_s, pace.tpot_s) == pytest.approx((0.013, 1.5 * 0.013))
+        assert pace.reserve_s == pytest.approx(3 * pace.tpot_s)
+        assert pace.step_tokens == 3
+        ahead = msgspec.structs.replace(view, **due(60), offline_decoding=Rows(64, 6400))
+        assert budget.plan(ahead).bound_s == pytest.approx(2 * 3 * pace.tpot_s)
+
     def test_rows_that_decode_are_not_moved_for_a_small_gain(self):
         fits, decodes = 53, 50
         granted = plan(

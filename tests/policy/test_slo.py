@@ -45,6 +45,12 @@ class TestPace:
         kept = [6.0 + 0.1 * n - pace.next_due_s(6.0, n)[0] for n in (1, 5, 10, 25, 50)]
         assert kept == pytest.approx([0.048, 0.18, 0.18, 0.18, 0.3])
 
+    def test_tokens_that_come_at_once_are_due_when_the_last_of_them_is(self):
+        pace = Pace(tpot_s=0.1, unloaded_s=0.04, reserve_s=0.5, step_tokens=3.0)
+        one = Pace(tpot_s=0.1, unloaded_s=0.04, reserve_s=0.5)
+        assert pace.next_due_s(6.0, 20) == one.next_due_s(6.0, 22)
+        assert pace.saving_s == pytest.approx(3 * one.saving_s)
+
     def test_a_step_that_fills_it_again_takes_more_than_online_work_alone(self):
         pace = Pace(tpot_s=0.1, unloaded_s=0.04, reserve_s=0.18)
         assert pace.saving_s == pytest.approx(0.04 + 0.35 * 0.06)

@@ -65,12 +65,17 @@ def test_a_profile_is_short(limits):
         context_tokens=st.integers(64, 200_000),
         pool_tokens=st.integers(256, 1_000_000),
         rows=st.integers(1, 4096),
+        step_tokens=st.integers(1, 16),
+        mixes=st.booleans(),
     )
 )
 def test_every_step_fits_the_engine(limits):
+    ahead = 2 * (limits.step_tokens - 1)  # what SGLang allocates for drafts, beyond the step's own
     for shape in plan_profile(limits):
+        assert limits.mixes or not (shape.prompts and shape.decode_contexts)
+        steps = shape.steps * limits.step_tokens + ahead
         ends = [new + resident for new, resident in shape.prompts]
-        ends += [context + shape.steps for context in shape.decode_contexts]
+        ends += [context + steps for context in shape.decode_contexts]
         assert sum(new for new, _ in shape.prompts) <= limits.chunk_tokens
         assert max(ends) <= limits.context_tokens
         assert sum(ends) <= limits.pool_tokens

@@ -6,7 +6,8 @@ Who owns the KV of a request that holds a row, in tokens of that request:
                                             finds it as a prefix. With HiCache the tree writes it
                                             to the host, and pins it until the copy is done
     [cache_protected_len, kv_committed_len) the row; gone when the row is released
-    [kv_committed_len, kv_allocated_len)    the row; nothing is there yet
+    [kv_committed_len, kv_allocated_len)    the row; nothing is there yet, or drafts, of which
+                                            those that are accepted are committed
 
 A checkpoint moves the first boundary up, to the last page that is certainly written: with overlap
 scheduling a step is in flight that writes the token at `seqlen - 1`. Prompts need none: SGLang
@@ -233,7 +234,7 @@ class Checkpointer:
     def reclaimable_tokens(self, req: Req) -> int:
         """KV tokens that releasing `req` lets others have, but for what it found in the tree when
         it came first: requests that run beside it may have found the same."""
-        total = req.kv.kv_committed_len
+        total = req.kv.kv_allocated_len
         return total - min(self._shared.get(req, 0), total)
 
     def kept_tokens(self, req: Req) -> int:

@@ -159,6 +159,7 @@ class Accounts:
             "batches_held": self._live.now.batches_held,
             "slo": asdict(self._live.now.slo),
             "margins": self._budget.margins,
+            "step_tokens": self._budget.pace.step_tokens,
             "checkpoint": self._checkpoints.state(),
             "latency": _latency_state(self._model),
             "arrivals_received": 0 if self._inbox is None else self._inbox.received,

@@ -29,6 +29,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
 
     model: the name of its class.
     why_whole: its prefills cannot run layer by layer, as a clause; None where they can.
+    drafts: speculative decoding.
     has_windows: a KV pool of their own for layers with a sliding window, which it lets go of early
         (`SGLANG_OPT_RELEASE_PREFILL_SWA`) if `drops_windows`.
     shares_prefixes: the radix cache, from which thoughts are stripped at a request's end or not.
@@ -37,6 +38,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     why_whole: str | None
+    drafts: bool
     returns_routed_experts: bool
     has_windows: bool
     drops_windows: bool
@@ -59,6 +61,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
         return cls(
             model=model.__name__,
             why_whole=_why_whole(model),
+            drafts=args.speculative_algorithm is not None,
             returns_routed_experts=args.enable_return_routed_experts,
             has_windows=has_windows,
             drops_windows=drops_windows,
@@ -158,6 +161,8 @@ def _slices(host: Host, config: ConserveConfig) -> Capability:
         why = "slices.enabled is false"
     elif host.why_whole is not None:
         why = host.why_whole
+    elif host.drafts:
+        why = "with --speculative-algorithm a worker that drafts runs the steps"
     elif host.returns_routed_experts:
         # One buffer holds the experts of all layers of the step that runs, and is read at its end.
         why = "--enable-return-routed-experts would return those of the steps in between"

@@ -22,7 +22,13 @@ from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.mem_cache.prefill_budget import SWAPrefillBudget
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.platforms import current_platform
-from sglang.srt.runtime_context import get_exec, get_lora, get_schedule
+from sglang.srt.runtime_context import (
+    get_exec,
+    get_lora,
+    get_schedule,
+    get_spec,
+    max_speculative_num_draft_tokens,
+)
 from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.common import DynamicGradMode, broadcast_pyobj, get_device_name
@@ -57,7 +63,9 @@ __all__ = [
     "get_exec",
     "get_lora",
     "get_schedule",
+    "get_spec",
     "is_health_check_generate_req",
+    "max_speculative_num_draft_tokens",
     "release_kv_cache",
     "sglang_version",
 ]

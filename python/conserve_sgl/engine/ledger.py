@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from conserve_sgl.engine.offline_item import served_tokens
+from conserve_sgl.engine.offline_item import answer_tokens, served_tokens
 from conserve_sgl.policy import Backlog, OfflineQueue
 
 if TYPE_CHECKING:  # the tests of this file need no SGLang
@@ -91,7 +91,7 @@ class OfflineLedger:
         self.counts["offline_finished"] += 1
         if item.deadline_s is not None and now_s > item.deadline_s:
             self.counts["offline_deadline_missed"] += 1
-        took_tokens = len(req.origin_input_ids) + len(req.output_ids)
+        took_tokens = len(req.origin_input_ids) + answer_tokens(req)
         self._took_tokens += took_tokens - self._took_tokens / 64
         self._expected_tokens += item.tokens - self._expected_tokens / 64
 
@@ -134,7 +134,7 @@ class OfflineLedger:
 
     def _count_output(self, req: Req) -> None:
         if req.rid in self._outputs:
-            output_tokens = len(req.output_ids)
+            output_tokens = answer_tokens(req)
             self.tokens["output"] += output_tokens - self._outputs[req.rid]
             self._outputs[req.rid] = output_tokens
 

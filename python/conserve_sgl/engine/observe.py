@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
 from math import inf
 from typing import TYPE_CHECKING, Any, Protocol
 
 from conserve_sgl.engine.ledger import is_aborted
+from conserve_sgl.engine.offline_item import answer_tokens
 from conserve_sgl.policy import Policy, Prompt, Rows, StepView, most_offline_rows
 from conserve_sgl.policy.slo import Pace, Slo
 
@@ -25,6 +26,9 @@ __all__ = ["Observer", "OnlineClock", "RowCount", "rest_of_prompt", "waiting_pro
 
 _PROMPTS_SEEN = 32
 """Of a longer queue the rest is behind several steps of prefill already, whatever it holds."""
+
+_ACCEPTED = 0.05
+"""Weight of the newest step in the mean of what a step gives."""
 
 
 class OnlineClock:
@@ -62,11 +66,12 @@ class RowCount:
         self._now_s = now_s
         self._is_offline = is_offline
         self._count = [0, 0]
-        self._context = [0, 0]
+        self._context = [0.0, 0.0]
         self.online_due_s = self.online_late_s = inf
 
-    def add(self, reqs: Iterable[Req], in_flight: int) -> None:
-        """Count `reqs`; each has `in_flight` tokens, 0 or 1, that were computed but not read."""
+    def add(self, reqs: Iterable[Req], in_flight: float) -> None:
+        """Count `reqs`; each has `in_flight` tokens that were computed but not read: 0, 1, or what
+        a step of speculative decoding gives in the mean."""
         for req in reqs:
             if req.finished():
                 continue
@@ -78,7 +83,7 @@ class RowCount:
                 self.online_due_s = min(self.online_due_s, due_s)
                 self.online_late_s = min(self.online_late_s, late_s)
 
-    def _due_s(self, req: Req, in_flight: int) -> tuple[float, float]:
+    def _due_s(self, req: Req, in_flight: float) -> tuple[float, float]:
         clock, tokens = req.online_clock, len(req.output_ids)
         if clock.first_s is None:
             if tokens == 0:  # its first token is in flight
@@ -88,11 +93,35 @@ class RowCount:
 
     @property
     def online(self) -> Rows:
-        return Rows(self._count[0], self._context[0])
+        return Rows(self._count[0], round(self._context[0]))
 
     @property
     def offline(self) -> Rows:
-        return Rows(self._count[1], self._context[1])
+        return Rows(self._count[1], round(self._context[1]))
+
+
+class AcceptedLength:
+    """Tokens that a decode step gives a row: 1, and more with speculative decoding.
+
+    Attributes:
+        tokens: a moving average of late, over the online rows where there are any.
+    """
+
+    def __init__(self, is_offline: Callable[[Req], bool]) -> None:
+        self._is_offline = is_offline
+        self.tokens = 1.0
+        self._measured = False
+
+    def note(self, reqs: Sequence[Req], drafts: Sequence[int]) -> None:
+        """A step gave each of `reqs` one token, and so many that were drafted."""
+        online = [n for req, n in zip(reqs, drafts, strict=True) if not self._is_offline(req)]
+        counted = online or drafts
+        if not counted:
+            return
+        now = 1 + sum(counted) / len(counted)
+        weight = _ACCEPTED if self._measured else 1.0
+        self.tokens += weight * (now - self.tokens)
+        self._measured = True
 
 
 def running_rows(
@@ -102,17 +131,19 @@ def running_rows(
     chunk: Req | None,
     *,
     overlap: bool,
+    step_tokens: float = 1.0,
 ) -> None:
     """Count the rows that can decode in the step that comes.
 
     SGLang merges a finished prefill into the running batch right after this; with overlap
-    scheduling every row of the last batch has a token that was not read yet.
+    scheduling every row of the last batch has tokens that were not read yet: one of a prefill,
+    `step_tokens` of a decode step.
     """
     if last is not None and last.forward_mode.is_extend():
         count.add(running.reqs, 0)
         count.add((req for req in last.reqs if req is not chunk), int(overlap))
     else:
-        count.add(running.reqs, int(overlap and last is not None))
+        count.add(running.reqs, step_tokens if overlap and last is not None else 0)
 
 
 def rest_of_prompt(req: Req, deadline_s: float = inf) -> Prompt:
@@ -145,6 +176,7 @@ class _Host(Protocol):
     chunked_prefill_size: int
     max_running_requests: int
     max_total_num_tokens: int
+    spec_algorithm: Any
 
 
 class Observer:
@@ -192,13 +224,21 @@ class Observer:
         self._learning = learning
         self._is_offline = is_offline
         self._rows_decoded = True
+        self._accepted = AcceptedLength(is_offline)
 
     def look(self, running: ScheduleBatch, last: ScheduleBatch | None) -> StepView:
         """What there is before SGLang forms a step from `running` and the batch that ran last."""
         now_s = time.monotonic()
         host, aside = self._host, self._aside
         count = RowCount(self._policy.pace, now_s, self._is_offline)
-        running_rows(count, running, last, host.chunked_req, overlap=host.enable_overlap)
+        running_rows(
+            count,
+            running,
+            last,
+            host.chunked_req,
+            overlap=host.enable_overlap,
+            step_tokens=self._accepted.tokens,
+        )
         online_chunk, offline_chunk = self._chunks()
         offline_waiting = len(self._intake.queue)
         if self._live.now.holds_offline:
@@ -223,7 +263,9 @@ class Observer:
             total_kv_tokens=host.max_total_num_tokens,
             chunk_tokens=host.chunked_prefill_size,
             rows_decoded=self._rows_decoded,
-            can_mix=not running.return_logprob,
+            # Beside a prompt a row would get one token, whatever was drafted for it.
+            can_mix=host.spec_algorithm.is_none() and not running.return_logprob,
+            step_tokens=self._accepted.tokens,
             interruptible=aside.slices.enabled,
         )
         return self.view
@@ -240,8 +282,15 @@ class Observer:
         mode = None if batch is None else batch.forward_mode
         self._rows_decoded = mode is None or mode.is_mixed() or not mode.is_extend()
 
-    def note_result(self, batch: ScheduleBatch) -> None:
-        """The result of `batch` was handled: tell the policy what online requests got that end."""
+    def note_result(self, batch: ScheduleBatch, drafts: Sequence[int] | None) -> None:
+        """The result of `batch` was handled: tell the policy what online requests got that end.
+
+        Args:
+            batch: that ran.
+            drafts: of each row, the drafted tokens that were accepted; None where none were.
+        """
+        if drafts is not None:
+            self._accepted.note(batch.reqs, drafts)
         now_s, seen = time.monotonic(), self._latencies
         decoded, first = 0, []
         for req in batch.reqs:
@@ -255,7 +304,7 @@ class Observer:
                     decoded += 1
             if not req.finished() or is_aborted(req):
                 continue
-            got = req.online_clock.end(now_s, len(req.output_ids))
+            got = req.online_clock.end(now_s, answer_tokens(req))
             if got is not None:  # a request that ended may be in the step in flight, too
                 self._policy.online_ended(ttft_s=got[0], tpot_s=got[1])
                 if seen is not None and not self._is_probe(req):

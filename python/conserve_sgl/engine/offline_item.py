@@ -10,7 +10,7 @@ from conserve_sgl.policy import JobTag, OfflineItem, prefix_key
 if TYPE_CHECKING:  # the tests of this file need no SGLang
     from conserve_sgl.engine.host import Req
 
-__all__ = ["offline_item", "served_tokens"]
+__all__ = ["answer_tokens", "offline_item", "served_tokens"]
 
 # Clients leave limits wide, and answers end long before them; what was expected too much is made
 # good when the request is done.
@@ -39,4 +39,9 @@ def offline_item(req: Req) -> OfflineItem:
 
 def served_tokens(req: Req) -> int:
     """What a request that is done cost the engine: cached prompt tokens are free."""
-    return len(req.origin_input_ids) - req.cached_tokens + len(req.output_ids)
+    return len(req.origin_input_ids) - req.cached_tokens + answer_tokens(req)
+
+
+def answer_tokens(req: Req) -> int:
+    """Tokens of the answer so far. A step of speculative decoding may run past its end."""
+    return len(req.output_ids) if req.finished_len is None else req.finished_len

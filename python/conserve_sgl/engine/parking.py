@@ -2,7 +2,8 @@
 
 A row sits out when the plan grants fewer offline rows than decode now; it comes back where it
 stopped, with nothing recomputed. Its last token waits in SGLang's FutureMap under the row's index,
-which is where a decode step reads it from, so a row that comes back needs no fix-up.
+which is where a decode step reads it from, so a row that comes back needs no fix-up. So does what
+speculative decoding carries from step to step; without overlap scheduling its batch carries that.
 
     running_batch   rows that decode      --sit_out-->   parked
     parked          rows that hold still  --come_back--> running_batch
@@ -28,6 +29,7 @@ def _split_off(batch: ScheduleBatch, indices: list[int]) -> ScheduleBatch:
     """Remove the rows at `indices` from `batch`, in place, and return them as a batch."""
     taken = copy.copy(batch)
     taken.sampling_info = copy.copy(batch.sampling_info)
+    taken.spec_info = copy.copy(batch.spec_info)  # filtering replaces its tensors
     taken.filter_batch(keep_indices=indices)
     shared = batch.sampling_info.penalizer_orchestrator
     taken.sampling_info.penalizer_orchestrator = BatchedPenalizerOrchestrator(

@@ -37,6 +37,8 @@ from conserve_sgl.engine.host import (
     Scheduler,
     get_exec,
     get_lora,
+    get_spec,
+    max_speculative_num_draft_tokens,
     release_kv_cache,
     sglang_version,
 )
@@ -85,6 +87,7 @@ class ProfiledEngine:
             overlap=scheduler.enable_overlap,
             sglang=sglang_version,
             lora_backend=get_lora().lora_backend if scheduler.enable_lora else None,
+            drafts=_drafts(),
         )
 
     @property
@@ -96,6 +99,8 @@ class ProfiledEngine:
             context_tokens=min(scheduler.model_config.context_len, scheduler.max_req_input_len),
             pool_tokens=scheduler.token_to_kv_pool_allocator.available_size(),
             rows=min(scheduler.max_running_requests, scheduler.req_to_token_pool.available_size()),
+            step_tokens=max_speculative_num_draft_tokens() or 1,
+            mixes=scheduler.spec_algorithm.is_none(),
         )
 
     @property
@@ -124,6 +129,13 @@ class ProfiledEngine:
 def _graphs() -> str:
     config = get_exec().graph.cuda_graph_config
     return f"prefill {config.prefill.backend}, decode {config.decode.backend}"
+
+
+def _drafts() -> str | None:
+    spec = get_spec()
+    if spec.speculative_algorithm is None:
+        return None
+    return f"{spec.speculative_algorithm}, {max_speculative_num_draft_tokens()} tokens"
 
 
 def _free(scheduler: Scheduler) -> tuple[int, int]:
@@ -156,6 +168,7 @@ class _StepRunner:
         self._scheduler = scheduler
         self._limits = limits
         self._overlapped = scheduler.enable_overlap and runs_behind(scheduler.device)
+        self._drafts = not scheduler.spec_algorithm.is_none()
         self._rng = np.random.default_rng(0)
         self._made = 0
 
@@ -163,9 +176,9 @@ class _StepRunner:
         """Run `shape`; a sample for each step of it. Its requests are released in any case."""
         steps = self._steps_of(shape)
         prompts = [[self._request(*span) for span in shape.prompts] for _ in range(steps)]
-        rows = [self._request(0, context) for context in shape.decode_contexts]
+        rows = [self._row(context) for context in shape.decode_contexts]
         try:
-            running = self._resident(rows) if rows else None
+            running = self._running(rows) if rows else None
             for some in prompts:
                 self._resident([req for req in some if req.extend_end])
             return self._run(shape, prompts, running)
@@ -232,6 +245,19 @@ class _StepRunner:
         req.extend_end = resident
         return req
 
+    def _row(self, context: int) -> Req:
+        return self._request(1, context - 1) if self._drafts else self._request(0, context)
+
+    def _running(self, rows: list[Req]) -> ScheduleBatch:
+        """A batch of `rows` that can decode."""
+        if not self._drafts:
+            return self._resident(rows)
+        # What a drafting worker starts from, only a prefill of its own leaves.
+        self._resident([req for req in rows if req.extend_end])
+        batch = self._prefill(rows, None)
+        self._end_of(self._scheduler.run_batch(batch))
+        return batch
+
     def _batch(self, reqs: list[Req]) -> ScheduleBatch:
         scheduler = self._scheduler
         return ScheduleBatch.init_new(
@@ -270,6 +296,9 @@ class _StepRunner:
 
     def _decode(self, running: ScheduleBatch) -> ScheduleBatch:
         running.prepare_for_decode()
+        for req in running.reqs if self._drafts else ():
+            # No result is looked at: as if all drafts were right, and so with KV for any that are.
+            req.kv.kv_committed_len += self._limits.step_tokens
         return running
 
 

@@ -379,7 +379,8 @@ class ConserveScheduler(Scheduler):
             return
         self._slices.note_result(batch)
         super().process_batch_result(batch, result)
-        self._observer.note_result(batch)
+        drafts = result.num_correct_drafts_per_req_cpu if batch.forward_mode.is_decode() else None
+        self._observer.note_result(batch, drafts)
         self._learning.finished()
         # Nothing here that ranks see differently, such as arrivals: their trees must stay alike.
         tight = bool(self.waiting_queue or self._observer.view.online_prompts)

@@ -18,13 +18,18 @@ __all__ = ["Mark", "StepListener", "StepMeter", "work_of"]
 def work_of(batch: ScheduleBatch) -> StepWork:
     """What one forward of `batch`, a batch that is ready to run, computes."""
     if not batch.forward_mode.is_extend():
-        rows = len(batch.reqs)
-        return StepWork(decode_rows=rows, decode_context=int(batch.seq_lens_cpu.sum()))
+        return StepWork(decode_rows=len(batch.reqs), decode_context=_context(batch))
     spans = list(zip(batch.extend_lens, batch.prefix_lens, strict=True))
     # Decode rows that ride along are the last of a mixed batch, each a prompt of one token.
     rows = len(batch.decoding_reqs or ()) if batch.forward_mode.is_mixed() else 0
     prompts, riding = spans[: len(spans) - rows], spans[len(spans) - rows :]
     return StepWork.of(prompts, (resident + new for new, resident in riding))
+
+
+def _context(batch: ScheduleBatch) -> int:
+    if batch.seq_lens_cpu is None:  # with speculative decoding the device may alone know them
+        return sum(req.seqlen for req in batch.reqs)
+    return int(batch.seq_lens_cpu.sum())
 
 
 class Mark(Protocol):

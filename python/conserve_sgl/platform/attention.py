@@ -134,6 +134,8 @@ class CpuAttnBackend(TorchNativeAttnBackend):
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Begin with `forward_batch`, which each kind of layer plans when it comes to it."""
+        if forward_batch.forward_mode.is_target_verify():
+            _as_extend(forward_batch)
         super().init_forward_metadata(forward_batch)
         self._plans.clear()
 
@@ -392,6 +394,15 @@ class CpuAttnBackend(TorchNativeAttnBackend):
             buffer = self._scratch[name] = cache.new_empty(_power_of_two(elements))
         rows = buffer[:elements].view(slots.shape[0], *cache.shape[1:])
         return torch.index_select(cache, 0, slots, out=rows)
+
+
+def _as_extend(forward_batch: ForwardBatch) -> None:
+    """Drafts in a chain are verified by an extend of so many tokens over what is committed."""
+    if forward_batch.extend_seq_lens is None:
+        committed, width = forward_batch.seq_lens, forward_batch.spec_info.draft_token_num
+        forward_batch.extend_prefix_lens = committed
+        forward_batch.extend_seq_lens = torch.full_like(committed, width)
+        forward_batch.seq_lens = committed + width
 
 
 def _attend_to_latents() -> None:

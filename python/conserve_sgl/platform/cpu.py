@@ -32,6 +32,7 @@ CHUNKED_PREFILL_TOKENS = 1024
 """Default prefill chunk: about a second of a small model on a few cores."""
 
 _ATTENTION_BACKENDS = (NAME, "torch_native")
+_DRAFTS = "NGRAM"
 # SGLang's defaults need kernels that exist on a GPU only, so they stand for "not given".
 _HICACHE_IO_BACKENDS = ("kernel", "direct")
 _HICACHE_LAYOUTS = ("page_first", "layer_first")
@@ -57,6 +58,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
             add_radix_supported_deterministic_attention_backend_choices([NAME])
             register_resolution_hook("handle_cpu_backends")(_choose_attention_backend)
             register_resolution_hook("handle_model_specific_adjustments")(_fit_to_model)
+            register_resolution_hook("handle_speculative_decoding")(_keep_overlap)
 
     def get_device(self, device_id: int | None = None) -> str:  # noqa: ARG002  one CPU device
         """`"cpu"`; a string, since SGLang keeps it as the flag `--device`."""
@@ -76,6 +78,16 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         """Eager: serving must not need a C++ compiler."""
         return "eager"
 
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        """Drafts from n-grams alone: a model that drafts would need kernels for its trees."""
+        return algorithm == _DRAFTS
+
+    def get_speculative_worker_cls(self, algorithm: str) -> type:  # noqa: ARG002  there is one
+        """Our own worker; SGLang's needs a compiler and kernels."""
+        from conserve_sgl.platform.drafts import NgramWorker
+
+        return NgramWorker
+
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Default what a CPU needs; a flag that was given stays, or is refused if it cannot work.
 
@@ -93,15 +105,16 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         _disable_graphs(server_args)
 
     def init_backend(self) -> None:
-        """Register what a model runs with: attention, experts, HiCache, adapters, sampling.
+        """Register what a model runs with: attention, drafts, experts, HiCache, adapters, sampling.
 
         Idempotent.
         """
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
-        from conserve_sgl.platform import experts, hicache, lora, sampling
+        from conserve_sgl.platform import drafts, experts, hicache, lora, sampling
 
         register_attention_backend(NAME)(_make_attention_backend)
+        drafts.install()
         experts.install()
         hicache.install()
         lora.install()
@@ -163,6 +176,16 @@ def _fit_to_model(server_args: Any, previous: Any) -> None:
     declare_resolution(server_args, source, attention_backend=NAME)
 
 
+def _keep_overlap(server_args: Any, previous: Any) -> None:
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    # SGLang's own CPU worker does not overlap, so this step turns it off wherever a CPU drafts.
+    chosen = resolving_view(server_args).disable_overlap_schedule
+    previous(server_args)
+    if resolving_view(server_args).disable_overlap_schedule is not chosen:
+        declare_resolution(server_args, f"platform:{NAME}", disable_overlap_schedule=chosen)
+
+
 def _make_attention_backend(runner: Any) -> Any:
     from conserve_sgl.platform.attention import CpuAttnBackend
 
@@ -174,7 +197,7 @@ def _refuse_unsupported(args: Any) -> None:
         require(flag, getattr(args, flag), (None, *_ATTENTION_BACKENDS))
     require("device", args.device, ("cpu",))
     require("page_size", args.page_size, (None, 1))
-    require("speculative_algorithm", args.speculative_algorithm, (None,))
+    require("speculative_algorithm", args.speculative_algorithm, (None, _DRAFTS))
     require("enable_torch_compile", args.enable_torch_compile, (False,))
     if args.enable_hierarchical_cache:
         require("hicache_io_backend", args.hicache_io_backend, _HICACHE_IO_BACKENDS)

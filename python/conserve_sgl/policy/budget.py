@@ -75,7 +75,7 @@ work however many online requests were late: where they are late anyhow, nothing
 
 _STALL_KEPT = 0.999
 """What remains, with every token of the online rows, of the longest time that online prompts took
-from them at once: that time is the reserve of a row, besides one token's."""
+from them at once: that time is the reserve of a row, besides one step's."""
 
 _TYPICAL = 0.1
 _UNLOADED = 0.05
@@ -173,6 +173,7 @@ class SlackBudget:
         self._unloaded_s = 0.0
         self._planned_prefill_s = self._stalled_s = self._longest_stall_s = 0.0
         self._fed_s = 0.0
+        self._step_tokens = 1.0
         self.aim_at(slo, yield_s=yield_s)
 
     def aim_at(self, slo: Slo, *, yield_s: float) -> None:
@@ -213,6 +214,9 @@ class SlackBudget:
 
     def plan(self, view: StepView) -> StepPlan:
         """See `Policy.plan`."""
+        if view.step_tokens != self._step_tokens:
+            self._step_tokens = view.step_tokens
+            self._set_pace()
         self._stalled_s += 0.0 if view.rows_decoded else self._planned_prefill_s
         self._planned_prefill_s = 0.0
         self._floor.earn(view.now_s, waits=bool(view.offline_waiting or view.offline_resident))
@@ -245,7 +249,7 @@ class SlackBudget:
 
     def _online_rows_run(self, step: _Step) -> None:
         """A token of the online rows would have taken so long without offline work."""
-        taken_s = step.online_s + self._stalled_s
+        taken_s = (step.online_s + self._stalled_s) / self._step_tokens
         self._longest_stall_s = max(self._stalled_s, _STALL_KEPT * self._longest_stall_s)
         self._stalled_s = 0.0
         self._unloaded_s = _follow(self._unloaded_s, taken_s, _UNLOADED)
@@ -253,12 +257,13 @@ class SlackBudget:
 
     def _set_pace(self) -> None:
         tpot_s = self._slo.tpot_s(self._unloaded_s)
-        reserve_s = tpot_s + self._longest_stall_s
+        reserve_s = self._step_tokens * tpot_s + self._longest_stall_s
         self.pace = Pace(
             tpot_s=tpot_s,
             unloaded_s=self._unloaded_s,
             reserve_s=reserve_s,
             aim=self._tpot_margin.share,
+            step_tokens=self._step_tokens,
         )
 
     # ------------------------------------------------------------ the step's bound
@@ -269,9 +274,9 @@ class SlackBudget:
         online = _decode(view.online_decoding)
         online_s = self._times.predict_s(online)
         if not self._unloaded_s:
-            self._unloaded_s = online_s
+            self._unloaded_s = online_s / self._step_tokens
             self._set_pace()
-        gap_s = self._slo.longest_gap_s(self.pace.tpot_s)
+        gap_s = self._slo.longest_gap_s(self._step_tokens * self.pace.tpot_s)
         begins_s = max(view.now_s, view.free_at_s)
         late_s = view.online_late_s - begins_s
         left_s = max(view.online_due_s - begins_s, min(late_s, self.pace.saving_s))

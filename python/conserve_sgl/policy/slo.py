@@ -89,7 +89,8 @@ class Slo(msgspec.Struct, frozen=True):
                 return factor * unloaded_s
 
     def longest_gap_s(self, tpot_s: float) -> float:
-        """How long a gap may be planned at most, beside an objective of `tpot_s`."""
+        """How long a gap may be planned at most, beside an objective of `tpot_s` for a step: where
+        a step gives several tokens, that is as many times the objective of one."""
         match self.longest_gap:
             case Seconds(seconds):
                 return seconds
@@ -138,23 +139,27 @@ class Pace(msgspec.Struct, frozen=True):
         reserve_s: what a request should have to spare once it has run for a while: what online
             prompts may take from it at once.
         aim: share of the time beyond `unloaded_s` that offline work is planned with.
+        step_tokens: tokens that a step gives a row, in the mean: they come at once, and are in time
+            when the last of them is.
     """
 
     tpot_s: float = 0.0
     unloaded_s: float = 0.0
     reserve_s: float = 0.0
     aim: float = AIM
+    step_tokens: float = 1.0
 
-    def next_due_s(self, first_s: float, tokens: int) -> tuple[float, float]:
-        """When the token after the first `tokens` is due.
+    def next_due_s(self, first_s: float, tokens: float) -> tuple[float, float]:
+        """When the step after the first `tokens` is due.
 
         Args:
             first_s: when the first token came.
-            tokens: how many came, the one in flight included.
+            tokens: how many came, those in flight included.
 
         Returns:
             With the reserve kept, and with it spent; the second is never earlier.
         """
+        tokens += self.step_tokens - 1
         extra_s = self._extra_s * tokens
         spare_s = (1 - self.aim) * extra_s
         saved_s = max(spare_s, min(self.reserve_s, _SAVING * extra_s))
@@ -164,7 +169,7 @@ class Pace(msgspec.Struct, frozen=True):
     @property
     def saving_s(self) -> float:
         """How long a step may take that fills a reserve again which online prompts have spent."""
-        return self.unloaded_s + (1 - _REFILL) * self._extra_s
+        return self.step_tokens * (self.unloaded_s + (1 - _REFILL) * self._extra_s)
 
     @property
     def _extra_s(self) -> float:

@@ -72,6 +72,8 @@ class StepView(msgspec.Struct, frozen=True, kw_only=True):
         chunk_tokens: the engine's own limit on the prefill tokens of a step.
         rows_decoded: whether the running rows got a token in the last step; True when none ran.
         can_mix: whether prompt tokens may ride in the step in which the running rows decode.
+        step_tokens: tokens that a decode step gives a row, in the mean of late; more than one with
+            speculative decoding.
         interruptible: whether an offline prefill yields within the step (layer slices).
     """
 
@@ -94,6 +96,7 @@ class StepView(msgspec.Struct, frozen=True, kw_only=True):
     chunk_tokens: int = 0
     rows_decoded: bool = True
     can_mix: bool = False
+    step_tokens: float = 1.0
     interruptible: bool = False
 
     @property

@@ -14,6 +14,8 @@ __all__ = ["ProfileLimits", "StepShape", "plan_grid", "plan_profile"]
 _SHORTEST_PROMPT = 16
 _PREFILL_LENGTHS = 10
 _MOST_ROWS = 256
+_DRAFTED_STEPS = 6
+"""Those of a shape, four at most, and the two for which SGLang allocates ahead."""
 
 
 class ProfileLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,12 +26,17 @@ class ProfileLimits(msgspec.Struct, frozen=True, kw_only=True):
         context_tokens: of one request.
         pool_tokens: of all requests together.
         rows: requests in the engine.
+        step_tokens: tokens that a row computes in a decode step, drafts included: more than one
+            with speculative decoding.
+        mixes: whether prompts and rows that decode can share a step.
     """
 
     chunk_tokens: int
     context_tokens: int
     pool_tokens: int
     rows: int
+    step_tokens: int = 1
+    mixes: bool = True
 
     def fits(self, shape: StepShape) -> bool:
         """Whether `shape` can run here, with a page to spare for each of its rows."""
@@ -37,9 +44,10 @@ class ProfileLimits(msgspec.Struct, frozen=True, kw_only=True):
         parts = [*(new for new, _ in shape.prompts), *shape.decode_contexts]
         return (
             min(parts) > 0
+            and (self.mixes or not (shape.prompts and shape.decode_contexts))
             and sum(new for new, _ in shape.prompts) <= self.chunk_tokens
-            and max(longest) + shape.steps < self.context_tokens
-            and sum(longest) + len(longest) * (shape.steps + 64) <= self.pool_tokens
+            and max(longest) + shape.steps + self._drafts < self.context_tokens
+            and sum(longest) + len(longest) * (shape.steps + 64 + self._drafts) <= self.pool_tokens
             and len(longest) <= self.rows
         )
 
@@ -53,9 +61,14 @@ class ProfileLimits(msgspec.Struct, frozen=True, kw_only=True):
             return at_most
         tokens = sum(new + resident + 64 for new, resident in shape.prompts)
         rows = len(shape.decode_contexts)
-        context = sum(shape.decode_contexts) + rows * (at_most + 64)
+        context = sum(shape.decode_contexts) + rows * (at_most + 64 + self._drafts)
         room = min((self.pool_tokens - context) // tokens, (self.rows - rows) // prompts)
         return max(min(room, at_most), 1)
+
+    @property
+    def _drafts(self) -> int:
+        """KV that SGLang may set aside for the drafts of a row, in all steps of a shape."""
+        return _DRAFTED_STEPS * (self.step_tokens - 1)
 
 
 class StepShape(msgspec.Struct, frozen=True, kw_only=True):

@@ -47,6 +47,8 @@ class EngineIdentity(
         sglang: its version.
         lora_backend: SGLang's name of it, or None without adapters; through it go all steps, those
             without an adapter too.
+        drafts: the algorithm of speculative decoding, and the tokens of a row in a step; None
+            without it.
     """
 
     model: str
@@ -61,6 +63,7 @@ class EngineIdentity(
     overlap: bool
     sglang: str
     lora_backend: str | None = None
+    drafts: str | None = None
 
     @property
     def file_name(self) -> str:

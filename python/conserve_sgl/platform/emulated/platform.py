@@ -58,6 +58,7 @@ class EmulatedPlatform(CpuPlatform):
         """
         require("tensor_parallel_size", server_args.tp_size, (1,))
         require("enable_lora", server_args.enable_lora or bool(server_args.lora_paths), (False,))
+        require("speculative_algorithm", server_args.speculative_algorithm, (None,))
         require("kv_cache_dtype", server_args.kv_cache_dtype, ("auto", "bfloat16", "bf16"))
         if server_args.chunked_prefill_size is None:
             server_args.chunked_prefill_size = CHUNKED_PREFILL_TOKENS
