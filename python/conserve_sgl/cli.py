@@ -279,9 +279,9 @@ def tune(
 
     Exit code 0: all changed. 1: a server could not be changed; those before it are. 2: bad input.
     """
-    from conserve_sgl.client.endpoints import check_endpoint
     from conserve_sgl.settings import OfflineWork, batches_number, offline_number, slo_numbers
     from conserve_sgl.tune import tune as tune_servers
+    from conserve_sgl.urls import check_base_url
 
     numbers = slo_numbers(ttft=ttft, tpot=tpot, yield_ms=yield_ms)
     if offline is not None:
@@ -291,7 +291,7 @@ def tune(
     servers = endpoint or [_DEFAULT_ENDPOINT]
     try:
         for url in servers:
-            check_endpoint(url)
+            check_base_url(url)
     except ValueError as e:
         raise typer.BadParameter(str(e), param_hint="--endpoint") from e
     tune_servers(servers, numbers, api_key=api_key, admin_api_key=admin_api_key, console=Console())
