@@ -32,6 +32,7 @@ class Derived(Gemma3ForCausalLM):
 def host(model: type = InLayers, *, windows: bool = False, drops: bool = False, **flags) -> Host:
     args = SimpleNamespace(
         **{
+            "speculative_algorithm": None,
             "enable_return_routed_experts": False,
             "disable_radix_cache": False,
             "strip_thinking_cache": False,
@@ -69,6 +70,12 @@ def test_a_model_that_has_them_all(decided_by, config):
             ConserveConfig(),
             ["slices"],
             "--enable-return-routed-experts",
+        ),
+        (
+            host(speculative_algorithm="NGRAM"),
+            ConserveConfig(),
+            ["slices"],
+            "a worker that drafts runs the steps",
         ),
         (
             host(),

@@ -126,6 +126,33 @@ def test_the_edges_of_the_ranges_are_in(load, text):
             id="no name of a folder",
         ),
         pytest.param("batch: {storage_dir: ~/b}", "batch", "the whole path", id="a home folder"),
+        pytest.param(
+            "batch: {endpoints: [http://a/v1]}",
+            "batch",
+            "endpoints: give 'http://a/v1' without /v1",
+            id="an endpoint with a route",
+        ),
+        pytest.param(
+            "batch: {endpoints: [http://a, http://a]}",
+            "batch",
+            "endpoints: 'http://a' is given twice",
+            id="an endpoint twice",
+        ),
+        pytest.param(
+            "batch: {endpoints: http://a}", "batch.endpoints", "list", id="one endpoint, no list"
+        ),
+        pytest.param(
+            "batch: {discover: 'gateway:80'}",
+            "batch",
+            "discover: 'gateway:80' is not a base URL",
+            id="a gateway that is no URL",
+        ),
+        pytest.param(
+            "batch: {endpoints: [http://a], discover: http://b}",
+            "batch",
+            "endpoints: servers, or the gateway that has them (discover)",
+            id="endpoints and a gateway",
+        ),
         pytest.param("offline: {queue: 1}", "offline.queue", "unknown key", id="unknown key"),
         pytest.param("budget: {tokens: 1}", "budget", "unknown key", id="unknown section"),
         pytest.param("offline:", "offline", "not null", id="a section without keys"),

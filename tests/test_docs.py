@@ -36,6 +36,8 @@ def keys_of(struct: type[msgspec.Struct], prefix: str = "") -> Iterator[tuple[st
     for field in msgspec.structs.fields(struct):
         name = f"{prefix}{field.name}"
         default = field.default
+        if default is msgspec.NODEFAULT:
+            default = field.default_factory()
         if isinstance(default, msgspec.Struct):
             yield from keys_of(type(default), f"{name}.")
         else:
@@ -99,6 +101,8 @@ RANGES = {
     # Parsed by the section itself; tests/test_config.py has its edges.
     "`ms` above 0 or `x` of at least 1": lambda type_: type_ is str,
     "or null": lambda type_: type_ == str | None,
+    "text or null": lambda type_: type_ == str | None,
+    "in a list": lambda type_: type_ == list[str],
 }
 
 

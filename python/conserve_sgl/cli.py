@@ -527,11 +527,11 @@ def doctor(context: typer.Context, config: ConfigOption = None) -> None:
 
 
 def _check_endpoints(urls: list[str], option: str) -> None:
-    from conserve_sgl.client.endpoints import check_endpoint
+    from conserve_sgl.urls import check_base_url
 
     try:
         for url in urls:
-            check_endpoint(url)
+            check_base_url(url)
     except ValueError as e:
         raise typer.BadParameter(str(e), param_hint=option) from e
 

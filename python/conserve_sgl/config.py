@@ -17,6 +17,7 @@ from conserve_sgl.policy import OnlineReserve, SlackBudget
 from conserve_sgl.policy.budget import StepTimes
 from conserve_sgl.policy.slo import Factor, Seconds, Slo
 from conserve_sgl.strict_yaml import load_yaml
+from conserve_sgl.urls import check_base_url
 
 __all__ = [
     "CONFIG_ENV",
@@ -161,6 +162,9 @@ class BatchConfig(_Section):
         max_storage_bytes: size of all files; an upload beyond it is refused.
         max_deaths: a request that was in flight at so many deaths of the server has failed.
         start: `held` sends nothing of any batch until `conserve tune --batches run`.
+        endpoints: base URLs of the servers that the requests go to, this one among them if it is
+            to do its part; with neither these nor `discover` all go to this one.
+        discover: base URL of a gateway of SGLang whose workers are the endpoints, instead.
     """
 
     storage_dir: Folder | None = None
@@ -171,10 +175,30 @@ class BatchConfig(_Section):
     max_storage_bytes: Count = 20 << 30
     max_deaths: Count = 2
     start: Literal["run", "held"] = "run"
+    endpoints: list[str] = []
+    discover: str | None = None
 
     def __post_init__(self) -> None:
         if self.storage_dir is not None and self.storage_dir.startswith("~"):
             raise ValueError("storage_dir: ~ is not filled in here; write the whole path")
+        if self.endpoints and self.discover is not None:
+            raise ValueError(
+                "endpoints: servers, or the gateway that has them (discover): leave one of the two "
+                "out"
+            )
+        for url in self.endpoints:
+            _check_url("endpoints", url)
+            if self.endpoints.count(url) > 1:
+                raise ValueError(f"endpoints: {url!r} is given twice")
+        if self.discover is not None:
+            _check_url("discover", self.discover)
+
+
+def _check_url(key: str, url: str) -> None:
+    try:
+        check_base_url(url)
+    except ValueError as e:
+        raise ValueError(f"{key}: {e}") from e
 
 
 class StatusConfig(_Section):

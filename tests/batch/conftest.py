@@ -38,10 +38,11 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., FakeServer]]:
         api_key: str | None = None,
         clock: FakeClock | None = None,
         folder: Path = tmp_path / "storage",
+        port: int = 0,
         **config,
     ) -> FakeServer:
         batch_config = BatchConfig(storage_dir=str(folder), **config)
-        server = FakeServer(batch_config, api_key=api_key, clock=clock)
+        server = FakeServer(batch_config, api_key=api_key, clock=clock, port=port)
         servers.append(server)
         return server
 

@@ -51,7 +51,8 @@ class FakeEngine:
     """Answers every text in capitals, unless `script` has a fault for it.
 
     `always` is a fault for every request; the text `deadly` ends the process. While `gate` is not
-    set no request is answered; one whose client has gone ends with 400, as SGLang's do.
+    set no request is answered; one whose client has gone ends with 400, as SGLang's do. As a
+    gateway it has `workers`.
     """
 
     def __init__(self, api_key: str | None = None) -> None:
@@ -63,6 +64,7 @@ class FakeEngine:
         self.order: list[str] = []
         self.events: list[tuple[str, str]] = []
         self.deadly = ""
+        self.workers: list[str] = []
         self.loop: asyncio.AbstractEventLoop | None = None
         self.requests: list[tuple[str, dict[str, str], Any]] = []
         self.active = 0
@@ -84,6 +86,7 @@ class FakeEngine:
         app = FastAPI(lifespan=lifespan)
         for path in PATHS:
             app.add_api_route(path, self._answer, methods=["POST"])
+        app.add_api_route("/workers", self._workers)
 
         app.add_middleware(_KeyCheck, api_key=api_key)
         return app
@@ -114,6 +117,9 @@ class FakeEngine:
         self.answered[text] += 1
         self.on_answer(text)
         return JSONResponse(_completion(request.url.path, text))
+
+    async def _workers(self) -> Any:
+        return {"workers": [{"url": url, "is_healthy": True} for url in self.workers]}
 
     def _fault(self, fault: Fault) -> Response:
         if fault == "raise":
@@ -172,22 +178,29 @@ class FakeClock(Clock):
 
 
 class FakeServer:
-    """uvicorn in a thread, with an engine that is not there and batches that are."""
+    """uvicorn in a thread, with an engine that is not there and, with a `config`, batches that
+    are."""
 
     def __init__(
-        self, config: BatchConfig, *, api_key: str | None = None, clock: FakeClock | None = None
+        self,
+        config: BatchConfig | None,
+        *,
+        api_key: str | None = None,
+        clock: FakeClock | None = None,
+        port: int = 0,
     ) -> None:
         self.engine = FakeEngine(api_key)
         self.clock = clock or FakeClock()
         self.draining = threading.Event()
-        self.batches = BatchServer(
-            self.engine.app,
-            config,
-            api_key=api_key,
-            is_draining=self.draining.is_set,
-            clock=self.clock,
-        )
-        uvicorn_config = uvicorn.Config(self.engine.app, port=0, log_level="warning")
+        if config is not None:
+            self.batches = BatchServer(
+                self.engine.app,
+                config,
+                api_key=api_key,
+                is_draining=self.draining.is_set,
+                clock=self.clock,
+            )
+        uvicorn_config = uvicorn.Config(self.engine.app, port=port, log_level="warning")
         self._server = uvicorn.Server(uvicorn_config)
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
@@ -214,6 +227,11 @@ class FakeServer:
     def stop(self) -> None:
         self._server.should_exit = True
         self._thread.join()
+
+    def die(self) -> None:
+        """End at once; what is in flight gets no answer."""
+        self._server.force_exit = True
+        self.stop()
 
 
 def main(port: int, config: str, log: str) -> None:

@@ -10,13 +10,16 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import yaml
 
+from batch.fake_engine import FakeServer
 from batch.lines import CHAT, jsonl, request, requests
 from conserve_sgl.bench.systems.server import ManagedProcess, free_port
 
@@ -29,6 +32,8 @@ class Killable:
 
     def __init__(self, folder: Path, checkout: Path) -> None:
         self.folder = folder
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
         self.answered = folder / "answered.txt"
         self.answered.touch()
         # These kills are no line's fault, and may find the same one in flight several times.
@@ -38,7 +43,7 @@ class Killable:
         }
         self._process: ManagedProcess | None = None
 
-    def configure(self, **batch: int) -> None:
+    def configure(self, **batch: Any) -> None:
         batch |= {"storage_dir": str(self.folder / "storage"), "max_in_flight": 8}
         (self.folder / "conserve.yaml").write_text(yaml.safe_dump({"batch": batch}))
 
@@ -48,12 +53,11 @@ class Killable:
 
     def launch(self) -> None:
         """As `start`, but it may die before it answers."""
-        port = free_port()
-        argv = [sys.executable, str(ENGINE), str(port)]
+        argv = [sys.executable, str(ENGINE), str(self.port)]
         argv += [str(self.folder / "conserve.yaml"), str(self.answered)]
         self._process = ManagedProcess(argv, log_path=self.folder / "log", env=self._env)
         self._process.start()
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}/v1")
+        self.http = httpx.Client(base_url=f"{self.url}/v1")
 
     def kill(self) -> None:
         if self._process is not None:
@@ -114,20 +118,19 @@ def killable(tmp_path: Path, checkout: Path):
     server.kill()
 
 
-def test_killed_at_any_moment_it_loses_and_repeats_no_line(killable):
+def kill_three_times(killable: Killable, answers: Callable[[], Counter[str]]) -> list[dict]:
+    """A batch of LINES while the server is killed; the lines of its output."""
     rng = random.Random(7)
     killable.start()
     batch_id = killable.create(killable.upload(requests(LINES)))
-    kills = 0
     for _ in range(3):
-        aim = len(killable.answers()) + rng.randrange(LINES // 5)
+        aim = answers().total() + rng.randrange(LINES // 5)
         killable.until(
             lambda aim=aim: (
-                len(killable.answers()) >= aim or killable.batch(batch_id)["status"] == "completed"
+                answers().total() >= aim or killable.batch(batch_id)["status"] == "completed"
             )
         )
         killable.kill()
-        kills += 1
         killable.start()
 
     def completed():
@@ -141,12 +144,32 @@ def test_killed_at_any_moment_it_loses_and_repeats_no_line(killable):
     content = killable.http.get(f"/files/{batch['output_file_id']}/content").text
     lines = [json.loads(line) for line in content.splitlines()]
     assert sorted(line["custom_id"] for line in lines) == sorted(f"r{i}" for i in range(LINES))
-    for line in lines:
+    return lines
+
+
+def test_killed_at_any_moment_it_loses_and_repeats_no_line(killable):
+    for line in kill_three_times(killable, killable.answers):
         number = line["custom_id"].removeprefix("r")
         assert line["response"]["body"]["choices"][0]["text"] == f"WORD {number}"
     # What was in flight when it was killed was sent again, and nothing else was.
-    again = sum(killable.answers().values()) - LINES
-    assert 0 <= again <= 8 * kills
+    again = killable.answers().total() - LINES
+    assert 0 <= again <= 8 * 3
+
+
+def test_killed_at_any_moment_it_loses_and_repeats_no_line_of_those_at_others(killable):
+    others = [FakeServer(None) for _ in range(2)]
+    killable.configure(max_deaths=100, endpoints=[killable.url, *(o.url for o in others)])
+
+    def answers() -> Counter[str]:
+        return sum((other.engine.answered for other in others), killable.answers())
+
+    try:
+        kill_three_times(killable, answers)
+    finally:
+        for other in others:
+            other.stop()
+    assert 0 <= answers().total() - LINES <= 8 * 3
+    assert 0 < killable.answers().total() < answers().total()
 
 
 def test_a_line_that_ends_the_server_ends_two_of_them_and_no_more(killable):

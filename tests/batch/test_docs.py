@@ -32,11 +32,14 @@ def test_the_example_is_a_batch(page, tmp_path):
     assert read_plan(path, "/v1/chat/completions", Limits()).total == 2
 
 
-def test_the_configuration_is_one(page, tmp_path):
-    (example,) = blocks(page, "yaml")
+def test_the_configurations_are_some(page, tmp_path):
     path = tmp_path / "conserve.yaml"
-    path.write_text(example)
-    assert ConserveConfig.load(path).batch.storage_dir == "/var/lib/conserve"
+    for example, discover in zip(
+        blocks(page, "yaml"), (None, "http://conserve-gateway"), strict=True
+    ):
+        path.write_text(example)
+        batch = ConserveConfig.load(path).batch
+        assert (batch.storage_dir, batch.discover) == ("/var/lib/conserve", discover)
 
 
 def test_every_status_is_explained(page):

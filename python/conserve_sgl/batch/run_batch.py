@@ -18,43 +18,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from rich.console import Console
 
-from conserve_sgl.batch.answers import fault_of, usage_of
+from conserve_sgl.batch.answers import usage_of
+from conserve_sgl.batch.ask import OFFLINE_PRIORITY, ask, failure
 from conserve_sgl.batch.remote_files import STDIN, at_hand, is_url, local_copy, put, shown
 from conserve_sgl.batch.results import Results
-from conserve_sgl.batch.schema import (
-    BatchError,
-    ResultLine,
-    failed_line,
-    new_request_id,
-    result_line,
-)
+from conserve_sgl.batch.schema import BatchError, ResultLine
 from conserve_sgl.batch.validate import (
     InputRefused,
     Limits,
     Plan,
-    RequestLine,
     read_plan,
     read_request,
 )
 from conserve_sgl.client.bounds import MOST_INT32, MOST_S
 from conserve_sgl.client.clock import Clock
-from conserve_sgl.client.endpoints import check_endpoint
 from conserve_sgl.client.faults import Faults
-from conserve_sgl.client.http import BadReply, Client, LineFailed, NoSuchPath
+from conserve_sgl.client.http import Client, LineFailed, NoSuchPath
 from conserve_sgl.client.in_flight import send_all
 from conserve_sgl.client.interrupt import Interrupt
 from conserve_sgl.client.progress import INTERRUPTED, Meter, ProgressView
-from conserve_sgl.client.retry import Attempts, Retry
+from conserve_sgl.client.retry import Retry
 from conserve_sgl.errors import InputError, JobError
+from conserve_sgl.urls import check_base_url
 
 __all__ = ["RunBatch", "run_batch"]
 
-_BEGINNING_BYTES = 256
 _FIRST_BYTES = b'{"id":"batch_req_'
 # A file of one's own may be as large as one likes.
 _LIMITS = Limits(max_requests=sys.maxsize, max_embedding_inputs=sys.maxsize)
@@ -80,7 +72,7 @@ class RunBatch(msgspec.Struct, frozen=True, kw_only=True):
     endpoints: list[str]
     discover: str | None = None
     max_in_flight: int = 64
-    priority: int | None = -1
+    priority: int | None = OFFLINE_PRIORITY
     api_key: str | None = None
     request_timeout_s: float | None = None
     drain_s: float = 10.0
@@ -151,7 +143,7 @@ def _check(job: RunBatch) -> None:
         urls.append(("--discover", job.discover))
     for option, url in urls:
         try:
-            check_endpoint(url)
+            check_base_url(url)
         except ValueError as e:
             raise InputError(option, str(e)) from e
     timeout_s, priority = job.request_timeout_s, job.priority
@@ -302,26 +294,14 @@ class _Run:
     async def _answer(self, client: Client, source: int, where: tuple[int, int]) -> None:
         request = read_request(source, *where)
         try:
-            line = await self._ask(client, request)
+            line = await ask(client, request, priority=self._job.priority)
         except LineFailed as e:
             self._failed(request.custom_id, e)
         else:
             self._finished(line)
 
-    async def _ask(self, client: Client, request: RequestLine) -> ResultLine:
-        body = msgspec.json.decode(request.body) | {"service_tier": "flex"}
-        if self._job.priority is not None:
-            body["priority"] = self._job.priority
-        near = client.home(_beginning(body))
-        answer, _ = await client.post(request.url, body, _whole, Attempts(), near)
-        return result_line(request.custom_id, 200, answer, new_request_id())
-
     def _failed(self, custom_id: str, failed: LineFailed) -> None:
-        if failed.status is None or failed.body is None:
-            line = failed_line(custom_id, "request_failed", str(failed))
-        else:
-            line = result_line(custom_id, failed.status, failed.body, new_request_id())
-        self._results.add(line)
+        self._results.add(failure(custom_id, failed))
         self._meter.failed += 1
         self._faults.add(custom_id, failed.status, str(failed))
         if isinstance(failed, NoSuchPath) and self._plan.urls == {failed.path}:
@@ -331,17 +311,3 @@ class _Run:
         self._results.add(line)
         usage = usage_of(line.response.body)
         self._meter.count(usage.input_tokens, usage.output_tokens)
-
-
-def _beginning(body: dict[str, Any]) -> bytes:
-    """How the prompt begins: lines that begin alike should find each other's KV."""
-    prompt = next((body[key] for key in ("messages", "prompt", "input") if key in body), "")
-    if not isinstance(prompt, str | list):
-        return b""  # the server says what is wrong with it
-    return msgspec.json.encode(prompt[:_BEGINNING_BYTES])[:_BEGINNING_BYTES]
-
-
-def _whole(raw: bytes) -> bytes:
-    if fault := fault_of(raw):
-        raise BadReply(fault)
-    return raw

@@ -9,11 +9,9 @@ answered for `server_down_s` the run ends.
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from urllib.parse import urlsplit
 
 from conserve_sgl.client.clock import Clock, first_of
 from conserve_sgl.client.interrupt import Stopped
@@ -21,7 +19,7 @@ from conserve_sgl.client.retry import Retry, RetryRule
 from conserve_sgl.client.window import Window
 from conserve_sgl.errors import JobError
 
-__all__ = ["Endpoint", "Endpoints", "check_endpoint"]
+__all__ = ["Endpoint", "Endpoints"]
 
 _BEGIN = 8
 """Requests that one of several servers gets at first: what one takes is not known yet."""
@@ -33,7 +31,8 @@ the emptiest server."""
 
 @dataclass
 class Endpoint:
-    """One server, as this client sees it. `in_flight` includes requests that wait to be retried."""
+    """One server, as this client sees it. `in_flight` includes requests that wait to be retried;
+    `is_own` says whether it is this very process."""
 
     url: str
     window: Window
@@ -42,6 +41,7 @@ class Endpoint:
     benched_until_s: float = 0.0
     busy_until_s: float = 0.0
     identified: bool = False
+    is_own: bool = False
     paths: dict[str, bool] = field(default_factory=dict)  # whether they are there, once known
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -174,19 +174,3 @@ class Endpoints:
             endpoint.refusals += 1
             endpoint.benched_until_s = now_s + self._rule.pause_s(endpoint.refusals)
         return endpoint.benched_until_s - now_s
-
-
-def check_endpoint(url: str) -> None:
-    """Raise ValueError unless `url` is a server's base URL."""
-    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url) or not url.isprintable():
-        raise ValueError(f"{url!r} is not a base URL such as http://127.0.0.1:30000")
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-        host.encode("idna")
-    except ValueError as e:  # UnicodeError is one: a name that cannot be looked up
-        raise ValueError(f"{url!r} is not a URL: {e}") from e
-    if not host or port == 0:
-        raise ValueError(f"{url!r} has no {'port' if host else 'host'}")
-    if re.search(r"/(v1|generate)(/|$)", url):
-        raise ValueError(f"give {url!r} without /v1 or /generate; they are added")

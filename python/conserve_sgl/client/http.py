@@ -10,7 +10,8 @@ time that is left when the job has a deadline. What fails is one of:
 | 408, 500, 502, 504, connection lost | back off and retry, `max_attempts` times per line          |
 | connection refused, host not found  | bench the endpoint; the job ends when no endpoint answered |
 |                                     | for `server_down_s` (`endpoints.py`)                       |
-| 401                                 | the job ends: no other line would fare better              |
+| 401                                 | the job ends: no other line would fare better; where the   |
+|                                     | client is patient, bench the endpoint                      |
 | 404, 405 to a path that is not there| the line has failed with `NoSuchPath`                      |
 | any other status                    | the line has failed                                        |
 """
@@ -21,6 +22,7 @@ import asyncio
 import random
 import socket
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import aiohttp
@@ -34,9 +36,11 @@ from conserve_sgl.client.interrupt import pause
 from conserve_sgl.client.retry import Attempts, Passing, Retry, RetryRule
 from conserve_sgl.errors import JobError
 
-__all__ = ["BadReply", "Client", "LineFailed", "NoSuchPath", "Target"]
+__all__ = ["BadReply", "Client", "LineFailed", "NoSuchPath", "Sending", "Target"]
 
 T = TypeVar("T")
+Sending = Callable[[Endpoint], AbstractAsyncContextManager[None]]
+"""What a line is sent within, once it is known where it goes: called and entered anew each time."""
 
 CONNECT_TIMEOUT_S = 10.0
 IDLE_S = 2.0
@@ -126,6 +130,10 @@ class Client:
             and again after it was away; may raise JobError.
         note: called with one line about each wait, and None when something was answered.
         stopping: once set, waits end with `Stopped`; what is in flight goes on.
+        own_path: a path that only this very process answers, where the client is part of a server;
+            `Endpoint.is_own` says which endpoint did.
+        patient: raise no JobError. A gateway that is not there, or has no workers, is waited for,
+            and a server that wants another key is left alone like one that is not there.
     """
 
     def __init__(
@@ -140,6 +148,8 @@ class Client:
         stopping: asyncio.Event,
         clock: Clock,
         rng: random.Random,
+        own_path: str | None = None,
+        patient: bool = False,
     ) -> None:
         self._rule = RetryRule(target.retry, clock=clock, rng=rng)
         self._endpoints = Endpoints(
@@ -155,6 +165,8 @@ class Client:
         self._stopping = stopping
         self._clock = clock
         self._deadline_s = deadline_s
+        self._own_path = own_path
+        self._patient = patient
         self._gateway = target.discover
         self._follows: asyncio.Task[None] | None = None
         self._session = aiohttp.ClientSession(
@@ -174,10 +186,12 @@ class Client:
         return self._endpoints.all
 
     async def __aenter__(self) -> Client:
-        """Raises JobError where the gateway does not say who its workers are, or has none."""
+        """Raises JobError where the gateway does not say who its workers are, or has none, unless
+        the client is patient."""
         if self._gateway is not None:
             try:
-                await self._discover(self._gateway)
+                if not self._patient:
+                    await self._discover(self._gateway)
             except BaseException:
                 await self._session.close()
                 raise
@@ -199,11 +213,11 @@ class Client:
     async def _keep_up_with(self, gateway: str) -> None:
         """While the gateway is away, who was there last stays."""
         while True:
-            await self._clock.sleep(REDISCOVER_S)
             try:
                 await self._discover(gateway)
             except JobError as e:
                 self._note(str(e))
+            await self._clock.sleep(REDISCOVER_S)
 
     async def post(
         self,
@@ -212,6 +226,7 @@ class Client:
         read: Callable[[bytes], T],
         attempts: Attempts,
         near: Endpoint | None = None,
+        sending: Sending = nullcontext,
     ) -> tuple[T, Endpoint]:
         """The reply to the JSON `body`, and the endpoint that gave it.
 
@@ -220,6 +235,7 @@ class Client:
             read: decodes a reply with status 200; raises BadReply or a msgspec error.
             attempts: counts on, over all posts of one line.
             near: the endpoint to prefer, because its cache has the prefix.
+            sending: entered around every time that it is sent; may wait, and may raise.
 
         Raises:
             LineFailed: the line is refused, or was lost `max_attempts` times.
@@ -229,7 +245,7 @@ class Client:
         while True:
             endpoint = await self._endpoints.pick(near)
             try:
-                return await self._send(endpoint, path, body, read, attempts), endpoint
+                return await self._send(endpoint, path, body, read, attempts, sending), endpoint
             except _Fault as fault:
                 near = None
                 await self._recover(endpoint, attempts, fault)
@@ -269,14 +285,16 @@ class Client:
         body: dict[str, Any],
         read: Callable[[bytes], T],
         attempts: Attempts,
+        sending: Sending,
     ) -> T:
         if not endpoint.identified:
             async with endpoint.lock:
                 await self._identify(endpoint)
-        attempts.sent += 1
-        status, raw = await self._exchange(endpoint, "POST", path, body)
+        async with sending(endpoint):
+            attempts.sent += 1
+            status, raw = await self._exchange(endpoint, "POST", path, body)
         if status == _CLOSED:
-            raise _closed(endpoint, path, raw)
+            raise self._shut(endpoint, path, raw)
         if status in _NO_PATH and not await self._has_path(endpoint, path, status):
             reason = f"{endpoint.url} has no {path}: {_message(raw)}"
             raise NoSuchPath(status, reason, raw, path)
@@ -306,11 +324,19 @@ class Client:
             return
         status, raw = await self._exchange(endpoint, "GET", "/model_info", None)
         if status == _CLOSED:
-            raise _closed(endpoint, "/model_info", raw)
+            raise self._shut(endpoint, "/model_info", raw)
         reply = _decoded(raw)
         if status == 200 and isinstance(reply, dict) and reply.get("model_path"):
             self._identify_model(str(reply["model_path"]))
+        if self._own_path is not None:
+            status, _ = await self._exchange(endpoint, "GET", self._own_path, None)
+            endpoint.is_own = status == 200
         endpoint.identified = True  # a gateway without this route is asked no more
+
+    def _shut(self, endpoint: Endpoint, path: str, raw: bytes) -> Exception:
+        """What to raise where `endpoint` does not let us in."""
+        closed = _closed(endpoint, path, raw)
+        return _Fault(None, str(closed)) if self._patient else closed
 
     async def _exchange(
         self, endpoint: Endpoint, method: str, path: str, body: dict[str, Any] | None

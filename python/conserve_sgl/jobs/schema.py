@@ -16,9 +16,9 @@ from conserve_sgl.client.bounds import (
     Priority,
     Seconds,
 )
-from conserve_sgl.client.endpoints import check_endpoint
 from conserve_sgl.client.retry import Retry
 from conserve_sgl.jobs.template import TemplateFault, compile_expression, compile_template
+from conserve_sgl.urls import check_base_url
 
 __all__ = [
     "ExactMatch",
@@ -278,7 +278,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 def _check_url(key: str, url: str) -> None:
     try:
-        check_endpoint(url)
+        check_base_url(url)
     except ValueError as e:
         raise ValueError(f"{key}: {e}") from e
 

@@ -31,6 +31,7 @@ from conserve_sgl.batch.schema import (
 )
 from conserve_sgl.batch.server.batch_files import BatchFiles
 from conserve_sgl.batch.server.disk import Disk, Left
+from conserve_sgl.batch.server.fleet import Fleet
 from conserve_sgl.batch.server.open_batch import Ending, OpenBatch
 from conserve_sgl.batch.server.sender import Sender
 from conserve_sgl.batch.server.store import Store
@@ -89,6 +90,7 @@ class Lifecycle:
     Args:
         store: only this and the processor change batches in it.
         sender: sends the lines of those that are in progress.
+        fleet: where they go.
         leaving: once it is set, every batch is left in the state that it has.
     """
 
@@ -96,6 +98,7 @@ class Lifecycle:
         self,
         store: Store,
         sender: Sender,
+        fleet: Fleet,
         files: BatchFiles,
         disk: Disk,
         *,
@@ -104,6 +107,7 @@ class Lifecycle:
     ) -> None:
         self._store = store
         self._sender = sender
+        self._fleet = fleet
         self._disk = disk
         self._files = files
         self._leaving = leaving
@@ -163,7 +167,8 @@ class Lifecycle:
                 return
             try:
                 active.opened = opened
-                await self._settle(active, opened)
+                async with self._fleet.reached_from(opened):
+                    await self._settle(active, opened)
                 await self._disk.patiently(active.id, self._disk.run, opened.results.sync)
             finally:
                 await self._close_batch(active, opened)

@@ -9,6 +9,7 @@ from enum import Enum
 from conserve_sgl.batch.results import Results
 from conserve_sgl.batch.server.share import Claim
 from conserve_sgl.batch.validate import Plan
+from conserve_sgl.client.http import Client
 
 __all__ = ["Ending", "OpenBatch"]
 
@@ -31,6 +32,9 @@ class OpenBatch:
         deadline_s: when its window ends, Unix time.
         plan: the lines that are not done; those apart are sent alone.
         source: the input file's descriptor.
+
+    `client` is there while the lines go out to several servers; `ended` is set once nothing more is
+    sent, `abort` once what is in flight is given up, `settled` once nothing is.
     """
 
     def __init__(
@@ -41,6 +45,8 @@ class OpenBatch:
         self.results = results
         self.source = source
         self.writing = asyncio.Lock()
+        self.client: Client | None = None
+        self.ended = asyncio.Event()
         self.abort = asyncio.Event()
         self.settled = asyncio.Event()
         self.ending: Ending | None = None
@@ -79,6 +85,7 @@ class OpenBatch:
     def end(self, ending: Ending) -> None:
         """Send nothing more. The first reason stands."""
         self.ending = self.ending or ending
+        self.ended.set()
         self._look()
 
     def break_off(self, fault: Exception) -> None:

@@ -16,10 +16,11 @@ from conserve_sgl.batch.schema import Batch, BatchRecord
 from conserve_sgl.batch.server.batch_files import BatchFiles
 from conserve_sgl.batch.server.disk import Disk, Left
 from conserve_sgl.batch.server.dispatch import Application
+from conserve_sgl.batch.server.fleet import Fleet
 from conserve_sgl.batch.server.lifecycle import DRAIN_S, ActiveBatch, Lifecycle
 from conserve_sgl.batch.server.marks import Marks
 from conserve_sgl.batch.server.open_batch import Ending
-from conserve_sgl.batch.server.sender import Sender
+from conserve_sgl.batch.server.sender import RETRY, Sender
 from conserve_sgl.batch.server.store import Store
 from conserve_sgl.client.clock import Clock
 from conserve_sgl.client.headers import key_header
@@ -74,6 +75,7 @@ class BatchProcessor:
         self._disk = Disk(self._leaving, self._clock)
         self._files = BatchFiles(store, config)
         self._marks = Marks(store)
+        rng = random.Random(seed)
         self._sender = Sender(
             app,
             key_header(api_key),
@@ -81,11 +83,12 @@ class BatchProcessor:
             marks=self._marks,
             disk=self._disk,
             clock=self._clock,
-            rng=random.Random(seed),
+            rng=rng,
         )
         self._lifecycle = Lifecycle(
             store,
             self._sender,
+            Fleet(config, RETRY, api_key=api_key, clock=self._clock, rng=rng),
             self._files,
             self._disk,
             leaving=self._leaving,

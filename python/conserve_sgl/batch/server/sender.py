@@ -1,5 +1,8 @@
 """Sends the lines of the open batches, so many at a time, and stores what comes back.
 
+A line goes to this server's own application, or where the batch has a client, to the servers of
+that. Only what this process has in hand is marked: another one's death is not the batch's.
+
 `max_in_flight` slots serve all batches, and `share.next_batch` says whose turn it is. A line keeps
 its slot until its result is on disk: while the server's queue is full (429) or the disk is, lines
 wait in their slots and nothing more is sent.
@@ -14,8 +17,12 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
 
 from conserve_sgl.batch.answers import fault_of
+from conserve_sgl.batch.ask import ask, failure
 from conserve_sgl.batch.schema import ResultLine, failed_line, new_request_id, result_line
 from conserve_sgl.batch.server.disk import Disk, Left
 from conserve_sgl.batch.server.dispatch import Aborted, Application, Reply, post
@@ -24,13 +31,17 @@ from conserve_sgl.batch.server.open_batch import OpenBatch
 from conserve_sgl.batch.server.share import next_batch
 from conserve_sgl.batch.server.store import Line
 from conserve_sgl.batch.validate import RequestLine, read_request
+from conserve_sgl.client.bounds import MOST_S
 from conserve_sgl.client.clock import Clock, first_of
+from conserve_sgl.client.endpoints import Endpoint
 from conserve_sgl.client.headers import deadline_header, offline_headers
+from conserve_sgl.client.http import Client, LineFailed
+from conserve_sgl.client.interrupt import Stopped
 from conserve_sgl.client.retry import Attempts, Passing, Retry, RetryRule
 
-__all__ = ["Sender"]
+__all__ = ["RETRY", "Sender"]
 
-RETRY = Retry(max_attempts=3)
+RETRY = Retry(max_attempts=3, server_down_s=MOST_S)
 """A window bounds how long a busy server is waited for; nobody sets the rest."""
 _RATE_WINDOW_S = 60.0
 
@@ -61,7 +72,8 @@ class Sender:
         self._slots = asyncio.Semaphore(max_in_flight)
         self._marks = marks
         self._disk = disk
-        self._is_held = False
+        self._released = asyncio.Event()
+        self._released.set()
         self._alone: asyncio.Task[None] | None = None
         self._clock = clock
         self._rule = RetryRule(RETRY, clock=clock, rng=rng)
@@ -81,7 +93,10 @@ class Sender:
 
     def hold(self, held: bool) -> None:
         """Send nothing more while held; what is in flight goes on."""
-        self._is_held = held
+        if held:
+            self._released.clear()
+        else:
+            self._released.set()
         self._wake.set()
 
     async def feed(self) -> None:
@@ -90,7 +105,7 @@ class Sender:
             await self._slots.acquire()
             batch = await self._turn()
             is_alone = batch.sends_alone
-            task = asyncio.create_task(self._line(batch, *batch.take()))
+            task = asyncio.create_task(self._line(batch, *batch.take(), alone=is_alone))
             self._alone = task if is_alone else None
             self._tasks.add(task)
             task.add_done_callback(self._done)
@@ -112,7 +127,7 @@ class Sender:
 
     def _ready(self) -> list[OpenBatch]:
         """The batches that may send now."""
-        if self._is_held or (self._alone in self._tasks):
+        if not self._released.is_set() or (self._alone in self._tasks):
             return []
         ready = [batch for batch in self._batches.values() if batch.can_send]
         alone = [batch for batch in ready if batch.sends_alone]
@@ -120,12 +135,16 @@ class Sender:
             return [] if self._tasks else alone
         return ready
 
-    async def _line(self, batch: OpenBatch, offset: int, length: int) -> None:
+    async def _line(self, batch: OpenBatch, offset: int, length: int, *, alone: bool) -> None:
         try:
             request = await self._disk.run(read_request, batch.source, offset, length)
-            await self._write(batch, await self._ask(batch, request))
+            if batch.client is None or alone:  # what may end a server ends no other one
+                line = await self._ask(batch, request)
+            else:
+                line = await self._ask_fleet(batch, batch.client, request)
+            await self._write(batch, line)
             self._finished.append(self._clock.monotonic_s())
-        except (Aborted, Left):
+        except (Aborted, Left, Stopped):
             pass
         except Exception as e:
             batch.break_off(e)
@@ -155,10 +174,43 @@ class Sender:
     async def _post(self, batch: OpenBatch, request: RequestLine) -> Reply:
         headers = self._headers | offline_headers(batch.batch_id)
         headers |= deadline_header(batch.deadline_s - self._clock.wall_s())
-        line = Line(batch.batch_id, request.custom_id)
-        await self._disk.patiently(f"{batch.batch_id}: a line", self._marks.begin, line)
-        try:
+        async with self._marked(Line(batch.batch_id, request.custom_id)):
             return await post(self._app, request.url, headers, bytes(request.body), batch.abort)
+
+    async def _ask_fleet(
+        self, batch: OpenBatch, client: Client, request: RequestLine
+    ) -> ResultLine:
+        sending = partial(self._sending, batch, Line(batch.batch_id, request.custom_id))
+        asking = asyncio.create_task(ask(client, request, sending=sending))
+        await first_of(asking, batch.abort.wait())
+        await asyncio.wait((asking,))
+        if asking.cancelled():
+            raise Aborted
+        try:
+            return asking.result()
+        except LineFailed as e:
+            return failure(request.custom_id, e)
+
+    @asynccontextmanager
+    async def _sending(
+        self, batch: OpenBatch, line: Line, endpoint: Endpoint
+    ) -> AsyncIterator[None]:
+        """What a line is sent within that is going to `endpoint`."""
+        if not self._released.is_set():
+            await first_of(self._released.wait(), batch.ended.wait())
+        if batch.ended.is_set():
+            raise Stopped
+        if not endpoint.is_own:
+            yield
+            return
+        async with self._marked(line):
+            yield
+
+    @asynccontextmanager
+    async def _marked(self, line: Line) -> AsyncIterator[None]:
+        try:
+            await self._disk.patiently(f"{line.batch_id}: a line", self._marks.begin, line)
+            yield
         finally:
             self._marks.end(line)
 
