@@ -54,7 +54,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
 
         Args:
             model: the class that SGLang serves the model by.
-            args: SGLang's ServerArgs, resolved.
+            args: SGLang's ServerArgs.
             has_windows: SGLang's `is_hybrid_swa` of the model.
             drops_windows: `SGLANG_OPT_RELEASE_PREFILL_SWA` is set.
         """
