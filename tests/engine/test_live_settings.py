@@ -11,7 +11,8 @@ from conserve_sgl.settings import OfflineWork
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # SGLang warns about absent GPU kernels while it is imported
-    from conserve_sgl.engine.host import SetInternalStateReq, SetInternalStateReqOutput
+    from conserve_sgl.engine.capabilities import Capabilities, Capability
+from conserve_sgl.engine.host import SetInternalStateReq, SetInternalStateReqOutput
     from conserve_sgl.engine.live_settings import LiveSettings
 
 
@@ -29,7 +30,8 @@ class Sglang:
 
 @pytest.fixture
 def live() -> LiveSettings:
-    return LiveSettings(ConserveConfig())
+    config, nothing = ConserveConfig(), Capability("", False, "", "")
+    return LiveSettings(config, Capabilities(nothing, nothing, nothing, nothing))
 
 
 @pytest.fixture

@@ -319,7 +319,7 @@ async def test_our_layer_is_the_outermost_and_set_up_from_the_configuration():
 async def test_the_page_is_there_where_the_configuration_has_it(enabled, status):
     app = Starlette()
     config = ConserveConfig(status=StatusConfig(enabled=enabled))
-    Ingress(config, is_health_check).before_run_http_server(app)
+    Ingress(config, is_health_check).wrap(app)
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://engine") as http:
         for path in ("/conserve", "/offline/conserve", "/conserve/page.js"):

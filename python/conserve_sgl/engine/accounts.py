@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from conserve_sgl.checkpoint.checkpointer import Checkpointer
     from conserve_sgl.engine.admission import Admission
     from conserve_sgl.engine.aside import Aside
-    from conserve_sgl.engine.capabilities import Capabilities
     from conserve_sgl.engine.host import Req, ScheduleBatch
     from conserve_sgl.engine.intake import Intake
     from conserve_sgl.engine.live_settings import LiveSettings
@@ -46,7 +45,6 @@ class Accounts:
         checkpoints: of offline requests.
         aside: what SGLang does not know of.
         spare: tells what offline work would be taken.
-        capabilities: of the server.
         exporter: writes the state to `/metrics`, or None.
         is_offline: tells an offline request.
         admission: what the offline prompts that were tried last were short of.
@@ -70,7 +68,6 @@ class Accounts:
         checkpoints: Checkpointer,
         aside: Aside,
         spare: SpareCapacity,
-        capabilities: Capabilities,
         exporter: Exporter | None,
         is_offline: Callable[[Req], bool],
         admission: Admission,
@@ -84,7 +81,7 @@ class Accounts:
         self._checkpoints = checkpoints
         self._aside = aside
         self._spare = spare
-        self._capabilities = [asdict(capability) for capability in capabilities.all]
+        self._capabilities = [asdict(each) for each in live.capabilities.all]
         self._exporter = exporter
         self._is_offline = is_offline
         self._admission = admission

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from conserve_sgl.config import ConserveConfig, SloConfig
+from conserve_sgl.engine.capabilities import Capabilities
 from conserve_sgl.engine.host import SetInternalStateReq, SetInternalStateReqOutput
 from conserve_sgl.errors import SettingError
 from conserve_sgl.settings import Settings, is_setting
@@ -22,15 +23,16 @@ class LiveSettings:
 
     Args:
         config: what the server starts with.
+        capabilities: what it has of its model and flags.
 
     Attributes:
-        config: stays what it was.
+        config: stays what it was, as do the `capabilities`.
         now: the settings of now.
         slo: their objectives, as the policy takes them.
     """
 
-    def __init__(self, config: ConserveConfig) -> None:
-        self.config = config
+    def __init__(self, config: ConserveConfig, capabilities: Capabilities) -> None:
+        self.config, self.capabilities = config, capabilities
         self.now = Settings(config.slo, batches_held=config.batch.start == "held")
         self.slo = config.slo.objectives()
         self._aim: list[Callable[[SloConfig], None]] = []

@@ -282,7 +282,7 @@ class Observer:
         mode = None if batch is None else batch.forward_mode
         self._rows_decoded = mode is None or mode.is_mixed() or not mode.is_extend()
 
-    def note_result(self, batch: ScheduleBatch, drafts: Sequence[int] | None) -> None:
+    def note_result(self, batch: ScheduleBatch, drafts: Sequence[int] | None = None) -> None:
         """The result of `batch` was handled: tell the policy what online requests got that end.
 
         Args:

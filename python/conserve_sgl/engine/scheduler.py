@@ -162,7 +162,6 @@ class ConserveScheduler(Scheduler):
             checkpoints=self._checkpoints,
             aside=self._aside,
             spare=SpareCapacity(ledger, sender),
-            capabilities=self._capabilities,
             exporter=Exporter(self.metrics_collector.labels) if exports else None,
             is_offline=self.is_offline,
             admission=self._admission,
@@ -196,33 +195,33 @@ class ConserveScheduler(Scheduler):
         config = ConserveConfig.from_environment() or ConserveConfig()
         drops_windows = envs.SGLANG_OPT_RELEASE_PREFILL_SWA.get()
         host = Host.of_scheduler(self, drops_windows=drops_windows)
-        self._capabilities = decide(host, config)
+        capabilities = decide(host, config)
         if self.tp_group.is_first_rank:
-            logger.info("conserve: %s", self._capabilities.table)
-        self._live = LiveSettings(config)
+            logger.info("conserve: %s", capabilities.table)
+        self._live = LiveSettings(config, capabilities)
         self._rule = PriorityRule.of(get_schedule())
         self._plan = _NO_PLAN
         queue: OfflineQueue[Req] = OfflineQueue(
             config.offline.queue_requests, no_deadline_share=config.offline.no_deadline_share
         )
         ledger = OfflineLedger(queue, self.is_offline)
-        self._slices = LayerSlices(
+        slices = LayerSlices(
             self.tp_worker.model_runner,
             config,
-            enabled=self._capabilities.slices.on,
+            enabled=capabilities.slices.on,
             is_offline=self.is_offline,
             layer_s=lambda batch: self._learning.layer_s(batch),
             inbox=self._inbox,
             agree=partial(int_of_rank_zero, self.tp_group),
             load_counter=self.tp_worker.hicache_layer_transfer_counter,
         )
-        self._live.on_change(self._slices.aim_at)
-        self._aside = Aside(self._slices, self.is_offline, ledger.counts)
+        self._live.on_change(slices.aim_at)
+        self._aside = Aside(slices, self.is_offline, ledger.counts)
         self._checkpoints = Checkpointer(
             self.tree_cache,
             config.checkpoint,
-            enabled=self._capabilities.checkpoints.on,
-            copies=self._capabilities.host_copies.on,
+            enabled=capabilities.checkpoints.on,
+            copies=capabilities.host_copies.on,
             max_total_tokens=self.max_total_num_tokens,
             token_bytes=kv_token_bytes(self.token_to_kv_pool_allocator.get_kvcache()),
             is_offline=self.is_offline,
@@ -354,18 +353,18 @@ class ConserveScheduler(Scheduler):
     ) -> bool:
         # Slices keep the event loop for as long as they run: what the last batch gave leaves first.
         something_leaves = batch is not None and bool(self.result_queue)
-        if something_leaves and self._slices.accepts(batch, fresh=self._plan.in_slices):
+        if something_leaves and self._aside.slices.accepts(batch, fresh=self._plan.in_slices):
             return True
         return super().is_disable_overlap_for_batch(batch, last_batch)
 
     def run_batch(self, batch: ScheduleBatch, pp_proxy_tensors: Any = None) -> Any:
-        if not self._slices.accepts(batch, fresh=self._plan.in_slices):
+        if not self._aside.slices.accepts(batch, fresh=self._plan.in_slices):
             result = super().run_batch(batch, pp_proxy_tensors)
             self._learning.launched()
             return result
         return run_in_slices(
             self,
-            self._slices,
+            self._aside.slices,
             batch,
             partial(super().run_batch, batch, pp_proxy_tensors),
             granted_s=self._plan.offline_slice_s,
@@ -377,7 +376,7 @@ class ConserveScheduler(Scheduler):
             self.maybe_send_health_check_signal()
             self._learning.finished()
             return
-        self._slices.note_result(batch)
+        self._aside.slices.note_result(batch)
         super().process_batch_result(batch, result)
         drafts = result.num_correct_drafts_per_req_cpu if batch.forward_mode.is_decode() else None
         self._observer.note_result(batch, drafts)
@@ -389,7 +388,7 @@ class ConserveScheduler(Scheduler):
     # ------------------------------------- everything else that looks at requests
 
     def _collect_inflight_batches(self) -> list[ScheduleBatch | None]:
-        return [*super()._collect_inflight_batches(), self._slices.suspended]
+        return [*super()._collect_inflight_batches(), self._aside.slices.suspended]
 
     def abort_request(self, recv_req: AbortReq) -> None:
         rid = None if recv_req.abort_all else recv_req.rid
