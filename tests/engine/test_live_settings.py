@@ -12,7 +12,7 @@ from conserve_sgl.settings import OfflineWork
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # SGLang warns about absent GPU kernels while it is imported
     from conserve_sgl.engine.capabilities import Capabilities, Capability
-from conserve_sgl.engine.host import SetInternalStateReq, SetInternalStateReqOutput
+    from conserve_sgl.engine.host import SetInternalStateReq, SetInternalStateReqOutput
     from conserve_sgl.engine.live_settings import LiveSettings
 
 

@@ -28,6 +28,7 @@ OTHER = {
     "overlap": False,
     "sglang": "0.5.24",
     "lora_backend": "csgmv",
+    "drafts": "NGRAM 5",
 }
 PROFILE = Profile(
     identity=IDENTITY,
@@ -60,8 +61,9 @@ def test_an_engine_that_differs_in_anything_has_no_profile(store, field):
     assert store.load(other) is None
 
 
-def test_a_profile_of_before_there_were_adapters_is_one_without(store):
-    before = {f: getattr(IDENTITY, f) for f in IDENTITY.__struct_fields__ if f != "lora_backend"}
+def test_a_profile_of_before_there_were_adapters_and_drafts_is_one_without(store):
+    new = {"lora_backend", "drafts"}
+    before = {f: getattr(IDENTITY, f) for f in IDENTITY.__struct_fields__ if f not in new}
     assert msgspec.json.decode(msgspec.json.encode(IDENTITY)) == before
     store.save(PROFILE)
     assert store.load(IDENTITY) == PROFILE
