@@ -49,6 +49,17 @@ def test_a_model_that_is_there(model):
     assert found["model"].detail == f"{model}: LlamaForCausalLM"
 
 
+def test_batches_want_one_tokenizer_worker(model, tmp_path):
+    config = tmp_path / "conserve.yaml"
+    config.write_text(f"batch: {{storage_dir: {tmp_path}/batches}}\n")
+    flags = ["--model-path", str(model), "--tokenizer-worker-num"]
+    bad = [f for f in doctor._flags([*flags, "2"], config) if f.level is Level.BAD]
+    assert [f.what for f in bad] == ["flags"]
+    assert bad[0].detail.startswith("batch.storage_dir needs --tokenizer-worker-num=1")
+    for finding in (*doctor._flags([*flags, "1"], config), *doctor._flags([*flags, "2"])):
+        assert finding.level is not Level.BAD
+
+
 def test_a_model_that_can_be_split_is_sliced(model):
     assert findings("--model-path", str(model))["slices"].level is Level.OK
 

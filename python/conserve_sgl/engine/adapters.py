@@ -85,7 +85,7 @@ class Adapters:
         if not self._host.enable_lora:
             return lambda _: True
         staying = self._staying(running)
-        held = staying | self._asked_for() | self._of(self._aside.reqs) | self._of(running.reqs)
+        held = staying | self._asked_for() | _of(self._aside.reqs) | _of(running.reqs)
 
         def fits(adapter: str) -> bool:
             if (adapter or None) not in staying and not self._fit(held | {adapter or None}):
@@ -105,11 +105,11 @@ class Adapters:
         """Of requests that hold a row and keep it."""
         chunk = self._host.chunked_req
         reqs = [req for req in running.reqs if not self._may_give_way(req)]
-        return self._of(reqs if chunk is None else [*reqs, chunk])
+        return _of(reqs if chunk is None else [*reqs, chunk])
 
     def _asked_for(self) -> set[Adapter]:
         """Of online requests that wait."""
-        return self._of(self._host.waiting_queue)
+        return _of(self._host.waiting_queue)
 
     def _kept(
         self, offline: Iterable[Req], wanted: set[Adapter], staying: set[Adapter]
@@ -121,11 +121,12 @@ class Adapters:
                 kept.add(adapter)
         return kept
 
-    def _of(self, reqs: Iterable[Req]) -> set[Adapter]:
-        return {req.lora_id for req in reqs}
-
     def _fit(self, adapters: set[Adapter]) -> bool:
         return self._host.tp_worker.model_runner.lora_manager.validate_lora_batch(adapters)
+
+
+def _of(reqs: Iterable[Req]) -> set[Adapter]:
+    return {req.lora_id for req in reqs}
 
 
 class OnlineDrainer:

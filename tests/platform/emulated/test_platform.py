@@ -30,6 +30,8 @@ def _resolved(**given: Any) -> SimpleNamespace:
         "mem_fraction_static": None,
         "chunked_prefill_size": None,
         "enable_hierarchical_cache": False,
+        "enable_lora": None,
+        "lora_paths": None,
         "cuda_graph_config": CudaGraphConfig(
             decode=PhaseConfig(backend=Backend.FULL), prefill=PhaseConfig(backend=Backend.FULL)
         ),
@@ -63,6 +65,7 @@ def test_chunks_are_a_gpu_s_unless_given() -> None:
         ("tp_size", "tensor-parallel-size", 2),
         ("kv_cache_dtype", "kv-cache-dtype", "fp8_e5m2"),
         ("page_size", "page-size", 16),
+        ("enable_lora", "enable-lora", True),
     ],
 )
 def test_a_flag_that_cannot_work_is_refused_by_name(flag: str, name: str, value: Any) -> None:

@@ -256,8 +256,11 @@ def _arrival_channel() -> Iterator[tuple[ArrivalSender, ArrivalInbox]]:
 
     with tempfile.TemporaryDirectory() as folder:
         endpoint = f"ipc://{Path(folder) / 'arrivals'}"
-        sender, inbox = ArrivalSender(endpoint), ArrivalInbox(endpoint)
+        inbox, sender = ArrivalInbox(endpoint), ArrivalSender(endpoint)
         try:
+            while not inbox.received:  # it drops until the two are connected
+                _announce(sender, inbox, 1)
+                inbox.poll()
             yield sender, inbox
         finally:
             sender.close()
