@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from conserve_sgl.platform import drafts
 from conserve_sgl.platform.drafts import NgramTable, NgramWorker, draft_slots
@@ -74,3 +79,100 @@ def test_what_the_last_step_gave_counts_once() -> None:
         spec_info=given_last,
     )
     assert worker._in_flight(batch) == [[7, 8], []]
+
+
+class FakeModel:
+    """What follows a token is a function of it; logits are asked for at every place."""
+
+    VOCABULARY = 11
+
+    def __init__(self) -> None:
+        self.model_runner = SimpleNamespace(sampler=self._sample)
+
+    @classmethod
+    def after(cls, token: int) -> int:
+        return (3 * token + 4) % cls.VOCABULARY
+
+    def forward_batch_generation(self, batch: Any, *, is_verify: bool) -> GenerationBatchResult:
+        assert is_verify
+        assert batch.forward_mode is ForwardMode.TARGET_VERIFY
+        best = torch.tensor([self.after(token) for token in batch.input_ids.tolist()])
+        logits = torch.nn.functional.one_hot(best, self.VOCABULARY).float()
+        return GenerationBatchResult(logits_output=SimpleNamespace(next_token_logits=logits))
+
+    @staticmethod
+    def _sample(output: Any, *_known: Any) -> torch.Tensor:
+        return output.next_token_logits.argmax(-1)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_whatever_is_drafted_the_tokens_are_the_model_s(overlap: bool) -> None:
+    """Two rows over some steps; with overlap each is told what a step gave a step later."""
+    worker = object.__new__(NgramWorker)
+    worker._width = worker.speculative_num_draft_tokens = 4
+    worker._table, worker._known = NgramTable(1000), set()
+    worker._target_worker = FakeModel()
+    reqs = [FakeReq("a", [1, 2, 3]), FakeReq("b", [9])]
+    table = torch.arange(2 * 64).view(2, 64)
+    info = SimpleNamespace(apply_logits_bias=lambda _logits: None)
+    # The first token of each comes of its prefill.
+    given = [[FakeModel.after(req.origin_input_ids[-1])] for req in reqs]
+    lengths = torch.tensor([len(req.origin_input_ids) for req in reqs])
+    most = 0
+    for _ in range(12):
+        told = given
+        if not overlap:
+            tell(reqs, told)
+        flat = [token for tokens in told for token in [*tokens, 0, 0, 0][:4]]
+        batch = SimpleNamespace(
+            reqs=reqs,
+            seq_lens=lengths,
+            forward_mode=ForwardMode.DECODE,
+            req_pool_indices=torch.tensor([1, 0]),
+            req_to_token_pool=SimpleNamespace(req_to_token=table),
+            spec_info=SimpleNamespace(
+                accept_tokens=torch.tensor(flat),
+                accept_lens=torch.tensor([len(tokens) for tokens in told]),
+            ),
+            return_logprob=False,
+            has_grammar=False,
+            sampling_info=info,
+        )
+        published = []
+        with mock.patch.object(drafts, "_for_each_place", lambda info, _width: info):
+            result = worker.forward_batch_generation(batch, published.append)
+        if overlap:
+            tell(reqs, told)
+        counts = result.accept_lens.tolist()
+        rows = result.next_token_ids.view(2, 4).tolist()
+        given = [tokens[:count] for tokens, count in zip(rows, counts, strict=True)]
+        assert batch.out_cache_loc.tolist() == [
+            64 * row + start + i
+            for row, start in zip((1, 0), lengths.tolist(), strict=True)
+            for i in range(4)
+        ]
+        lengths = lengths + result.accept_lens
+        assert published[0].tolist() == lengths.tolist()
+        most = max(most, *counts)
+    tell(reqs, given)
+    for req in reqs:
+        text = [*req.origin_input_ids, *req.output_ids]
+        start = len(req.origin_input_ids)
+        assert text[start:] == [FakeModel.after(token) for token in text[start - 1 : -1]]
+    assert most == 4  # what repeats is drafted right
+
+
+class FakeReq:
+    def __init__(self, rid: str, prompt: list[int]) -> None:
+        self.rid = rid
+        self.origin_input_ids = prompt
+        self.output_ids: list[int] = []
+
+    @property
+    def seqlen(self) -> int:
+        return len(self.origin_input_ids) + len(self.output_ids)
+
+
+def tell(reqs: list[FakeReq], given: list[list[int]]) -> None:
+    for req, tokens in zip(reqs, given, strict=True):
+        req.output_ids += tokens

@@ -66,6 +66,7 @@ def test_chunks_are_a_gpu_s_unless_given() -> None:
         ("kv_cache_dtype", "kv-cache-dtype", "fp8_e5m2"),
         ("page_size", "page-size", 16),
         ("enable_lora", "enable-lora", True),
+        ("speculative_algorithm", "speculative-algorithm", "NGRAM"),
     ],
 )
 def test_a_flag_that_cannot_work_is_refused_by_name(flag: str, name: str, value: Any) -> None:
