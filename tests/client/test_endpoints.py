@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from heapq import heappop, heappush
+from itertools import count
 
 import pytest
 
@@ -188,3 +192,117 @@ async def test_a_home_that_has_too_much_to_do_is_none():
 
 def test_a_server_alone_is_nobodys_home():
     assert Fleet(A).endpoints.home(b"task") is None
+
+
+# ---------------------------------------------------------------- what is on its way
+
+
+def test_what_a_server_had_not_seen_when_it_said_what_it_takes_is_taken_off():
+    fleet = Fleet(A)
+    for second in range(4):
+        fleet.clock.now_s = 1000.0 + second
+        fleet.endpoints.sent(fleet[A])
+    assert fleet[A].spare_beside(10, 1001.5) == 8  # of 1002 and 1003
+    assert fleet[A].spare_beside(1, 1001.5) == 0
+    assert fleet[A].spare_beside(10, 1003.0) == 10
+    assert fleet[A].spare_beside(10, 1002.9) is None  # it has said something since
+
+
+async def test_a_server_that_came_back_has_seen_nothing_of_what_was_sent_before():
+    fleet = Fleet(A)
+    fleet.endpoints.sent(fleet[A])
+    fleet[A].spare_beside(5, 2000.0)
+    fleet[A].forget()
+    assert fleet[A].spare_beside(5, 1000.5) == 5
+
+
+class Wire:
+    """One server with `takes` places and `rows`, a client, and the way between them, on one clock.
+
+    Args:
+        way_s: from one to the other, each way.
+        tells: whether the server says how long it had a request when it says what it would take.
+    """
+
+    TAKES, ROWS, LINES = 36, 32, 4000
+
+    def __init__(self, way_s: float, *, tells: bool) -> None:
+        self.fleet = Fleet(A, B)
+        self.server = self.fleet[A]
+        self.way_s, self.tells = way_s, tells
+        self.refused = self.answered = self.in_hand = self.running = 0
+        self.busy_s = 0.0
+        self.waiting: list[tuple[float, float]] = []
+        self.events: list[tuple[float, int, Callable[[], None]]] = []
+        self.numbers = count()
+        self.rng = random.Random(0)
+
+    def run(self) -> None:
+        self.client_sends()
+        while self.answered < self.LINES:
+            self.fleet.clock.now_s, _, happens = heappop(self.events)
+            happens()
+            self.client_sends()
+
+    def after(self, seconds: float, happens: Callable[[], None]) -> None:
+        when_s = self.fleet.clock.now_s + seconds
+        heappush(self.events, (when_s, next(self.numbers), happens))
+
+    def client_sends(self) -> None:
+        now_s = self.fleet.clock.now_s
+        while self.server.takes_more(now_s):
+            self.server.in_flight += 1
+            self.after(self.way_s, partial(self.arrives, self.fleet.endpoints.sent(self.server)))
+
+    def arrives(self, sent_s: float) -> None:
+        if self.in_hand == self.TAKES:
+            self.after(self.way_s, self.comes_back)
+            return
+        self.in_hand += 1
+        self.waiting.append((sent_s, self.fleet.clock.now_s))
+        self.start()
+
+    def start(self) -> None:
+        while self.waiting and self.running < self.ROWS:
+            self.running += 1
+            took_s = self.rng.uniform(0.03, 0.07)
+            self.busy_s += took_s
+            self.after(took_s, partial(self.ends, *self.waiting.pop(0)))
+
+    def ends(self, sent_s: float, came_s: float) -> None:
+        self.running -= 1
+        self.in_hand -= 1
+        said_s = sent_s + self.fleet.clock.now_s - came_s if self.tells else None
+        spare = self.TAKES - self.in_hand
+        self.after(self.way_s, partial(self.is_answered, spare, said_s))
+        self.start()
+
+    def is_answered(self, spare: int, said_s: float | None) -> None:
+        self.answered += 1
+        self.fleet.endpoints.served(self.server, spare, said_s)
+        self.fleet.endpoints.leave(self.server)
+
+    def comes_back(self) -> None:
+        self.refused += 1
+        self.fleet.endpoints.refused(self.server, 0.5)
+        self.fleet.endpoints.leave(self.server)
+        self.after(0.5, lambda: None)
+
+    @property
+    def refused_share(self) -> float:
+        return self.refused / (self.refused + self.answered)
+
+    @property
+    def rows_busy(self) -> float:
+        return self.busy_s / self.ROWS / (self.fleet.clock.now_s - 1000.0)
+
+
+@pytest.mark.parametrize("way_s", [0.0005, 0.005, 0.02])
+def test_what_is_on_its_way_is_not_counted_twice(way_s):
+    wire, twice = Wire(way_s, tells=True), Wire(way_s, tells=False)
+    wire.run()
+    twice.run()
+    assert wire.refused_share < 0.01
+    assert twice.refused_share > 0.1
+    reach_s = 0.05 + 2 * way_s  # of one place, from one line to the next
+    assert wire.rows_busy > 0.95 * min(1.0, Wire.TAKES * 0.05 / reach_s / Wire.ROWS)

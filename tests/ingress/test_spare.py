@@ -10,7 +10,8 @@ import httpx
 import pytest
 from starlette.responses import JSONResponse
 
-from conserve_sgl.ingress import spare
+from conserve_sgl.client.headers import Spare, spare_of
+from conserve_sgl.ingress import middleware, spare
 from conserve_sgl.ingress.in_hand import InHand
 from conserve_sgl.ingress.middleware import SPARE_HEADER, ServiceClassMiddleware
 from conserve_sgl.ingress.spare import (
@@ -235,6 +236,16 @@ async def test_every_answer_to_offline_work_says_what_else_would_be_taken():
     assert (await server.post()).headers[HEADER] == "3"
 
 
+async def test_it_says_how_long_it_had_the_request_when_it_said_so(clock, monkeypatch):
+    monkeypatch.setattr(middleware, "time", clock)
+    server = Server()
+    server.says(5)
+    (waiting,) = await server.in_hand(1)
+    clock.now_s += 1.5
+    server.gate.set()
+    assert spare_of((await waiting).headers) == Spare(4, 1.5)
+
+
 async def test_who_asks_for_the_model_as_offline_work_is_told_too():
     server = Server()
     server.gate.set()
@@ -242,6 +253,22 @@ async def test_who_asks_for_the_model_as_offline_work_is_told_too():
     assert (await server.get("/offline/model_info")).headers[HEADER] == "5"
     assert HEADER not in (await server.get("/model_info")).headers
     assert server.layer.in_hand.now() == 0
+
+
+@pytest.mark.parametrize(
+    ("headers", "spare"),
+    [
+        ({}, None),
+        ({"x-sgl-conserve-spare": "7"}, Spare(7, None)),
+        ({"x-sgl-conserve-spare": "7", "x-sgl-conserve-spare-after-ms": "1"}, Spare(7, 0.001)),
+        ({"x-sgl-conserve-spare": "7", "x-sgl-conserve-spare-after-ms": "-1"}, Spare(7, None)),
+        ({"x-sgl-conserve-spare": "1e3", "x-sgl-conserve-spare-after-ms": "1"}, None),
+        ({"x-sgl-conserve-spare": "9" * 99}, None),
+        ({"x-sgl-conserve-spare": "\u0663"}, None),
+    ],
+)
+def test_a_client_reads_it(headers, spare):
+    assert spare_of(headers) == spare
 
 
 @pytest.mark.parametrize("status", [429, 503])

@@ -9,10 +9,13 @@ answered for `server_down_s` the run ends.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from math import inf
 
+from conserve_sgl.client.bounds import MOST_IN_FLIGHT
 from conserve_sgl.client.clock import Clock, first_of
 from conserve_sgl.client.interrupt import Stopped
 from conserve_sgl.client.retry import Retry, RetryRule
@@ -29,7 +32,7 @@ _HOME_MAY_HAVE = 1.25, 4
 the emptiest server."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Endpoint:
     """One server, as this client sees it. `in_flight` includes requests that wait to be retried;
     `is_own` says whether it is this very process."""
@@ -44,11 +47,26 @@ class Endpoint:
     is_own: bool = False
     paths: dict[str, bool] = field(default_factory=dict)  # whether they are there, once known
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    # When it last said what it would take, as far as is known, and what was sent to it since then.
+    said_s: float = -inf
+    sent_s: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_IN_FLIGHT))
 
     def forget(self) -> None:
         """Ask anew what it serves."""
         self.identified = False
         self.paths.clear()
+        self.said_s = -inf
+        self.sent_s.clear()
+
+    def spare_beside(self, spare: int, said_s: float) -> int | None:
+        """Of what it said at `said_s` that it would take, what is left beside the requests that it
+        had not seen then; None where it has said something since."""
+        if said_s < self.said_s:
+            return None
+        self.said_s = said_s
+        while self.sent_s and self.sent_s[0] <= said_s:
+            self.sent_s.popleft()
+        return max(spare - len(self.sent_s), 0)
 
     def takes_more(self, now_s: float) -> bool:
         """Whether one more may be sent to it now."""
@@ -86,6 +104,7 @@ class Endpoints:
         self._clock = clock
         self._last_answer_s = clock.monotonic_s()
         self._room = asyncio.Event()
+        self._turn = asyncio.Lock()
         self.all: list[Endpoint] = []
         self.use(urls)
 
@@ -110,13 +129,17 @@ class Endpoints:
         return home if home.in_flight <= times * least + more else None
 
     async def pick(self, near: Endpoint | None = None) -> Endpoint:
-        """The one to send to, which is `near` while that takes more; waits until there is one. It
-        has one more in flight from here on, until `leave`.
+        """The one to send to, which is `near` while that takes more; waits until there is one, and
+        who waits has a turn in order. It has one more in flight from here on, until `leave`.
 
         Raises:
             Stopped: the run is being stopped.
             JobError: none has answered for `server_down_s`.
         """
+        async with self._turn:  # of thousands that wait one looks for room, and not all of them
+            return await self._pick(near)
+
+    async def _pick(self, near: Endpoint | None) -> Endpoint:
         while True:
             if self._stopping.is_set():
                 raise Stopped
@@ -152,8 +175,23 @@ class Endpoints:
         self._last_answer_s = self._clock.monotonic_s()
         endpoint.refusals = 0
 
-    def served(self, endpoint: Endpoint, spare: int | None) -> None:
-        """It has done what it was asked for, and says how many more it would take, or nothing."""
+    def sent(self, endpoint: Endpoint) -> float:
+        """A request goes to it now; when that is, on the clock."""
+        now_s = self._clock.monotonic_s()
+        endpoint.sent_s.append(now_s)
+        return now_s
+
+    def served(self, endpoint: Endpoint, spare: int | None, said_s: float | None = None) -> None:
+        """It has done what it was asked for, and says how many more it would take, or nothing.
+
+        Args:
+            said_s: when it said so, on the clock, if that is known. What was sent to it later it
+                had not seen, and takes of that.
+        """
+        if spare is not None and said_s is not None:
+            spare = endpoint.spare_beside(spare, said_s)
+            if spare is None:
+                return
         endpoint.window.answered(endpoint.in_flight, spare)
         if spare:
             endpoint.busy_until_s = 0.0

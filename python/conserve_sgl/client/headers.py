@@ -7,12 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["OFFLINE_HEADERS", "deadline_header", "key_header", "offline_headers", "spare_of"]
+import msgspec
+
+__all__ = [
+    "OFFLINE_HEADERS",
+    "Spare",
+    "deadline_header",
+    "key_header",
+    "offline_headers",
+    "spare_of",
+]
 
 OFFLINE_HEADERS = {"x-sgl-conserve-class": "offline"}
 _JOB = "x-sgl-conserve-job"
 _DEADLINE = "x-sgl-conserve-deadline-s"
 _SPARE = "x-sgl-conserve-spare"
+_SPARE_AFTER = "x-sgl-conserve-spare-after-ms"
 _JOB_CHARACTERS = 128
 
 
@@ -33,8 +43,25 @@ def key_header(api_key: str | None) -> dict[str, str]:
     return {"authorization": f"Bearer {api_key}"} if api_key else {}
 
 
-def spare_of(headers: Mapping[str, str]) -> int | None:
-    """How many more offline requests a server says in its reply that it would take now; None where
-    it says nothing of the kind."""
-    said = headers.get(_SPARE, "")
-    return int(said) if said.isascii() and said.isdigit() and len(said) < 10 else None
+class Spare(msgspec.Struct, frozen=True):
+    """What a server says in its reply that it would take.
+
+    Args:
+        requests: how many more offline requests.
+        after_s: how long it had had this request when it said so; None where it does not tell.
+    """
+
+    requests: int
+    after_s: float | None
+
+
+def spare_of(headers: Mapping[str, str]) -> Spare | None:
+    """What the reply with these headers says of the kind; None where that is nothing."""
+    requests, after_ms = _number(headers.get(_SPARE)), _number(headers.get(_SPARE_AFTER))
+    if requests is None:
+        return None
+    return Spare(requests, None if after_ms is None else after_ms / 1000)
+
+
+def _number(said: str | None) -> int | None:
+    return int(said) if said and said.isascii() and said.isdigit() and len(said) < 10 else None

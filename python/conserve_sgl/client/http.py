@@ -342,6 +342,7 @@ class Client:
         self, endpoint: Endpoint, method: str, path: str, body: dict[str, Any] | None
     ) -> tuple[int, bytes]:
         """Status and body of a reply whose status is not worth a retry."""
+        sent_s = self._endpoints.sent(endpoint)
         try:
             async with self._session.request(
                 method, endpoint.url + path, json=body, headers=self._time_left()
@@ -356,8 +357,11 @@ class Client:
         self._endpoints.answered(endpoint)
         if why := Passing.of(status):
             raise _Fault(why, _message(raw), status, retry_after, raw)
-        if method == "POST" or spare is not None:
-            self._endpoints.served(endpoint, spare)
+        if spare is not None:
+            said_s = None if spare.after_s is None else sent_s + spare.after_s
+            self._endpoints.served(endpoint, spare.requests, said_s)
+        elif method == "POST":
+            self._endpoints.served(endpoint, None)
         self._note(None)
         return status, raw
 

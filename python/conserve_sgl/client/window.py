@@ -42,7 +42,8 @@ class Window:
 
         Args:
             in_flight: this one included.
-            spare: what the server says that it would take beyond what it has, or None.
+            spare: what the server says that it would take beyond what it has and what is on its
+                way to it, or None.
         """
         refuses = self._cut_s > -inf
         size = self._size + (1 / self._size if refuses or spare is not None else 1)

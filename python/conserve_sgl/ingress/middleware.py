@@ -27,7 +27,13 @@ from conserve_sgl.ingress.in_hand import InHand
 from conserve_sgl.ingress.spare import SpareRoom
 from conserve_sgl.policy.service_class import ServiceClass
 
-__all__ = ["SPARE_HEADER", "ServiceClassMiddleware", "asked_class", "asked_job"]
+__all__ = [
+    "SPARE_AFTER_HEADER",
+    "SPARE_HEADER",
+    "ServiceClassMiddleware",
+    "asked_class",
+    "asked_job",
+]
 
 Receive = Callable[[], Awaitable[Message]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
@@ -40,6 +46,10 @@ asked_job: ContextVar[AskedJob | None] = ContextVar("conserve_asked_job", defaul
 
 SPARE_HEADER = b"x-sgl-conserve-spare"
 """Of every answer to who asks as offline work: how many more requests would be taken now."""
+
+SPARE_AFTER_HEADER = b"x-sgl-conserve-spare-after-ms"
+"""How long the request was here when that was said: what its client sent later had not been seen,
+and takes of it."""
 
 _GENERATING = frozenset(
     {
@@ -91,6 +101,7 @@ class ServiceClassMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        came_s = time.monotonic()
         scope, path, prefixed = _without_prefix(scope)
         if prefixed:
             host = dict(scope["headers"]).get(b"host", b"")
@@ -110,7 +121,7 @@ class ServiceClassMiddleware:
         except ValueError as e:
             await _answer(send, 400, str(e))
             return
-        await self._run(scope, path, receive, send, asked, job)
+        await self._run(scope, path, receive, send, asked, job, came_s)
 
     async def _run(
         self,
@@ -120,6 +131,7 @@ class ServiceClassMiddleware:
         send: Send,
         asked: ServiceClass | None,
         job: AskedJob,
+        came_s: float,
     ) -> None:
         if await self._refused(asked, path, send):
             return
@@ -128,7 +140,7 @@ class ServiceClassMiddleware:
             self._goes_on()
         tokens = asked_class.set(asked), asked_job.set(job)
         try:
-            send_on = self._with_hints(send, asked, counted=counted)
+            send_on = self._with_hints(send, asked, came_s, counted=counted)
             await self._app(scope, receive, send_on)
         finally:
             asked_class.reset(tokens[0])
@@ -164,20 +176,24 @@ class ServiceClassMiddleware:
         # A scheduler that sleeps says nothing, and wakes up for a request.
         return self.in_hand.now() > 0 if left is None else left == 0
 
-    def _with_hints(self, send: Send, asked: ServiceClass | None, *, counted: bool) -> Send:
+    def _with_hints(
+        self, send: Send, asked: ServiceClass | None, came_s: float, *, counted: bool
+    ) -> Send:
         """A `send` that says when to come back where the scheduler refused, its queue full (429) or
         the server about to end (503), and how much more offline work would be taken."""
 
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start":
-                hints = self._hints(message["status"], asked, counted=counted)
+                hints = self._hints(message["status"], asked, came_s, counted=counted)
                 headers = [*message["headers"], *((k, b"%d" % v) for k, v in hints.items())]
                 message = {**message, "headers": headers}
             await send(message)
 
         return send_on
 
-    def _hints(self, status: int, asked: ServiceClass | None, *, counted: bool) -> dict[bytes, int]:
+    def _hints(
+        self, status: int, asked: ServiceClass | None, came_s: float, *, counted: bool
+    ) -> dict[bytes, int]:
         hints = {}
         if status == 429:
             hints[b"retry-after"] = self._drain.wait_s(time.monotonic())
@@ -186,6 +202,7 @@ class ServiceClassMiddleware:
         # Whoever asks for anything as offline work, the model's name say, is about to send some.
         if asked is ServiceClass.OFFLINE and (left := self._left()) is not None:
             hints[SPARE_HEADER] = 0 if status in (429, 503) else left
+            hints[SPARE_AFTER_HEADER] = int(1000 * (time.monotonic() - came_s))
         return hints
 
 
