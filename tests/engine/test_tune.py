@@ -15,10 +15,13 @@ import httpx
 import msgspec
 import numpy
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from conserve_sgl.cli import app
+from conserve_sgl.status.command import watch
 from conserve_sgl.status.record import Snapshot
+from conserve_sgl.status.recording import read_recording
 from support.server import OFFLINE, until
 
 pytestmark = pytest.mark.engine
@@ -124,6 +127,32 @@ def test_the_steps_of_the_status_are_those_that_ran(server):
     shown = server.state()["status"]
     assert msgspec.convert(shown, Snapshot).server == seen.server
     server.assert_idle_and_balanced()
+
+
+def test_a_recording_of_a_server_that_runs_has_every_step_once(server, tmp_path):
+    body = {"sampling_params": {"max_new_tokens": 200, "ignore_eos": True}}
+    path = tmp_path / "run.jsonl"
+    with (tmp_path / "out").open("w") as out, ThreadPoolExecutor(1) as pool:
+        offline = pool.submit(server.generate, FOX, **body, headers=OFFLINE)
+        console = Console(file=out, width=200)
+        watch(
+            [server.base_url],
+            api_key=None,
+            as_json=False,
+            record=path,
+            console=console,
+            rounds=3,
+        )
+        offline.result()
+    looks = list(read_recording(path))
+    seqs = [step.seq for look in looks for step in look.snapshot.steps]
+    assert len(looks) == 3
+    assert seqs == list(range(seqs[0], looks[-1].snapshot.next_step))
+    assert not any(look.lost_steps for look in looks)
+    result = CliRunner().invoke(app, ["status", server.base_url])
+    assert result.exit_code == 0
+    assert "Nothing waits: there is no offline work here." in result.output
+    assert "Nothing waits" in tune(server)
 
 
 def test_an_arrival_with_time_to_spare_is_yielded_to_once_the_objective_is_tight(server):
