@@ -73,7 +73,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     profiles = tmp_path_factory.mktemp("profiles")
     servers = Servers(lambda: tmp_path_factory.mktemp("server"), profiles)
     yield servers.start
-    servers.stop()
+    servers.close()
 
 
 @pytest.fixture(scope="session")

@@ -207,6 +207,14 @@ Engine._launch_subprocesses(ServerArgs(model_path="dummy", pp_size=2), None, Non
 print("still running")
 """
 
+SCHEDULER_IS_STOCK = """
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.entrypoints import http_server
+http_server._setup_and_run_http_server(None, None, None, None, [{"status": "ready"}], None)
+print("still running")
+"""
+
 
 # Importing SGLang takes most of a process's time, so the cases are forks of one that has done it.
 FORKS = """
@@ -240,6 +248,7 @@ CASES = {
     "target_gone": (TARGET_GONE, CONFIG_ENV),
     "replaced": (REPLACED_BY_ANOTHER, CONFIG_ENV),
     "refused_flag": (REFUSED_FLAG, CONFIG_ENV),
+    "stock_scheduler": (SCHEDULER_IS_STOCK, CONFIG_ENV),
 }
 
 
@@ -283,6 +292,7 @@ def test_a_metered_server_has_another_scheduler_and_is_stock_otherwise(ended):
         pytest.param("target_gone", "TokenizerManager._init_req_state", id="a target is gone"),
         pytest.param("replaced", "scheduler.Scheduler", id="another plugin was later"),
         pytest.param("refused_flag", "--pp-size=2 does not go with conserve", id="a refused flag"),
+        pytest.param("stock_scheduler", "a scheduler's has not", id="a scheduler without hooks"),
     ],
 )
 def test_a_server_that_would_run_half_hooked_does_not_start(ended, case, said):

@@ -16,7 +16,7 @@ import functools
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -167,11 +167,21 @@ def _around_app(
     batches: _Batches,
     server_args: Any,
     tokenizer_manager: Any,
+    _template_manager: Any,
+    _port_args: Any,
+    scheduler_infos: Sequence[Mapping[str, Any]],
     *_args: Any,
     **_kwargs: Any,
 ) -> None:
     from sglang.srt.entrypoints.http_server import app
 
+    if not all(info.get("conserve") for info in scheduler_infos):
+        _refuse_to_start(
+            HookError(
+                "this process has the hooks, and a scheduler's has not: it was started while the "
+                "package was being installed, or SGLANG_PLUGINS differs between them"
+            )
+        )
     ingress.before_run_http_server(app)
     batches.serve(app, server_args, tokenizer_manager)
     if status.enabled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import io
 import json
@@ -15,6 +16,7 @@ from batch.fake_engine import FakeServer
 from batch.lines import CHAT, jsonl, request, requests
 from conserve_sgl.batch.server.upload import UploadTooLarge, receive_upload
 from conserve_sgl.config import BatchConfig
+from conserve_sgl.status.record import BatchLine
 
 JSONL = requests(3)
 
@@ -432,3 +434,24 @@ def test_a_disk_that_is_full_is_said_to_be(server, client, monkeypatch):
     monkeypatch.undo()
     assert stored(server) == []
     assert json.loads(client.files.content(upload(client, jsonl(request("a"))).id).read())
+
+
+# ------------------------------------------------------------------- the status
+
+
+def open_batches(server) -> list[BatchLine]:
+    loop = server.engine.loop
+    return asyncio.run_coroutine_threadsafe(server.batches.open_batches(), loop).result(10)
+
+
+def test_batches_that_have_not_ended_are_shown_as_far_as_they_are(server, client):
+    assert open_batches(server) == []
+    server.engine.gate.clear()
+    batch = create(client, upload(client).id)
+    server.wait_until(lambda: open_batches(server)[0].total == 3)
+    (line,) = open_batches(server)
+    assert (line.id, line.completed, line.failed) == (batch.id, 0, 0)
+    assert (line.created_at_s, line.expires_at_s) == (batch.created_at, batch.expires_at)
+    server.engine.gate.set()
+    server.wait_until(lambda: client.batches.retrieve(batch.id).status == "completed")
+    assert open_batches(server) == []

@@ -48,6 +48,7 @@ SIGNATURES_BY_MODULE = {
         "Scheduler.pause_generation": "(self, recv_req)",
         "Scheduler.flush_cache": "(self, empty_cache=True)",
         "Scheduler.is_fully_idle": "(self, for_health_check=False, ignore_waiting=False)",
+        "Scheduler.get_init_info": "(self)",
         "Scheduler.get_internal_state": "(self, recv_req)",
         "Scheduler.set_internal_state": "(self, recv_req)",
         "Scheduler": "(server_args, port_args)",

@@ -494,3 +494,21 @@ class TestLeastShare:
         left_s = 0.5 - cost_s  # half of the second was earned
         online_s = 0.03 + 3 * 0.003
         assert budget.plan(late).bound_s == pytest.approx(online_s + left_s)
+
+
+class TestObjectivesAsTimes:
+    def test_absolute_ones_are_what_they_say(self):
+        budget = make_budget()
+        assert budget.objectives_s == {"ttft": 1.0, "tpot": 0.2, "longest_gap": 0.4}
+
+    def test_relative_ones_are_known_once_online_work_was_seen(self):
+        budget = make_budget(slo=RELATIVE)
+        assert budget.objectives_s == {"ttft": None, "tpot": None, "longest_gap": None}
+        budget.plan(msgspec.structs.replace(VIEW, online_prompts=(Prompt(100),)))
+        alone_s = LinearTimes().predict_s(StepWork.of([(100, 0)]))
+        assert budget.objectives_s["ttft"] == pytest.approx(1.5 * alone_s)
+        rows = {"online_decoding": Rows(4, 400), **due(1.0)}
+        budget.plan(msgspec.structs.replace(VIEW, **rows))
+        tpot_s = budget.objectives_s["tpot"]
+        assert tpot_s == pytest.approx(1.5 * budget.pace.unloaded_s)
+        assert budget.objectives_s["longest_gap"] == pytest.approx(max(2 * tpot_s, 0.05))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 import httpx
 
 from conserve_sgl.bench.systems.server import ServerProcess, free_port
+from support.warm import WarmServerProcess, WarmServers
 
 OFFLINE = {"x-sgl-conserve-class": "offline"}
 HICACHE = (
@@ -160,6 +162,7 @@ class Servers:
         self._stack = ExitStack()
         self._asked: tuple[Any, ...] | None = None
         self._server: Server | None = None
+        self._warm = WarmServers()
 
     @contextmanager
     def start(
@@ -183,6 +186,11 @@ class Servers:
         self._server = None
         self._stack.close()
 
+    def close(self) -> None:
+        """Nothing of it runs any more."""
+        self.stop()
+        self._warm.stop()
+
     def _launch(
         self, model: Path, flags: tuple[str, ...], config: str | None, env: Mapping[str, str]
     ) -> Server:
@@ -203,7 +211,12 @@ class Servers:
         on_device = GPU_FLAGS if on_gpu() else ()
         env.update(GPU_ENV if on_gpu() else {})
         argv += [f"--model-path={model}", f"--port={port}", *TINY_FLAGS, *on_device, *flags]
-        process = ServerProcess(argv, port=port, log_path=folder / "log", env=env)
+        how = {"port": port, "log_path": folder / "log", "env": env}
+        if on_gpu():  # no process that is forked can use CUDA
+            process = ServerProcess(argv, **how)
+        else:
+            process = WarmServerProcess(self._warm, argv, **how)
+        process.stop_signal = signal.SIGINT  # at SIGTERM it looks every 5 s whether it is drained
         self._stack.enter_context(process)
         process.wait_healthy(READY_S)
         server = Server(process)

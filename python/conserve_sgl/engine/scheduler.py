@@ -32,6 +32,7 @@ What is overridden of SGLang, and what conserve adds to it:
     pause_generation                mode `retract` takes back what is aside
     is_fully_idle                   not while offline requests wait or are aside
     flush_cache                     checkpoints are gone with it
+    get_init_info                   says to the HTTP process that this scheduler is conserve's
     set_internal_state              conserve's settings
     get_internal_state              conserve's state
 
@@ -389,6 +390,9 @@ class ConserveScheduler(Scheduler):
         if flushed:
             self._checkpoints.cache_emptied()
         return flushed
+
+    def get_init_info(self) -> dict[str, Any]:
+        return super().get_init_info() | {"conserve": True}
 
     def set_internal_state(self, recv_req: SetInternalStateReq) -> SetInternalStateReqOutput:
         return self._live.change(recv_req, super().set_internal_state)

@@ -19,10 +19,10 @@ KEPT_STEPS = 4096
 """A minute of an engine that takes 15 ms for a step, in 240 KiB."""
 
 # Start (monotonic), seconds, idle; prompt tokens and rows, online and offline; parked; arrivals,
-# preemptions, yields; bound, sliced.
-_STEP = Struct("<ddd5I3IB?2x")
+# preemptions, yields; bound, sliced, follows another.
+_STEP = Struct("<ddd5I3IB??x")
 _TIMES = Struct("<ddd")
-_SLICED_AT = _STEP.size - 3
+_SLICED_AT, _FOLLOWS_AT = _STEP.size - 3, _STEP.size - 2
 _BOUNDS = tuple(Bound)
 _INDEX = {bound: index for index, bound in enumerate(_BOUNDS)}
 
@@ -64,13 +64,12 @@ class StepRing:
     ) -> None:
         """A step was formed. Arguments as for `Step`, but the last three count from the start of
         the server."""
-        follows = self._formed > self.ended_steps
         _STEP.pack_into(
             self._buffer,
             self._formed % self._kept * _STEP.size,
             now_s,
             nan,
-            0.0 if follows or not self._end_s else max(now_s - self._end_s, 0.0),
+            0.0,
             online_prompt_tokens,
             online_rows,
             offline_prompt_tokens,
@@ -81,6 +80,7 @@ class StepRing:
             yields - self._yields,
             _INDEX[bound],
             False,
+            self._formed > self.ended_steps,
         )
         self._arrivals, self._preemptions, self._yields = arrivals, preemptions, yields
         self._formed += 1
@@ -92,10 +92,13 @@ class StepRing:
         if self.ended_steps == self._formed:
             return
         offset = self.ended_steps % self._kept * _STEP.size
-        formed_s, _, idle_s = _TIMES.unpack_from(self._buffer, offset)
         if seconds <= 0:
+            formed_s, _, _ = _TIMES.unpack_from(self._buffer, offset)
             seconds = now_s - max(formed_s, self._end_s)
-        _TIMES.pack_into(self._buffer, offset, now_s - seconds, seconds, idle_s)
+        start_s, idle_s = now_s - seconds, 0.0
+        if self._end_s and not self._buffer[offset + _FOLLOWS_AT]:
+            idle_s = max(start_s - self._end_s, 0.0)
+        _TIMES.pack_into(self._buffer, offset, start_s, seconds, idle_s)
         self._buffer[offset + _SLICED_AT] = sliced
         self._end_s = now_s
         self.ended_steps += 1

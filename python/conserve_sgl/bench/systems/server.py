@@ -90,9 +90,12 @@ class ManagedProcess:
         """Start the command; returns at once."""
         assert self._process is None, "started already"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._process = self._popen()
+
+    def _popen(self) -> subprocess.Popen[bytes]:
         with self.log_path.open("wb") as log:
             try:
-                self._process = subprocess.Popen(
+                return subprocess.Popen(
                     self.argv,
                     env=self.env,
                     stdin=subprocess.DEVNULL,
