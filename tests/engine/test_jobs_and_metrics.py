@@ -133,7 +133,7 @@ def test_every_query_of_the_board_and_every_alert_finds_data_in_a_real_prometheu
 
         def serve() -> None:
             """Online requests beside offline ones of which some wait."""
-            beside = in_queue(server, pool, {}, {}, first_tokens=100)
+            beside = in_queue(server, pool, {}, {})
             for _ in range(3):
                 server.generate(PROMPT)
             for future in beside:
