@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from conserve_sgl.platform import drafts
 from conserve_sgl.platform.drafts import NgramTable, NgramWorker, draft_slots
@@ -176,3 +177,28 @@ class FakeReq:
 def tell(reqs: list[FakeReq], given: list[list[int]]) -> None:
     for req, tokens in zip(reqs, given, strict=True):
         req.output_ids += tokens
+
+
+def test_every_place_of_a_row_is_sampled_as_the_row_asks() -> None:
+    info = SamplingBatchInfo(
+        temperatures=torch.tensor([[0.5], [1.0]]),
+        top_ps=torch.tensor([0.9, 1.0]),
+        top_ks=torch.tensor([1, 7]),
+        min_ps=torch.zeros(2),
+        is_all_greedy=False,
+        is_any_greedy=True,
+        need_top_p_sampling=True,
+        need_top_k_sampling=True,
+        need_min_p_sampling=False,
+        vocab_size=9,
+        sampling_seed=torch.tensor([3, 4]),
+        acc_additive_penalties=torch.tensor([[1.0], [2.0]]),
+        device="cpu",
+    )
+    places = drafts._for_each_place(info, 3)
+    assert places.temperatures.flatten().tolist() == [0.5] * 3 + [1.0] * 3
+    assert places.top_ks.tolist() == [1, 1, 1, 7, 7, 7]
+    assert places.sampling_seed.tolist() == [3, 3, 3, 4, 4, 4]
+    assert places.acc_additive_penalties.flatten().tolist() == [1.0] * 3 + [2.0] * 3
+    assert places.logit_bias is None
+    assert info.top_ks.tolist() == [1, 7]
