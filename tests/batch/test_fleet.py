@@ -158,6 +158,7 @@ def test_a_batch_waits_for_servers_that_are_all_away(start_server, start_other, 
     server = start_server(endpoints=[f"http://127.0.0.1:{port}"])
     client = connect(server)
     batch = create(client, requests(5))
+    server.wait_until(lambda: client.batches.retrieve(batch.id).status == "in_progress", step_s=0.0)
     began_s = server.clock.now_s
     # A run of `conserve run-batch` would have ended.
     server.wait_until(lambda: server.clock.now_s > began_s + 1000, step_s=30.0)

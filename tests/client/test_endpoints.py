@@ -59,6 +59,29 @@ async def test_one_that_is_full_is_left_alone_until_something_of_it_is_over():
     assert fleet[A].in_flight == 2
 
 
+async def test_who_waits_for_room_has_it_in_turn_and_one_looks_for_all(monkeypatch):
+    fleet = Fleet(A, most=1)
+    await fleet.pick()
+    got: list[int] = []
+
+    async def wait(number: int) -> None:
+        await fleet.endpoints.pick()
+        got.append(number)
+
+    waiting = [asyncio.create_task(wait(i)) for i in range(50)]
+    await asyncio.sleep(0.01)
+    looks = []
+    takes_more = Endpoint.takes_more
+    monkeypatch.setattr(Endpoint, "takes_more", lambda *a: looks.append(1) or takes_more(*a))
+    for _ in range(3):
+        fleet.endpoints.leave(fleet[A])
+        await asyncio.sleep(0.01)
+    assert got == [0, 1, 2]
+    assert len(looks) < 10
+    for task in waiting:
+        task.cancel()
+
+
 async def test_whoever_waits_for_room_goes_to_a_server_that_is_new():
     fleet = Fleet(A, most=1)
     await fleet.pick()

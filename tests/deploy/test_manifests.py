@@ -360,8 +360,13 @@ def test_the_job_s_command_is_one_of_ours_over_files_and_servers_that_are_there(
         for s in SERVICES
         for port in s["spec"]["ports"]
     }
-    assert options["endpoint"]
-    assert set(options["endpoint"]) <= addresses
+    (batch_api,) = kustomization("batch-api")["configMapGenerator"]
+    config = ConserveConfig.load(DEPLOY / "batch-api" / batch_api["files"][0])
+    gateway = f"http://{named('Service', 'conserve-gateway')['metadata']['name']}"
+    assert options["discover"] == config.batch.discover == gateway
+    assert not options["endpoint"]
+    instead = re.search(r"# (--endpoint=(\S+)),", (DEPLOY / "batch" / "job.yaml").read_text())
+    assert {gateway, instead[2]} <= addresses
 
 
 def test_the_job_s_questions_are_a_batch():

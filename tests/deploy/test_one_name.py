@@ -1,4 +1,4 @@
-"""A name that stands for several servers, as deploy/batch gives to `conserve run-batch`."""
+"""A name that stands for several servers, for `conserve run-batch` where no gateway is."""
 
 from __future__ import annotations
 

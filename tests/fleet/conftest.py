@@ -30,7 +30,7 @@ def start_gateway(tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
     gateways: list[Gateway] = []
     numbers = count()
 
-    def start(workers: list[Worker], *flags: str, **options) -> Gateway:
+    def start(workers: list[Worker], /, *flags: str, **options) -> Gateway:
         log = tmp_path / f"gateway-{next(numbers)}.log"
         gateways.append(Gateway([w.url for w in workers], *flags, log=log, **options))
         return gateways[-1]

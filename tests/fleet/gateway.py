@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 
@@ -27,14 +29,22 @@ class Gateway:
     """A running `sglang_router` in front of some workers.
 
     Args:
-        workers: their base URLs.
+        urls: of its workers; none where it finds them itself.
         policy: how it chooses among them.
         log: a file for what it says.
         flags: more of its own.
+        workers: how many it must find well before this returns; as many as there are urls.
+        env: more environment variables.
     """
 
     def __init__(
-        self, workers: Sequence[str], *flags: str, policy: str = "cache_aware", log: Path
+        self,
+        urls: Sequence[str],
+        *flags: str,
+        policy: str = "cache_aware",
+        log: Path,
+        workers: int | None = None,
+        env: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         port, metrics_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -43,15 +53,18 @@ class Gateway:
             *(sys.executable, "-c", _LAUNCH),
             *("--host", "127.0.0.1", "--port", str(port)),
             *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)),
-            *("--worker-urls", *workers, "--policy", policy),
+            *(("--worker-urls", *urls) if urls else ()),
+            *("--policy", policy),
             *("--worker-startup-check-interval", "1", "--health-check-interval-secs", "1"),
             *flags,
         ]
         with log.open("wb") as out:
-            self._process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+            self._process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **env}
+            )
         self.http = httpx.Client(base_url=self.url, timeout=60)
         try:
-            self.wait_for(len(workers))
+            self.wait_for(len(urls) if workers is None else workers)
         except BaseException:
             self.stop()
             raise

@@ -28,7 +28,7 @@ class Worker:
         row_s: how long each of them takes.
         take_spare_only: as the configuration `offline.take: spare`.
         conserve: whether it has conserve's HTTP layer at all.
-        port: to listen on; 0: any.
+        host, port: to listen on; 0: any port.
     """
 
     def __init__(
@@ -38,8 +38,10 @@ class Worker:
         row_s: float = 0.02,
         take_spare_only: bool = False,
         conserve: bool = True,
+        host: str = "127.0.0.1",
         port: int = 0,
     ) -> None:
+        self.host = host
         self.row_s = row_s
         self.rows = rows
         self.offline: Counter[str] = Counter()
@@ -63,7 +65,7 @@ class Worker:
                 room=lambda: room,
                 take_spare_only=take_spare_only,
             )
-        config = uvicorn.Config(application, port=port, log_level="critical")
+        config = uvicorn.Config(application, host=host, port=port, log_level="critical")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
@@ -77,7 +79,7 @@ class Worker:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def stop(self) -> None:
         """End at once; what is in flight gets no answer."""
