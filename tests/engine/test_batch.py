@@ -131,6 +131,7 @@ def take_picture(browser: Browser, client: openai.OpenAI, folder: Path) -> None:
             browser.page.wait_for_timeout(200)
         next(talks)
         next(talks)
+        browser.run("window.scrollTo(0, 0)")
         browser.run("document.getElementById('server').textContent = 'tiny-llama, on two cores'")
         browser.page.screenshot(path=folder / "conserve-page.png")
     client.batches.cancel(batch.id)
@@ -157,6 +158,7 @@ def sign_in(browser: Browser, url: str) -> None:
 
 
 @needs_browser
+@pytest.mark.timeout(300)  # waits for what is shown once a second, beside slow steps
 def test_the_page_shows_what_clients_measure_and_pauses_and_cancels_batches(
     running, tmp_path, checkout
 ):

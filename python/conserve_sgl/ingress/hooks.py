@@ -10,6 +10,7 @@ from conserve_sgl.config import ConserveConfig
 from conserve_sgl.ingress.arrival import ArrivalSender, arrival_endpoint
 from conserve_sgl.ingress.classify import AskedJob
 from conserve_sgl.ingress.in_hand import InHand, in_hand_file
+from conserve_sgl.ingress.metric_names import WholeMetricNames
 from conserve_sgl.ingress.middleware import ServiceClassMiddleware, asked_class, asked_job
 from conserve_sgl.ingress.page import StatusPage
 from conserve_sgl.ingress.sampler_limits import check_request, check_samples
@@ -54,7 +55,7 @@ class Ingress:
         offline = self._config.offline
 
         def build_with_ours() -> ServiceClassMiddleware:
-            stack = build_stack()
+            stack = WholeMetricNames(build_stack())
             return ServiceClassMiddleware(
                 StatusPage(stack) if self._config.status.enabled else stack,
                 max_offline=offline.queue_requests,
