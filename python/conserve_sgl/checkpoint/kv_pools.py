@@ -30,9 +30,19 @@ class KvPools:
     @property
     def free_tokens(self) -> int:
         """KV tokens of all layers, or of those without a window."""
+        return self.unheld_tokens + self.cached_tokens
+
+    @property
+    def unheld_tokens(self) -> int:
+        """Those of them that nobody holds."""
         if not self._windows:
-            return self._allocator.available_size() + self._tree.evictable_size()
-        return self._allocator.full_available_size() + self._tree.full_evictable_size()
+            return self._allocator.available_size()
+        return self._allocator.full_available_size()
+
+    @property
+    def cached_tokens(self) -> int:
+        """Those of them that the radix tree alone holds."""
+        return self._tree.full_evictable_size() if self._windows else self._tree.evictable_size()
 
     @property
     def free_window_tokens(self) -> float:

@@ -89,7 +89,7 @@ class KvMemory:
             reserved_tokens: what offline work leaves to online work.
         """
         held = [req for req in reqs if req.kv.holds_kv]
-        free, cached = self._allocator.available_size(), self._tree.evictable_size()
+        free, cached = self._pools.unheld_tokens, self._pools.cached_tokens
         in_use = max(self._total_tokens - free - cached, 0)
         host = self._checkpoints.host_tokens()
         offline = min(sum(map(self._checkpoints.reclaimable_tokens, held)), in_use)
