@@ -40,7 +40,7 @@ def workers(tmp_path_factory, tiny_llama) -> Iterator[list[Server]]:
         yield started
     finally:
         for servers in both:
-            servers.stop()
+            servers.close()
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ variables that begin with `SGLANG_`, and its device.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -159,7 +160,6 @@ def _main() -> None:
     gc.freeze()  # no collection in a fork copies their pages
     request = _fork_on_request(socket.socket(fileno=int(sys.argv[1])))
     _spawn_from(_spares(SPARES))
-    sys.argv = request["argv"]
     os.execv = lambda _, argv: _run(argv[1:])
     _run(request["argv"])
 
@@ -270,8 +270,6 @@ def _become(orders: socket.socket) -> None:
 
 
 def _place(fds: list[int], numbers: list[int]) -> None:
-    import fcntl
-
     high = [fcntl.fcntl(fd, fcntl.F_DUPFD, _FD_ABOVE) for fd in fds]
     for fd in fds:
         os.close(fd)
