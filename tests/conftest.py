@@ -68,12 +68,23 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """A context manager that runs one server: `with start_server(model, "--flag") as server`."""
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     profiles = tmp_path_factory.mktemp("profiles")
     servers = Servers(lambda: tmp_path_factory.mktemp("server"), profiles)
-    yield servers.start
+    yield servers
     servers.close()
+
+
+@pytest.fixture(scope="session")
+def start_server(servers: Servers) -> Callable[..., Any]:
+    """A context manager that runs one server: `with start_server(model, "--flag") as server`."""
+    return servers.start
+
+
+@pytest.fixture(scope="module")
+def no_other_server(servers: Servers) -> None:
+    """For tests that start engines in ways of their own: one that idles keeps a core busy."""
+    servers.stop()
 
 
 @pytest.fixture(scope="session")

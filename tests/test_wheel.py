@@ -44,6 +44,7 @@ def test_the_wheel_holds_the_package_and_its_entry_points(wheel: Path):
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("no_other_server")
 def test_it_works_from_a_clean_environment(wheel: Path, checkout: Path, tmp_path: Path):
     uv = shutil.which("uv") or checkout / ".tools" / "bin" / "uv"
     home = tmp_path / "env"

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.engine
 N, OUTPUT_TOKENS = 12, 8
 
 
+@pytest.mark.usefixtures("no_other_server")
 def test_a_cut_of_the_quick_file_measures_conserve_beside_stock(
     checkout: Path, shared_data: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -11,31 +11,46 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 from conserve_sgl.batch.run_batch import RunBatch, run_batch
+from conserve_sgl.bench.systems.server import free_port
 from conserve_sgl.cli import app
 from conserve_sgl.client.retry import Retry
 from fleet.gateway import Gateway
 from support.server import Server, Servers, until
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.timeout(400),
+    pytest.mark.usefixtures("no_other_server"),
+]
 
 CONFIG = "offline: {take: spare, retry_after_s: 1}"
 LINES = 40
 
 
 @pytest.fixture(scope="module")
-def workers(tmp_path_factory, tiny_llama) -> Iterator[list[Server]]:
-    """Both at once: an engine that sleeps while it is idle leaves the processors to the other."""
+def gateway_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory, tiny_llama, gateway_port) -> Iterator[list[Server]]:
+    """Both at once: an engine that sleeps while it is idle leaves the processors to the other. The
+    first has the Batch API, for both."""
+    storage = tmp_path_factory.mktemp("batches")
+    batches = f"{{storage_dir: {storage}, discover: 'http://127.0.0.1:{gateway_port}'}}"
+    configs = [f"{CONFIG}\nbatch: {batches}", CONFIG]
     profiles = tmp_path_factory.mktemp("profiles")
     both = [Servers(lambda: tmp_path_factory.mktemp("server"), profiles) for _ in range(2)]
     try:
         started = []
-        for servers in both:
-            with servers.start(tiny_llama, "--sleep-on-idle", config=CONFIG) as server:
+        for servers, config in zip(both, configs, strict=True):
+            with servers.start(tiny_llama, "--sleep-on-idle", config=config) as server:
                 started.append(server)
         yield started
     finally:
@@ -44,20 +59,23 @@ def workers(tmp_path_factory, tiny_llama) -> Iterator[list[Server]]:
 
 
 @pytest.fixture(scope="module")
-def gateway(workers, tmp_path_factory) -> Iterator[Gateway]:
+def gateway(workers, gateway_port, tmp_path_factory) -> Iterator[Gateway]:
     log = tmp_path_factory.mktemp("gateway") / "log"
     urls = [worker.base_url for worker in workers]
-    gateway = Gateway(urls, "--disable-circuit-breaker", log=log)
+    gateway = Gateway(urls, "--disable-circuit-breaker", log=log, port=gateway_port)
     yield gateway
     gateway.stop()
 
 
+def lines() -> Iterator[str]:
+    for i in range(LINES):
+        body = {"model": "m", "prompt": f"line {i}", "max_tokens": 16, "temperature": 0}
+        line = {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": body}
+        yield json.dumps(line) + "\n"
+
+
 def batch(folder: Path, gateway: Gateway) -> RunBatch:
-    with (folder / "in.jsonl").open("w") as file:
-        for i in range(LINES):
-            body = {"model": "m", "prompt": f"line {i}", "max_tokens": 16, "temperature": 0}
-            line = {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": body}
-            file.write(json.dumps(line) + "\n")
+    (folder / "in.jsonl").write_text("".join(lines()))
     return RunBatch(
         input=str(folder / "in.jsonl"),
         output=str(folder / "out.jsonl"),
@@ -71,7 +89,11 @@ def batch(folder: Path, gateway: Gateway) -> RunBatch:
 
 def answers(folder: Path) -> dict[str, str]:
     """The text of every line, each there once."""
-    records = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    return texts_of((folder / "out.jsonl").read_text())
+
+
+def texts_of(output: str) -> dict[str, str]:
+    records = [json.loads(line) for line in output.splitlines()]
     texts = {r["custom_id"]: r["response"]["body"]["choices"][0]["text"] for r in records}
     assert len(texts) == len(records) == LINES
     return texts
@@ -109,6 +131,30 @@ def test_a_batch_over_both_beside_online_requests(workers, gateway, tmp_path):
     alone = {"max_new_tokens": 16}
     assert workers[0].generate("line 7", sampling_params=alone)["text"] == texts["7"]
     for worker in workers:
+        worker.assert_idle_and_balanced()
+
+
+def test_a_servers_own_batch_goes_to_both(workers, gateway):
+    before = [worker.offline_accepted() for worker in workers]
+    url = f"{workers[0].base_url}/v1"
+    with (
+        openai.OpenAI(base_url=url, api_key="none", http_client=httpx.Client()) as client,
+        online_beside(gateway) as statuses,
+    ):
+        file = client.files.create(file=("in.jsonl", "".join(lines()).encode()), purpose="batch")
+        asked = client.batches.create(
+            input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+        )
+        until(lambda: client.batches.retrieve(asked.id).completed_at is not None)
+        done = client.batches.retrieve(asked.id)
+        texts = texts_of(client.files.content(done.output_file_id).text)
+    took = [w.offline_accepted() - n for w, n in zip(workers, before, strict=True)]
+    assert sum(took) == LINES
+    assert min(took) > 0
+    assert set(statuses) == {200}
+    for worker in workers:
+        alone = worker.generate("line 7", sampling_params={"max_new_tokens": 16})["text"]
+        assert alone == texts["7"]
         worker.assert_idle_and_balanced()
 
 

@@ -14,7 +14,11 @@ from conserve_sgl.bench.gpu.page import page
 from conserve_sgl.bench.report.results import by_system, read_folder
 from conserve_sgl.profile.steps import read_steps
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1000)]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.timeout(1000),
+    pytest.mark.usefixtures("no_other_server"),
+]
 
 SYSTEMS = {"online-only", "offline-only", "conserve", "conserve-50ms"}
 LIMIT_S = 900  # two servers, on a machine that may be busy

@@ -11,7 +11,7 @@ import pytest
 from conserve_sgl.bench.systems.server import free_port
 from conserve_sgl.plugin import HOOK_TARGETS
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("no_other_server")]
 
 
 def _serve(model: Path, config: Path, *flags: str) -> subprocess.CompletedProcess[str]:

@@ -35,6 +35,7 @@ class Gateway:
         flags: more of its own.
         workers: how many it must find well before this returns; as many as there are urls.
         env: more environment variables.
+        port: its own; any that is free without.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class Gateway:
         log: Path,
         workers: int | None = None,
         env: Mapping[str, str] = MappingProxyType({}),
+        port: int | None = None,
     ) -> None:
-        port, metrics_port = free_port(), free_port()
+        metrics_port = free_port()
+        port = port or free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         command = [

@@ -14,7 +14,7 @@ import pytest
 
 from support.tiny_models import make_tiny_model
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("no_other_server")]
 
 POOL_TOKENS = 2048
 PROMPT_TOKENS = 700  # a tiny model's token is a byte

@@ -17,6 +17,7 @@ from conserve_sgl.settings import OfflineWork
 from conserve_sgl.status.ask import Answer, Ask
 from conserve_sgl.status.latency import WINDOW_S, LatencyWindow, OnlineLatencies, unseen
 from conserve_sgl.status.record import (
+    Capability,
     Events,
     Job,
     Kv,
@@ -142,7 +143,7 @@ class Status:
             kv=kv,
             events=_events(state),
             model=model,
-            capabilities=state.get("capabilities", {}),
+            capabilities=msgspec.convert(state["capabilities"], tuple[Capability, ...]),
             next_step=0 if ring is None else ring.ended_steps,
             has_steps=ring is not None,
         )

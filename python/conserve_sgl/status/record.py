@@ -8,13 +8,12 @@ not know.
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 __all__ = [
     "VERSION",
     "BatchLine",
+    "Capability",
     "Events",
     "HostKv",
     "Job",
@@ -308,13 +307,27 @@ class Step(msgspec.Struct, frozen=True, array_like=True):
     yields: int
 
 
+class Capability(msgspec.Struct, frozen=True):
+    """What a server has or lacks beside its queue and budget, as `engine/capabilities.py` decides.
+
+    Args:
+        why: it is on or off.
+        costs: what it takes, or what comes of it that it is off.
+    """
+
+    name: str
+    on: bool
+    why: str
+    costs: str
+
+
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """A server at a moment.
 
     Args:
         at_s: when.
         jobs: those that are done first, at most 50; there are `more_jobs` besides.
-        capabilities: what of conserve works with this model, if the server says so.
+        capabilities: what of conserve works with this model and these flags.
         batches: those that have not ended, oldest first; at most 20.
         next_step: `seq` of the step that comes next: ask with `?since=` this.
         steps: the latest, oldest first: those asked for that are still kept.
@@ -334,7 +347,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     events: Events
     model: StepModel
     batches: tuple[BatchLine, ...] = ()
-    capabilities: dict[str, Any] = {}
+    capabilities: tuple[Capability, ...] = ()
     next_step: int = 0
     steps: tuple[Step, ...] = ()
     has_steps: bool = False
