@@ -375,11 +375,12 @@ def test_the_counts_do_not_fall_over_a_restart(start_server, connect, tmp_path):
     client = connect(server)
     server.engine.script = {"word 3": [(429, {"retry-after": "999999"})], "word 5": [(400, {})]}
     batch = create(client, requests(10))
-    server.wait_until(lambda: len(server.engine.answered) == 8, step_s=0.0)
-    server.wait_until(
-        lambda: client.batches.retrieve(batch.id).request_counts.failed == 1, step_s=0.0
-    )
-    before = client.batches.retrieve(batch.id).request_counts
+
+    def counts() -> Any:
+        return client.batches.retrieve(batch.id).request_counts
+
+    server.wait_until(lambda: (counts().completed, counts().failed) == (8, 1), step_s=0.0)
+    before = counts()
     # As a death leaves it: the counts in the store are those of some time before.
     folder = shutil.copytree(tmp_path / "storage", tmp_path / "copy")
 
