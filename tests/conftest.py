@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from support.server import Server, Servers, models_but
+from support.server import Server, Servers, models_unused
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -24,7 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 # Every scheduler would import all 250, which takes it two seconds of each start.
-os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", models_but("llama", "qwen2", "qwen3"))
+os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", models_unused())
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,7 @@ def run(*command: object, **env: str) -> str:
     return done.stdout
 
 
+@pytest.mark.usefixtures("no_other_server")
 def test_engine_in_process(examples, tiny_llama, checkout):
     config = checkout / "configs" / "serve" / "default.yaml"
     example = examples / "engine_in_process.py"

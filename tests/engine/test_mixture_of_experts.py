@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from support.server import HICACHE, OFFLINE, Server, models_but, until
+from support.server import HICACHE, OFFLINE, Server, until
 
 pytestmark = pytest.mark.engine
 
@@ -70,7 +70,6 @@ def served(request, start_server, tmp_path_factory) -> Iterator[Served]:
         "CONSERVE_TEST_FORCE_YIELD": "7:0.5",
         "CONSERVE_TEST_OWNERSHIP": "1",
         "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16",
-        "SGLANG_DISABLED_MODEL_ARCHS": models_but(mixture.arch),
     }
     flags = ("--max-total-tokens=1280", *mixture.flags)
     with start_server(folder, *flags, config=CONFIG, env=env) as server:

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from support.server import HICACHE, OFFLINE, Server, models_but, until
+from support.server import HICACHE, OFFLINE, Server, until
 
 pytestmark = pytest.mark.engine
 
@@ -73,7 +73,6 @@ def served(request, start_server, tmp_path_factory) -> Iterator[Served]:
         "CONSERVE_TEST_OWNERSHIP": "1",
         "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16",
         "SGLANG_SWA_EVICTION_INTERVAL": "8",
-        "SGLANG_DISABLED_MODEL_ARCHS": models_but(model.arch, "qwen3_moe", "qwen2_moe"),
     }
     flags = ("--max-total-tokens=1280", *model.flags)
     with start_server(folder, *flags, config=CONFIG, env=env) as server:

@@ -45,7 +45,7 @@ SPARES = 4
 """Forks that one server may turn into processes; any more it starts as it always would."""
 _READ = ("SGLANG_", DEVICE_ENV)
 _ON_OUR_PLATFORM = {"SGLANG_PLATFORM": NAME, "GOMP_SPINCOUNT": SPIN_COUNT}
-_PARENTS = 2
+_PARENTS = 3
 """Each holds 700 MB; the tests of a module mostly want one."""
 _FD_ABOVE = 600
 _MOST = 1 << 20
