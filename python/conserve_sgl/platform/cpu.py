@@ -6,6 +6,7 @@ leaf modules can be imported here.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ CHUNKED_PREFILL_TOKENS = 1024
 
 _ATTENTION_BACKENDS = (NAME, "torch_native")
 _DRAFTS = "NGRAM"
+_STATE_SPACE = ("Qwen3NextForCausalLM",)
+"""Models with state-space layers whose kernels are in `delta_net.py`."""
 # SGLang's defaults need kernels that exist on a GPU only, so they stand for "not given".
 _HICACHE_IO_BACKENDS = ("kernel", "direct")
 _HICACHE_LAYOUTS = ("page_first", "layer_first")
@@ -87,6 +90,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from conserve_sgl.platform.drafts import NgramWorker
 
         return NgramWorker
+
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        """States of state-space layers are kept as they pass, so that such models overlap."""
+        return True
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Default what a CPU needs; a flag that was given stays, or is refused if it cannot work.
@@ -152,10 +159,12 @@ def _fit_to_model(server_args: Any, previous: Any) -> None:
     and the experts of that in a kernel of a GPU's, unless told otherwise.
 
     Raises:
-        IncompatibleError: the model's windows have a KV pool, and torch_native was asked for.
+        IncompatibleError: the model's windows have a KV pool, and torch_native was asked for; or it
+            has state-space layers that are computed on a GPU alone.
     """
     from sglang.srt.arg_groups.model_override_base import attention_backends_of, model_config_of
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+    from sglang.srt.mem_cache.kv_cache_builder import uses_ssm_state
 
     args, config = resolving_view(server_args), model_config_of(server_args)
     (arch, *_) = config.hf_config.architectures or [""]
@@ -164,6 +173,14 @@ def _fit_to_model(server_args: Any, previous: Any) -> None:
             f"--attention-backend torch_native does not know the KV pool of the windows of {arch}: "
             f"use {NAME}, or --disable-hybrid-swa-memory"
         )
+    if uses_ssm_state(config) and arch not in _STATE_SPACE:
+        raise IncompatibleError(
+            f"the state-space layers of {arch} are computed by kernels of a GPU; on a CPU there "
+            f"are those of {', '.join(_STATE_SPACE)}"
+        )
+    if config.dtype == torch.float32:
+        # SGLang keeps what a convolution has seen in bfloat16, whatever the model is in.
+        os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", "float32")
     if arch != "GptOssForCausalLM" or args.attention_backend != NAME:
         previous(server_args)
         return
@@ -187,8 +204,13 @@ def _keep_overlap(server_args: Any, previous: Any) -> None:
 
 
 def _make_attention_backend(runner: Any) -> Any:
+    from sglang.srt.configs.hybrid_arch import hybrid_gdn_config
+
+    from conserve_sgl.platform import delta_net
     from conserve_sgl.platform.attention import CpuAttnBackend
 
+    if hybrid_gdn_config(runner.model_config) is not None:
+        delta_net.install()
     return CpuAttnBackend(runner)
 
 
