@@ -36,10 +36,10 @@ class StateSlots:
         self._tree = tree
         self.per_row = 0
         self._copies = 0
-        self._shares = tree.supports_prefix_sharing()
         if not tree.supports_mamba():
             return
         pool = tree.req_to_token_pool
+        self._shares = tree.supports_prefix_sharing()
         self._copies = pool.mamba_initial_tracking_slots
         self.per_row = 1 + self._copies + self._shares
 
