@@ -214,7 +214,7 @@ class Kernel:
             self.tree,
             config,
             enabled=config.enabled,
-            copies=config.enabled and host_ratio is not None,
+            copies=config.enabled and host_ratio is not None and not state_slots,
             max_total_tokens=kv_tokens,
             token_bytes=TOKEN_BYTES,
             is_offline=lambda req: req.priority == OFFLINE,

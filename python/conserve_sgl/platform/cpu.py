@@ -121,6 +121,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from conserve_sgl.platform import drafts, experts, hicache, lora, sampling
 
         register_attention_backend(NAME)(_make_attention_backend)
+        torch.get_device_module = _device_module
         drafts.install()
         experts.install()
         hicache.install()
@@ -201,6 +202,25 @@ def _keep_overlap(server_args: Any, previous: Any) -> None:
     previous(server_args)
     if resolving_view(server_args).disable_overlap_schedule is not chosen:
         declare_resolution(server_args, f"platform:{NAME}", disable_overlap_schedule=chosen)
+
+
+_torch_device_module = torch.get_device_module
+
+
+class _ModuleOfNoDevice:
+    """torch's module of a device that it was built for and that is not there: the device of the
+    layers that a model makes is the CPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_torch_device_module(), name)
+
+    @staticmethod
+    def current_device() -> str:
+        return "cpu"
+
+
+def _device_module(device: Any = None) -> Any:
+    return _ModuleOfNoDevice() if device is None else _torch_device_module(device)
 
 
 def _make_attention_backend(runner: Any) -> Any:
