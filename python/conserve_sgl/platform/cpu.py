@@ -160,8 +160,8 @@ def _fit_to_model(server_args: Any, previous: Any) -> None:
     and the experts of that in a kernel of a GPU's, unless told otherwise.
 
     Raises:
-        IncompatibleError: the model's windows have a KV pool, and torch_native was asked for; or it
-            has state-space layers that are computed on a GPU alone.
+        IncompatibleError: the model's windows have a KV pool, and torch_native was asked for; or
+            its state-space layers need a GPU.
     """
     from sglang.srt.arg_groups.model_override_base import attention_backends_of, model_config_of
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
@@ -174,14 +174,11 @@ def _fit_to_model(server_args: Any, previous: Any) -> None:
             f"--attention-backend torch_native does not know the KV pool of the windows of {arch}: "
             f"use {NAME}, or --disable-hybrid-swa-memory"
         )
-    if uses_ssm_state(config) and arch not in _STATE_SPACE:
-        raise IncompatibleError(
-            f"the state-space layers of {arch} are computed by kernels of a GPU; on a CPU there "
-            f"are those of {', '.join(_STATE_SPACE)}"
-        )
-    if config.dtype == torch.float32:
+    if uses_ssm_state(config):
+        _refuse_states(args, arch)
         # SGLang keeps what a convolution has seen in bfloat16, whatever the model is in.
-        os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", "float32")
+        dtype = str(config.dtype).removeprefix("torch.")
+        os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", dtype)
     if arch != "GptOssForCausalLM" or args.attention_backend != NAME:
         previous(server_args)
         return
@@ -192,6 +189,25 @@ def _fit_to_model(server_args: Any, previous: Any) -> None:
     )
     previous(server_args)
     declare_resolution(server_args, source, attention_backend=NAME)
+
+
+def _refuse_states(args: Any, arch: str) -> None:
+    """
+    Raises:
+        IncompatibleError: the model's state-space layers, or one of the flags beside them, need a
+            GPU.
+    """
+    if arch not in _STATE_SPACE:
+        raise IncompatibleError(
+            f"the state-space layers of {arch} are computed by kernels of a GPU; on a CPU there "
+            f"are those of {', '.join(_STATE_SPACE)}"
+        )
+    for flag, given in (
+        ("enable-hierarchical-cache", args.enable_hierarchical_cache),
+        ("speculative-algorithm", args.speculative_algorithm is not None),
+    ):
+        if given:
+            raise IncompatibleError(f"--{flag} beside the states of {arch} needs a GPU")
 
 
 def _keep_overlap(server_args: Any, previous: Any) -> None:

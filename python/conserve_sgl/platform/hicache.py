@@ -19,11 +19,10 @@ _RESERVE_SHARE = 0.1
 
 def install() -> None:
     """Fill SGLang's seams in this process. Idempotent; call before a host pool is built."""
-    from sglang.srt.mem_cache.pool_host import base, common, mamba, mha, mla
+    from sglang.srt.mem_cache.pool_host import base, common, mha, mla
 
     common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate
-    for module in (mha, mla, mamba):
-        module.transfer_kv_direct = transfer_kv_direct
+    mha.transfer_kv_direct = mla.transfer_kv_direct = transfer_kv_direct
     # SGLang keeps 10 GiB of host memory free, which suits a GPU server and stops a small machine;
     # it offers no flag for it.
     reserve_bytes = int(psutil.virtual_memory().total * _RESERVE_SHARE)
