@@ -85,9 +85,10 @@ class StateSlots:
     def settle(self, req: Req) -> None:
         """Have the next copy of the state of `req`, whose step has ended, spare the last one.
 
-        SGLang takes turns with two slots, and foresees the turn of a step in flight. If a row does
-        not decode in the step after (it sits out, or a prompt goes first) the turn is taken twice,
-        and the next copy would fall on the last one while that is still taken for what it was.
+        SGLang takes turns with two slots, and foresees the turn of a step in flight: it takes it
+        twice if a row does not decode in the step after (it sits out, or a prompt goes first), and
+        not at all for the first token of a prompt. The next copy would then fall on the last one,
+        which until its step has ended is still taken for what it was.
         """
         kv = req.kv
         if self._copies != 2 or kv.mamba_ping_pong_track_buffer is None:
