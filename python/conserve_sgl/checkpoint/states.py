@@ -16,6 +16,7 @@ A state is that of all tokens up to one position, and of no other. What may ente
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 from conserve_sgl.checkpoint.host import Req, UnifiedRadixCache, mamba_track_grid
 
@@ -34,8 +35,7 @@ class StateSlots:
 
     def __init__(self, tree: UnifiedRadixCache) -> None:
         self._tree = tree
-        self.per_row = 0
-        self._copies = 0
+        self.per_row = self._copies = self._shares = 0
         if not tree.supports_mamba():
             return
         pool = tree.req_to_token_pool
@@ -68,19 +68,25 @@ class StateSlots:
         """
         if not self.per_row:
             return up_to
-        if self.free_rows < 1:
-            return 0
-        if not self._copies:
-            return up_to if up_to == req.kv.kv_committed_len else 0
-        copied_at = req.kv.mamba_last_track_seqlen
-        if copied_at is None or copied_at > up_to or self._passes_boundary(req, copied_at):
-            return 0
-        return copied_at
+        if self._copies:
+            at = self._copied_at(req)
+            kept = at if at <= up_to else 0
+        else:
+            kept = up_to if up_to == req.kv.kv_committed_len else 0
+        return kept if kept and self.free_rows >= 1 else 0
 
-    def _passes_boundary(self, req: Req, copied_at: int) -> bool:
-        """Whether a step since may have copied a newer state, to where it is not known yet."""
-        grid = mamba_track_grid(self._tree.page_size)
-        return req.kv.kv_committed_len // grid != copied_at // grid
+    def _copied_at(self, req: Req) -> int:
+        """Where the last copy of the state of `req` was made; 0 if a step since may have made
+        another, to where it is not known yet."""
+        at = req.kv.mamba_last_track_seqlen
+        if at is None:
+            return 0
+        return at if req.kv.kv_committed_len // self._grid == at // self._grid else 0
+
+    @cached_property
+    def _grid(self) -> int:
+        """Tokens between two positions at which rows that decode have their states copied."""
+        return mamba_track_grid(self._tree.page_size)
 
     def settle(self, req: Req) -> None:
         """Have the next copy of the state of `req`, whose step has ended, spare the last one.
@@ -93,10 +99,11 @@ class StateSlots:
         kv = req.kv
         if self._copies != 2 or kv.mamba_ping_pong_track_buffer is None:
             return
+        if kv.mamba_next_track_idx != kv.mamba_last_track_idx:
+            return
         computed = req.seqlen - 1
-        grid = mamba_track_grid(self._tree.page_size)
-        foreseen = kv.kv_committed_len > computed and kv.kv_committed_len % grid == 0
-        if kv.mamba_next_track_idx == kv.mamba_last_track_idx and not foreseen:
+        foreseen = kv.kv_committed_len > computed and kv.kv_committed_len % self._grid == 0
+        if not foreseen:
             kv.mamba_next_track_idx = 1 - kv.mamba_last_track_idx
 
     def take_back(self, req: Req) -> None:

@@ -11,7 +11,6 @@ says it is: at the end of a step, and at the boundaries of chunks that it asks a
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -23,14 +22,13 @@ __all__ = ["DeltaNetKernel", "convolve", "convolve_next", "gates", "install", "t
 _CHUNK_TOKENS = 64
 """Between two states that can be asked for: the chunk of SGLang's kernels."""
 
-_QWEN3_NEXT = "sglang.srt.models.qwen3_next"
-
 
 def install() -> None:
-    """Fill SGLang's seams in this process. Idempotent; call once the model's module is imported."""
+    """Fill SGLang's seams in this process. Idempotent; for a process that runs such a model."""
     from sglang.kernels.ops.attention.fla.fused_norm_gate import FusedRMSNormGated
     from sglang.srt.layers.attention import hybrid_linear_attn_backend as hybrid
     from sglang.srt.layers.attention.linear import gdn_backend
+    from sglang.srt.models import qwen3_next
 
     gdn_backend.TritonGDNKernel = DeltaNetKernel
     gdn_backend.causal_conv1d_fn = convolve
@@ -38,8 +36,7 @@ def install() -> None:
     gdn_backend.fused_gdn_gating = gates
     hybrid.track_mamba_states_all_layers = track_states
     FusedRMSNormGated.forward = _norm_gated
-    if (model := sys.modules.get(_QWEN3_NEXT)) is not None:
-        model.fused_qkvzba_split_reshape_cat = _split_projections
+    qwen3_next.fused_qkvzba_split_reshape_cat = _split_projections
 
 
 class DeltaNetKernel(LinearAttnKernelBase):
