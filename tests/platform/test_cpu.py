@@ -181,6 +181,8 @@ def test_where_there_is_no_device_layers_are_made_for_the_cpu() -> None:
     assert module.current_device() == "cpu"
     assert module.__name__ == torch.get_device_module().__name__
     assert _device_module("cpu") is torch.cpu
+    torch_has = torch.get_device_module.__wrapped__
+    assert _device_module.__wrapped__ is torch_has  # or torch.compile ends
 
 
 def test_the_shared_expert_is_gated() -> None:

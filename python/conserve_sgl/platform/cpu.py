@@ -6,6 +6,7 @@ leaf modules can be imported here.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -235,6 +236,8 @@ class _ModuleOfNoDevice:
         return "cpu"
 
 
+# torch.compile looks for what torch's own function, a cached one, wraps.
+@functools.wraps(_torch_device_module.__wrapped__)
 def _device_module(device: Any = None) -> Any:
     return _ModuleOfNoDevice() if device is None else _torch_device_module(device)
 
