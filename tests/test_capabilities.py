@@ -29,7 +29,14 @@ class Derived(Gemma3ForCausalLM):
     """As it says."""
 
 
-def host(model: type = InLayers, *, windows: bool = False, drops: bool = False, **flags) -> Host:
+def host(
+    model: type = InLayers,
+    *,
+    states: bool = False,
+    windows: bool = False,
+    drops: bool = False,
+    **flags,
+) -> Host:
     args = SimpleNamespace(
         **{
             "speculative_algorithm": None,
@@ -39,10 +46,14 @@ def host(model: type = InLayers, *, windows: bool = False, drops: bool = False, 
             "enable_hierarchical_cache": True,
             "hicache_write_policy": "write_through",
             "hicache_host_memory_mode": "cache",
+            "mamba_radix_cache_strategy": "extra_buffer",
+            "enable_linear_replayssm": False,
+            "enable_int8_mamba_checkpoint": False,
+            "enable_unified_memory": False,
             **flags,
         }
     )
-    return Host.of_flags(model, args, has_windows=windows, drops_windows=drops)
+    return Host.of_flags(model, args, has_states=states, has_windows=windows, drops_windows=drops)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +136,18 @@ def test_a_model_that_has_them_all(decided_by, config):
             ["host copies"],
             "keeps nothing on the host",
         ),
+        (
+            host(states=True),
+            ConserveConfig(),
+            ["slices", "host copies"],
+            "InLayers has state-space layers",
+        ),
+        (
+            host(InOnePiece, states=True, enable_linear_replayssm=True),
+            ConserveConfig(),
+            ["slices", "checkpoints", "host copies"],
+            "InOnePiece has no forward_split_prefill",
+        ),
     ],
 )
 def test_what_is_off_and_why(decided_by, config, off, why):
@@ -137,6 +160,25 @@ def test_what_is_off_and_why(decided_by, config, off, why):
 
 def test_windows_that_a_model_has_not_cannot_be_dropped():
     assert decide(host(drops=True), ConserveConfig()).checkpoints.on
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"mamba_radix_cache_strategy": "extra_buffer_lazy"}, "extra_buffer_lazy moves states"),
+        ({"enable_linear_replayssm": True}, "--enable-linear-replayssm was not run"),
+        ({"enable_int8_mamba_checkpoint": True}, "--enable-int8-mamba-checkpoint was not run"),
+        ({"enable_unified_memory": True}, "--enable-unified-memory was not run"),
+    ],
+)
+def test_states_that_no_checkpoint_may_hold(flags, said):
+    assert said in decide(host(states=True, **flags), ConserveConfig()).checkpoints.why
+    assert decide(host(**flags), ConserveConfig()).checkpoints.on
+
+
+def test_rows_that_sit_out_keep_their_states():
+    costs = decide(host(states=True), ConserveConfig()).sitting_out.costs
+    assert costs == "the row and the KV that they keep, and the slots of their states"
 
 
 def test_the_table_has_a_line_for_each():

@@ -283,7 +283,8 @@ def _model(args: Any, config: ConserveConfig) -> Iterator[Finding]:
     try:
         with _quietly(), _no_downloads():
             found = ModelConfig.from_server_args(args)
-            refused = _why_refused(found, has_state_space=uses_ssm_state(found))
+            has_states = uses_ssm_state(found)
+            refused = _why_refused(found, args, has_states=has_states)
     except Exception as e:
         is_missing = isinstance(e, OSError) and not os.path.exists(model)
         if is_missing and _HUB_NAME.fullmatch(model):
@@ -301,18 +302,20 @@ def _model(args: Any, config: ConserveConfig) -> Iterator[Finding]:
     elif os.path.isdir(model) and args.load_format == "auto" and not _has_weights(Path(model)):
         yield Finding("model", Level.BAD, f"{model}: has no weights")
     else:
-        yield from _model_class(found, args, config, f"{model}: {kind}")
+        yield from _model_class(found, args, config, f"{model}: {kind}", has_states=has_states)
 
 
-def _why_refused(model: Any, *, has_state_space: bool) -> str | None:
-    if has_state_space:
-        return "state-space layers"
+def _why_refused(model: Any, args: Any, *, has_states: bool) -> str | None:
+    if has_states and args.speculative_algorithm is not None:
+        return "drafts (--speculative-algorithm) beside state-space layers"
     if model.is_hybrid_swa and model.full_attention_layer_ids == []:
         return "sliding windows in all layers"
     return None
 
 
-def _model_class(model: Any, args: Any, config: ConserveConfig, name: str) -> Iterator[Finding]:
+def _model_class(
+    model: Any, args: Any, config: ConserveConfig, name: str, *, has_states: bool
+) -> Iterator[Finding]:
     """The class that SGLang serves a model by (its ModelConfig), and what it can and cannot."""
     from sglang.srt.model_loader.utils import get_model_architecture
 
@@ -323,7 +326,9 @@ def _model_class(model: Any, args: Any, config: ConserveConfig, name: str) -> It
         yield Finding("model", Level.BAD, f"{name}: {_why(e, io.StringIO())}")
         return
     yield Finding("model", Level.OK, name)
-    yield from _capabilities(args, config, model_class, has_windows=model.is_hybrid_swa)
+    yield from _capabilities(
+        args, config, model_class, has_states=has_states, has_windows=model.is_hybrid_swa
+    )
 
 
 def _capabilities(
@@ -331,6 +336,7 @@ def _capabilities(
     config: ConserveConfig,
     model_class: type | None = None,
     *,
+    has_states: bool = False,
     has_windows: bool = False,
 ) -> Iterator[Finding]:
     """What the server would log of itself at start; without a model nothing of slices."""
@@ -339,6 +345,7 @@ def _capabilities(
     host = Host.of_flags(
         model_class or object,
         args,
+        has_states=has_states,
         has_windows=has_windows,
         drops_windows=envs.SGLANG_OPT_RELEASE_PREFILL_SWA.get(),
     )

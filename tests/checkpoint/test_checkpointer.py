@@ -14,7 +14,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
-    from checkpoint.kernel import ONLINE, Kernel, make_request
+    from checkpoint.kernel import GRID, ONLINE, Kernel, make_request
     from conserve_sgl.checkpoint.kv_pools import KvPools
 
 STRIDE = 8
@@ -30,6 +30,8 @@ def kernel(
     host_ratio: float | None = None,
     token_s: float = 1e-4,
     window: int | None = None,
+    state_slots: int = 0,
+    copies_states: bool = False,
 ) -> Kernel:
     return Kernel(
         kv_tokens=kv_tokens,
@@ -38,6 +40,8 @@ def kernel(
         host_ratio=host_ratio,
         token_s=token_s,
         window=window,
+        state_slots=state_slots,
+        copies_states=copies_states,
     )
 
 
@@ -423,6 +427,20 @@ def test_random_lives_end_with_the_tokens_of_a_run_alone(seed, window, host_rati
     chance = random.Random(seed)
     kv_tokens = chance.choice([170, 260, 400])
     engine = kernel(kv_tokens=kv_tokens, host_ratio=host_ratio, token_s=token_s, window=window)
+    live(engine, chance)
+
+
+@pytest.mark.parametrize("copies_states", [False, True], ids=["no_buffer", "extra_buffer"])
+@pytest.mark.parametrize("seed", range(8))
+def test_random_lives_with_states_end_with_the_tokens_of_a_run_alone(seed, copies_states):
+    """With slots for four rows to seven, of which six run."""
+    chance = random.Random(seed)
+    slots = (2 + copies_states) * chance.choice([4, 5, 7]) + chance.choice([0, 1])
+    kv_tokens = chance.choice([170, 260, 400])
+    live(kernel(kv_tokens=kv_tokens, state_slots=slots, copies_states=copies_states), chance)
+
+
+def live(engine: Kernel, chance: random.Random) -> None:
     tokens = 60
     waiting = [make_request(str(i), prompt(i), tokens) for i in range(12)]
     running: list = []
@@ -504,4 +522,79 @@ def test_windows_come_back_from_the_host(also_on_the_device):
     assert list(req.output_ids) == run_alone(0, len(req.output_ids))
     engine.checkpoints.give_way(req, urgent=False)
     engine.checkpoints.forget([req])
+    engine.assert_balanced()
+
+
+STATES = pytest.mark.parametrize("copies_states", [False, True], ids=["no_buffer", "extra_buffer"])
+
+
+@STATES
+def test_a_checkpoint_ends_where_there_is_a_state(copies_states):
+    engine = kernel(state_slots=20, copies_states=copies_states)
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    while req.kv.cache_protected_len < 6 * GRID:
+        decode(engine, req, 1)
+        kept = req.kv.cache_protected_len
+        assert kept % GRID == 0 if copies_states else kept <= req.kv.kv_committed_len
+    decode(engine, req, 3)
+    computed = req.kv.kv_committed_len
+    kept = computed // GRID * GRID if copies_states else computed
+    engine.checkpoints.give_way(req, urgent=False)
+    assert engine.prefill(req)
+    state = engine.checkpoints.state()
+    assert (state["restored_tokens"], state["recomputed_tokens"]) == (kept, computed - kept)
+    decode(engine, req, 10)
+    assert list(req.output_ids) == run_alone(0, len(req.output_ids))
+
+
+@STATES
+def test_without_a_slot_to_spare_nothing_is_kept_and_nothing_ends(copies_states):
+    per_row = 2 + copies_states
+    engine = kernel(state_slots=2 * per_row + 1, copies_states=copies_states)
+    assert engine.checkpoints.states.free_rows == 2
+    reqs = [make_request(str(i), prompt(i), 100) for i in range(3)]
+    assert engine.prefill(reqs[0])
+    assert engine.prefill(reqs[1])
+    assert not engine.prefill(reqs[2])
+    for _ in range(3 * GRID):
+        assert engine.decode(reqs[:2])
+    engine.checkpoints.give_way(reqs[1], urgent=True)
+    assert engine.prefill(reqs[2])
+    decode(engine, reqs[2], 2 * GRID)
+    for i in (0, 2):
+        engine.checkpoints.give_way(reqs[i], urgent=True)
+        assert list(reqs[i].output_ids) == run_alone(i, len(reqs[i].output_ids))
+    engine.assert_balanced()
+
+
+def test_a_state_that_is_gone_costs_recomputation_and_no_more():
+    engine = kernel(state_slots=20)
+    req = make_request("a", prompt(0), 100)
+    assert engine.prefill(req)
+    decode(engine, req, 30)
+    computed = req.kv.kv_committed_len
+    engine.checkpoints.give_way(req, urgent=False)
+    engine.tree.evict(EvictParams(num_tokens=0, mamba_num=20))
+    assert engine.prefill(req)
+    state = engine.checkpoints.state()
+    assert (state["restored_tokens"], state["recomputed_tokens"]) == (0, computed)
+    decode(engine, req, 10)
+    assert list(req.output_ids) == run_alone(0, len(req.output_ids))
+
+
+def test_a_slot_that_a_request_got_as_it_was_looked_up_is_taken_back():
+    engine = kernel(state_slots=20)
+    first = make_request("a", prompt(0), 100)
+    second = make_request("b", [*prompt(0), 7, 8], 100)
+    assert engine.prefill(first)
+    engine.finish(first)
+    second.init_next_round_input(engine.tree)
+    assert second.kv.holds_mamba
+    engine.checkpoints.states.take_back(second)
+    engine.assert_balanced()
+    assert engine.prefill(second)
+    engine.checkpoints.states.take_back(second)  # it holds a row now, and keeps its slot
+    decode(engine, second, 5)
+    engine.checkpoints.give_way(second, urgent=False)
     engine.assert_balanced()

@@ -84,6 +84,35 @@ def test_a_server_without_slices_is_said_to_be_one(model, monkeypatch, arch, fla
     assert finding.detail.startswith(said)
 
 
+@pytest.fixture
+def state_space_model(model, monkeypatch) -> Path:
+    from sglang.srt.models.qwen3_next import Qwen3NextForCausalLM
+    from sglang.srt.models.registry import ModelRegistry
+
+    monkeypatch.setitem(ModelRegistry.models, "Qwen3NextForCausalLM", Qwen3NextForCausalLM)
+    config = {"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"]}
+    (model / "config.json").write_text(json.dumps(config))
+    return model
+
+
+STATES_AFTER_STEPS = ["--mamba-radix-cache-strategy=no_buffer", "--disable-overlap-schedule"]
+
+
+def test_a_model_with_state_space_layers(state_space_model):
+    found = findings("--model-path", str(state_space_model), *STATES_AFTER_STEPS)
+    assert found["model"].level is found["checkpoints"].level is Level.OK
+    assert "as far as there is a state" in found["checkpoints"].detail
+    assert "the slots of their states" in found["sitting out"].detail
+    assert found["slices"].level is found["host copies"].level is Level.NOTE
+
+
+def test_drafts_beside_state_space_layers_are_refused(state_space_model):
+    flags = [*STATES_AFTER_STEPS, "--speculative-algorithm=NGRAM"]
+    found = findings("--model-path", str(state_space_model), *flags)
+    assert found["model"].level is Level.BAD
+    assert "beside state-space layers are not supported" in found["model"].detail
+
+
 @pytest.mark.parametrize(
     "name", ["/nonexistent", "nonexistent", "no/such/model", "", "./none", "a" * 200]
 )

@@ -105,6 +105,8 @@ SIGNATURES_BY_MODULE = {
         "UnifiedRadixCache.full_evictable_size": "(self)",
         "UnifiedRadixCache.swa_evictable_size": "(self)",
         "UnifiedRadixCache.supports_swa": "(self)",
+        "UnifiedRadixCache.mamba_evictable_size": "(self)",
+        "UnifiedRadixCache.supports_mamba": "(self)",
         "UnifiedRadixCache.inc_host_lock_ref": "(self, node_id)",
         "UnifiedRadixCache.dec_host_lock_ref": "(self, node_id, params)",
         "UnifiedRadixCache.load_back": "(self, node_id, mem_quota=None, req=None)",
@@ -116,6 +118,10 @@ SIGNATURES_BY_MODULE = {
         "SWATokenToKVPoolAllocator.full_available_size": "(self)",
         "SWATokenToKVPoolAllocator.swa_available_size": "(self)",
         "is_swa_req_ring": "(allocator)",
+    },
+    "sglang.srt.mem_cache.allocator.mamba": {
+        "MambaSlotAllocator.available_size": "(self)",
+        "MambaSlotAllocator.free": "(self, free_index)",
     },
     "sglang.srt.mem_cache.prefill_budget": {
         "SWAPrefillBudget.swa_tokens": (
@@ -163,6 +169,7 @@ SIGNATURES_BY_MODULE = {
         "_BatchedPenalizer.is_prepared": "(self)",
     },
     "sglang.srt.runtime_context": {
+        "mamba_track_grid": "(tree_page)",
         "get_exec": "()",
         "get_schedule": "()",
         "get_serving": "()",

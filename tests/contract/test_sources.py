@@ -20,6 +20,10 @@ _ADDER = "sglang.srt.managers.schedule_policy:PrefillAdder."
 _BATCH = "sglang.srt.managers.schedule_batch:ScheduleBatch."
 _CHECKER = "sglang.srt.managers.scheduler_components.invariant_checker:SchedulerInvariantChecker."
 _CORE = "sglang.srt.mem_cache.unified_cache.unified_tree_core:UnifiedTreeCore."
+_MAMBA = "sglang.srt.mem_cache.unified_cache.components.mamba:MambaComponent."
+_RESULTS = (
+    "sglang.srt.managers.scheduler_components.batch_result_processor:SchedulerBatchResultProcessor."
+)
 _TREE = "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache."
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager:TokenizerManager."
 
@@ -50,6 +54,29 @@ RELIED = [
         "09e8cf03a4d0c1bb",
         "Admission.form and engine/adder.py: order of admission, "
         "batch_is_full, how the adder's verdicts end the loop, how chunked_req is set",
+    ),
+    Relied(
+        _MAMBA + "prepare_for_caching_req",
+        "3c3d5ac8e7e46b8f",
+        "StateSlots.kept_len: of which position the state is that a checkpoint puts into the tree, "
+        "and that it takes a slot, or ends the engine",
+    ),
+    Relied(
+        _RESULTS + "_handle_finish_state_updated_req",
+        "b22495dbb10d38f4",
+        "StateSlots.settle and kept_len: which of two slots the next copy of a state goes to, and "
+        "when the last one is taken note of",
+    ),
+    Relied(
+        _RESULTS + "_mamba_prefix_cache_update",
+        "b7398a981bfdc6f3",
+        "StateSlots.settle: turns are taken by flipping, not by who was last",
+    ),
+    Relied(
+        "sglang.srt.mem_cache.memory_pool:HybridReqToTokenPool.alloc",
+        "60b048a1357479ef",
+        "StateSlots.per_row and take_back: what a row takes, and that a slot which a request holds "
+        "is kept",
     ),
     Relied(
         _SCHEDULER + "update_running_batch",

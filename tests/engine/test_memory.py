@@ -1,4 +1,5 @@
-"""Who gives way when one of two KV pools is short: KvMemory over pools that are numbers."""
+"""Who gives way when one of two KV pools, or states, are short: KvMemory over pools that are
+numbers."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ with warnings.catch_warnings():
 
 FULL, WINDOWS = 1000, 300
 HELD, HELD_IN_WINDOWS = 100, 60  # by each request
+SLOTS, HELD_SLOTS, ROWS = 12, 2, 8  # of states; and of those by each request: its own and a locked
 
 
 class Request:
@@ -35,7 +37,9 @@ class Batch:
 class Memory:
     """A KvMemory whose requests hold KV in both pools, of which the tree has none."""
 
-    def __init__(self, *, online: int, offline: int, has_windows: bool = True) -> None:
+    def __init__(
+        self, *, online: int, offline: int, has_windows: bool = True, has_states: bool = False
+    ) -> None:
         reqs = [Request(offline=False) for _ in range(online)]
         reqs += [Request(offline=True) for _ in range(offline)]
         self.running = Batch(reqs)
@@ -51,6 +55,16 @@ class Memory:
             evictable_size=lambda: 0,
             full_evictable_size=lambda: 0,
             swa_evictable_size=lambda: 0,
+            supports_mamba=lambda: has_states,
+            supports_prefix_sharing=lambda: True,
+            mamba_evictable_size=lambda: 1,
+            req_to_token_pool=SimpleNamespace(
+                mamba_initial_tracking_slots=0,
+                mamba_ckpt_pool=None,
+                mamba_allocator=SimpleNamespace(
+                    available_size=lambda: SLOTS - HELD_SLOTS * len(self.running.reqs) - 1
+                ),
+            ),
         )
         self.requeued: list[Request] = []
         self.memory = KvMemory(
@@ -63,7 +77,7 @@ class Memory:
             aside=SimpleNamespace(reqs=[], slices=SimpleNamespace(suspended_reqs=[])),
             is_offline=lambda req: req.offline,
             requeue=self.requeued.append,
-            free_rows=lambda: 1,
+            free_rows=lambda: ROWS - len(self.running.reqs),
         )
 
     def make_room(self, tokens: int, window_tokens: int) -> bool:
@@ -100,3 +114,42 @@ def test_without_a_pool_of_windows_none_is_short():
 
 def test_what_is_told_of_kv_is_that_of_the_layers_without_a_window():
     assert Memory(online=1, offline=3).memory.free_tokens == FULL - 4 * HELD
+
+
+def test_a_row_is_free_where_the_slots_of_its_states_are():
+    """Eight rows, and slots for five."""
+    assert Memory(online=1, offline=3).memory.free_rows == 4
+    memory = Memory(online=1, offline=3, has_states=True).memory
+    assert memory.free_rows == 1
+    assert Memory(online=0, offline=0, has_states=True).memory.free_rows == 5
+
+
+@pytest.mark.parametrize(("wanted", "gave_way"), [(1, 0), (2, 1), (3, 2), (4, 3)])
+def test_offline_requests_give_way_for_states(wanted, gave_way):
+    memory = Memory(online=1, offline=3, has_states=True)
+    assert memory.memory.make_rows(memory.running, wanted)
+    assert len(memory.requeued) == gave_way
+
+
+@pytest.mark.parametrize("wanted", [1, 9])
+def test_without_states_one_row_is_enough(wanted):
+    memory = Memory(online=5, offline=3)
+    assert memory.memory.make_rows(memory.running, wanted)
+    assert len(memory.requeued) == 1
+
+
+def test_states_that_cannot_be_had_are_waited_for():
+    memory = Memory(online=5, offline=0, has_states=True)
+    assert not memory.memory.make_rows(memory.running, 1)
+
+
+@pytest.mark.parametrize(
+    ("online_waiting", "offline_wanted", "admissible"), [(0, 5, 3), (1, 5, 2), (1, 1, 1), (4, 5, 0)]
+)
+def test_offline_requests_are_tried_where_states_are_left(
+    online_waiting, offline_wanted, admissible
+):
+    memory = Memory(online=1, offline=1, has_states=True).memory
+    assert memory.admissible(online_waiting, offline_wanted) == admissible
+    without = Memory(online=1, offline=1).memory
+    assert without.admissible(online_waiting, offline_wanted) == offline_wanted

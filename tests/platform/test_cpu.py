@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from conserve_sgl.platform.cpu import (
     CHUNKED_PREFILL_TOKENS,
     KV_POOL_TOKENS,
     CpuPlatform,
+    _device_module,
     _fit_to_model,
 )
 
@@ -121,6 +123,11 @@ def _seen_by_sglang(monkeypatch: pytest.MonkeyPatch, arch: str, **flags: Any) ->
     config = SimpleNamespace(
         hf_config=SimpleNamespace(architectures=[arch]),
         is_hybrid_swa=arch in ("GptOssForCausalLM", "MellumForCausalLM"),
+        dtype=torch.float32,
+    )
+    monkeypatch.setattr(
+        "sglang.srt.mem_cache.kv_cache_builder.uses_ssm_state",
+        lambda _config: arch in ("Qwen3NextForCausalLM", "MambaForCausalLM"),
     )
     monkeypatch.setattr(
         "sglang.srt.arg_groups.model_override_base.model_config_of", lambda _args: config
@@ -141,6 +148,52 @@ def test_torch_native_knows_no_pool_of_windows(monkeypatch) -> None:
         _seen_by_sglang(monkeypatch, "MellumForCausalLM", attention_backend="torch_native")
     llama = _seen_by_sglang(monkeypatch, "LlamaForCausalLM", attention_backend="torch_native")
     assert llama == ("torch_native", "torch_native")
+
+
+@pytest.mark.parametrize(
+    ("arch", "flags", "said"),
+    [
+        ("MambaForCausalLM", {}, "layers of MambaForCausalLM are computed by kernels of a GPU"),
+        (
+            "Qwen3NextForCausalLM",
+            {"enable_hierarchical_cache": True},
+            "--enable-hierarchical-cache",
+        ),
+        ("Qwen3NextForCausalLM", {"speculative_algorithm": "NGRAM"}, "--speculative-algorithm"),
+    ],
+)
+def test_states_that_need_a_gpu(monkeypatch, arch, flags, said) -> None:
+    with pytest.raises(IncompatibleError, match=said):
+        _seen_by_sglang(monkeypatch, arch, **flags)
+
+
+@pytest.mark.parametrize(("is_set", "then"), [(None, "float32"), ("float16", "float16")])
+def test_convolutions_keep_what_they_see_in_the_models_type(monkeypatch, is_set, then) -> None:
+    monkeypatch.setenv("SGLANG_MAMBA_CONV_DTYPE", is_set or "")
+    if is_set is None:
+        monkeypatch.delenv("SGLANG_MAMBA_CONV_DTYPE")
+    assert _seen_by_sglang(monkeypatch, "Qwen3NextForCausalLM") == (NAME, NAME)
+    assert os.environ["SGLANG_MAMBA_CONV_DTYPE"] == then
+
+
+def test_where_there_is_no_device_layers_are_made_for_the_cpu() -> None:
+    module = _device_module()
+    assert module.current_device() == "cpu"
+    assert module.__name__ == torch.get_device_module().__name__
+    assert _device_module("cpu") is torch.cpu
+    torch_has = torch.get_device_module.__wrapped__
+    assert _device_module.__wrapped__ is torch_has  # or torch.compile ends
+
+
+def test_the_shared_expert_is_gated() -> None:
+    hidden, weight = torch.randn(3, 5), torch.randn(5)
+    shared, routed = torch.randn(3, 5), torch.randn(3, 5)
+    gated = torch.sigmoid((hidden * weight).sum(-1, keepdim=True)) * shared
+    out = routed.clone()
+    experts.gate_shared(hidden, weight, shared, out, do_add=True)
+    torch.testing.assert_close(out, routed + gated)
+    experts.gate_shared(hidden, weight, shared, out, do_add=False)
+    torch.testing.assert_close(out, gated)
 
 
 def test_the_experts_of_gpt_oss_need_no_compiler(monkeypatch) -> None:

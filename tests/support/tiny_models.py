@@ -37,6 +37,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 __all__ = ["CONTEXT_TOKENS", "Arch", "make_tiny_adapter", "make_tiny_model"]
@@ -51,6 +53,7 @@ Arch = Literal[
     "gemma3_causal",
     "mellum",
     "gpt_oss",
+    "qwen3_next",
 ]
 CONTEXT_TOKENS = 4096
 
@@ -64,6 +67,7 @@ _ARCHS: dict[str, tuple[type, type]] = {
     "gemma3_causal": (Gemma3TextConfig, Gemma3ForCausalLM),
     "mellum": (MellumConfig, MellumForCausalLM),
     "gpt_oss": (GptOssConfig, GptOssForCausalLM),
+    "qwen3_next": (Qwen3NextConfig, Qwen3NextForCausalLM),
 }
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -129,7 +133,21 @@ _DETAILS: dict[str, dict[str, object]] = {
         "intermediate_size": 64,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
     },
+    "qwen3_next": {
+        "full_attention_interval": 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": _HEADS,
+        "linear_key_head_dim": _HEAD_DIM,
+        "linear_value_head_dim": _HEAD_DIM,
+        "num_experts": _EXPERTS,
+        "num_experts_per_tok": _EXPERTS_PER_TOKEN,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+        "partial_rotary_factor": 0.5,
+    },
 }
+_LOG_DECAY = -4.0
+"""A state remembers some hundred tokens."""
 _QK_NORM = 2.0
 _FEED_FORWARD_NORM = 8.0  # with the embeddings as output head a smaller one repeats the last token
 _ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -164,6 +182,7 @@ def make_tiny_model(
             has them in all but the first, a shared one beside them, and latent attention.
             gemma3_causal, mellum and gpt_oss have a window of 24 tokens in every other layer;
             mellum has eight experts in half of its layers, gpt_oss in all, and attention sinks.
+            qwen3_next has a state in every other layer, and experts as deepseek_v2 has them.
         layers: decoder layers.
         dtype: of the weights on disk; bfloat16 weights are the float32 ones, rounded.
         seed: of the weights.
@@ -208,6 +227,10 @@ def _model(arch: Arch, layers: int, seed: int) -> PreTrainedModel:
         details = details | {
             "layer_types": _alternating("sliding_attention", "full_attention", layers)
         }
+    if arch == "qwen3_next":
+        details = details | {
+            "layer_types": _alternating("linear_attention", "full_attention", layers)
+        }
     if arch == "mellum":
         details = details | {"mlp_layer_types": _alternating("dense", "sparse", layers)}
     model = model_class(config_class(**_geometry(layers) | details))
@@ -243,6 +266,8 @@ def _randomize(model: PreTrainedModel, generator: torch.Generator) -> None:
             weight.fill_(_QK_NORM)
         elif name.endswith("post_feedforward_layernorm.weight"):
             weight.fill_(_FEED_FORWARD_NORM)
+        elif name.endswith("A_log"):
+            weight.fill_(_LOG_DECAY)
         elif "norm" not in name:
             weight.normal_(std=_WEIGHT_STD if weight.ndim > 1 else _BIAS_STD, generator=generator)
         if name.endswith("sinks"):

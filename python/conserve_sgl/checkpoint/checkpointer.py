@@ -44,6 +44,7 @@ from conserve_sgl.checkpoint.host_writes import HostWrites
 from conserve_sgl.checkpoint.kv_pools import KvPools
 from conserve_sgl.checkpoint.ownership import check_ownership, is_asked_for
 from conserve_sgl.checkpoint.penalties import restore_penalties
+from conserve_sgl.checkpoint.states import StateSlots
 from conserve_sgl.config import CheckpointConfig
 from conserve_sgl.policy.checkpoint_cost import (
     CheckpointPlan,
@@ -95,6 +96,7 @@ class Checkpointer:
         is_offline: tells an offline request; no other is touched.
 
     Attributes:
+        states: of state-space layers; a checkpoint ends where there is one.
         token_s: seconds that computing a token of a request again takes; the same on all ranks.
     """
 
@@ -113,6 +115,7 @@ class Checkpointer:
         self._is_offline = is_offline
         self._allocator = tree_cache.token_to_kv_pool_allocator
         self._pools = KvPools(tree_cache)
+        self.states = StateSlots(tree_cache)
         self._page = tree_cache.page_size
         self._stride_tokens = config.stride_tokens
         self._total_tokens = max_total_tokens
@@ -138,8 +141,11 @@ class Checkpointer:
         """Checkpoint the offline rows of `batch`, whose results are in, that are due."""
         if self._check:
             check_ownership(filter(self._is_offline, batch.reqs), self._tree)
-        # The prompts of a prefill batch may be between two chunks; SGLang inserts those.
         decoded = batch.reqs if batch.forward_mode.is_decode() else batch.decoding_reqs or ()
+        if self.states.per_row:
+            for req in decoded:
+                self.states.settle(req)
+        # The prompts of a prefill batch may be between two chunks; SGLang inserts those.
         offline = list(filter(self._is_offline, decoded))
         if not (self.enabled and offline):
             return
@@ -195,7 +201,7 @@ class Checkpointer:
 
     def _checkpoint(self, req: Req, up_to: int) -> int:
         """Give the tree what `req` has up to there, in whole pages; the tokens that are new."""
-        before = req.kv.cache_protected_len
+        before, up_to = req.kv.cache_protected_len, self.states.kept_len(req, up_to)
         if up_to // self._page * self._page <= before:
             return 0
         start_ns = time.perf_counter_ns()

@@ -6,6 +6,7 @@ from sglang.srt.mem_cache.allocator.swa import is_swa_req_ring
 from sglang.srt.mem_cache.base_prefix_cache import DecLockRefParams, InsertParams, InsertResult
 from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.runtime_context import mamba_track_grid
 from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "ScheduleBatch",
     "UnifiedRadixCache",
     "is_swa_req_ring",
+    "mamba_track_grid",
     "release_req",
 ]

@@ -113,7 +113,7 @@ class Admission:
         if self._host.waiting_queue and self._memory.holds_offline(running):
             # SGLang takes a batch for full until a row ends; here rows give way.
             running.batch_is_full = False
-            self._memory.make_rows(running, 1)
+            self._memory.make_rows(running, len(self._host.waiting_queue))
         if not self._chunk_finds_kv(running):
             return NextBatchPlan(batch_to_run=None, running_batch=running)
         free_tokens = self._memory.free_tokens - plan.kv_reserve_tokens
@@ -172,7 +172,9 @@ class Admission:
         if self._slices.suspended is not None or not plan.offline_admissions:
             return 0
         short = not running.is_empty() and self._shortage.lasts(free_tokens)
-        return 0 if short else plan.offline_admissions
+        if short:
+            return 0
+        return self._memory.admissible(len(self._host.waiting_queue), plan.offline_admissions)
 
     def _give_back(self, not_yet: list[Req]) -> None:
         """The candidates that were not admitted leave SGLang's queue again."""
@@ -182,6 +184,9 @@ class Admission:
                 self._host.waiting_queue.append(req)
         self._intake.queue.give_back(r for r in waiting if self._is_offline(r))
         self._intake.queue.give_back(not_yet)
+        for req in waiting:
+            if self._is_offline(req):
+                self._checkpoints.states.take_back(req)
 
     def _load_ahead(self, running: ScheduleBatch, view: StepView, plan: StepPlan) -> None:
         """While there is no time for another offline request, the next one gets its KV from the

@@ -30,6 +30,8 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     model: the name of its class.
     why_whole: its prefills cannot run layer by layer, as a clause; None where they can.
     drafts: speculative decoding.
+    has_states: state-space layers; `why_no_states` their states may not enter the radix tree as an
+        offline request grows, as a clause, or None.
     has_windows: a KV pool of their own for layers with a sliding window, which it lets go of early
         (`SGLANG_OPT_RELEASE_PREFILL_SWA`) if `drops_windows`.
     shares_prefixes: the radix cache, from which thoughts are stripped at a request's end or not.
@@ -40,6 +42,8 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     why_whole: str | None
     drafts: bool
     returns_routed_experts: bool
+    has_states: bool
+    why_no_states: str | None
     has_windows: bool
     drops_windows: bool
     shares_prefixes: bool
@@ -49,12 +53,15 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     buffers_only: bool
 
     @classmethod
-    def of_flags(cls, model: type, args: Any, *, has_windows: bool, drops_windows: bool) -> Host:
+    def of_flags(
+        cls, model: type, args: Any, *, has_states: bool, has_windows: bool, drops_windows: bool
+    ) -> Host:
         """What is known before a server starts.
 
         Args:
             model: the class that SGLang serves the model by.
             args: SGLang's ServerArgs.
+            has_states: SGLang's `uses_ssm_state` of the model.
             has_windows: SGLang's `is_hybrid_swa` of the model.
             drops_windows: `SGLANG_OPT_RELEASE_PREFILL_SWA` is set.
         """
@@ -63,6 +70,8 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
             why_whole=_why_whole(model),
             drafts=args.speculative_algorithm is not None,
             returns_routed_experts=args.enable_return_routed_experts,
+            has_states=has_states,
+            why_no_states=_why_no_states(args) if has_states else None,
             has_windows=has_windows,
             drops_windows=drops_windows,
             shares_prefixes=not args.disable_radix_cache,
@@ -80,6 +89,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
         of_flags = cls.of_flags(
             type(scheduler.tp_worker.model_runner.model),
             scheduler.server_args,
+            has_states=scheduler.is_hybrid_ssm,
             has_windows=scheduler.is_hybrid_swa,
             drops_windows=drops_windows,
         )
@@ -135,12 +145,29 @@ def decide(host: Host, config: ConserveConfig) -> Capabilities:
             "sitting out",
             True,
             "offline rows leave a step and come back as they were, whatever the model",
-            f"the row and the KV that they keep{', windows too' if host.has_windows else ''}",
+            f"the row and the KV that they keep{_what_else_they_keep(host)}",
         ),
         slices=_slices(host, config),
         checkpoints=checkpoints,
         host_copies=_host_copies(host, checkpoints),
     )
+
+
+def _what_else_they_keep(host: Host) -> str:
+    kept = {", windows too": host.has_windows, ", and the slots of their states": host.has_states}
+    return "".join(name for name, is_so in kept.items() if is_so)
+
+
+def _why_no_states(args: Any) -> str | None:
+    """Where SGLang keeps states in ways that checkpoints were not run with."""
+    if args.mamba_radix_cache_strategy == "extra_buffer_lazy":
+        # The slot of the last state that was kept is given back and taken anew as steps run.
+        return "--mamba-radix-cache-strategy=extra_buffer_lazy moves states between slots"
+    flags = ("enable_linear_replayssm", "enable_int8_mamba_checkpoint", "enable_unified_memory")
+    for name in flags:
+        if getattr(args, name):
+            return f"--{name.replace('_', '-')} was not run with checkpoints of states"
+    return None
 
 
 def _why_whole(model: type) -> str | None:
@@ -163,6 +190,9 @@ def _slices(host: Host, config: ConserveConfig) -> Capability:
         why = host.why_whole
     elif host.drafts:
         why = "with --speculative-algorithm a worker that drafts runs the steps"
+    elif host.has_states:
+        # What SGLang does to the states before a step is done when the step begins, not a layer.
+        why = f"{host.model} has state-space layers, whose prefills were never run in slices"
     elif host.returns_routed_experts:
         # One buffer holds the experts of all layers of the step that runs, and is read at its end.
         why = "--enable-return-routed-experts would return those of the steps in between"
@@ -184,8 +214,12 @@ def _checkpoints(host: Host, config: ConserveConfig) -> Capability:
     elif host.has_windows and host.drops_windows:
         # It takes what the tree holds of a request for its prompt's alone.
         why = "SGLANG_OPT_RELEASE_PREFILL_SWA lets go of windows that a checkpoint would hold"
+    elif host.why_no_states is not None:
+        why = host.why_no_states
     else:
         why = "the radix cache keeps what an offline request has computed as it grows"
+        if host.has_states:
+            why += ", as far as there is a state"
         return Capability("checkpoints", True, why, "the room that nobody else asks for")
     costs = "a request that gives way is computed again, but for what the cache has of its prompt"
     return Capability("checkpoints", False, why, costs)
@@ -195,6 +229,8 @@ def _host_copies(host: Host, checkpoints: Capability) -> Capability:
     without = "a request that gives way keeps its KV only while the device has room"
     if not checkpoints.on:
         why, without = "there are no checkpoints to copy", "what gives way is computed again"
+    elif host.has_states:
+        why = "states were never loaded ahead from the host"
     elif not host.has_host_cache:
         why = "--enable-hierarchical-cache would add host memory, and is not given"
     elif host.write_policy != "write_through":

@@ -8,6 +8,7 @@ from typing import Any
 from conserve_sgl.checkpoint.checkpointer import Checkpointer
 from conserve_sgl.checkpoint.fault import RandomPreemption
 from conserve_sgl.checkpoint.kv_pools import KvPools
+from conserve_sgl.checkpoint.states import StateSlots
 from conserve_sgl.engine.aside import Aside
 from conserve_sgl.engine.host import Req, ScheduleBatch
 from conserve_sgl.status.record import HostKv, Kv
@@ -20,7 +21,8 @@ class KvMemory:
 
     Where layers have windows there are two pools (`KvPools`). What is told of KV here is that of
     the layers without one, which a token holds as long as its request; what a window needs is
-    little, and is asked for beside it.
+    little, and is asked for beside it. State-space layers have slots for rows (`StateSlots`): a row
+    is free where those are, too.
 
     Args:
         tree_cache: SGLang's; its allocator is that of the KV.
@@ -29,7 +31,7 @@ class KvMemory:
         aside: requests that SGLang does not know of.
         is_offline: tells an offline request; no other gives way.
         requeue: takes a request that gave way, without row and KV.
-        free_rows: tells how many rows of requests nobody holds.
+        free_rows: tells how many rows of requests nobody holds, be there states for them or not.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class KvMemory:
         self._aside = aside
         self._is_offline = is_offline
         self._requeue = requeue
+        self._states = StateSlots(tree_cache)
         self._free_rows = free_rows
         self._chance = RandomPreemption.from_environment()
 
@@ -59,6 +62,15 @@ class KvMemory:
     def free_tokens(self) -> int:
         """KV tokens that nobody holds, or that the radix tree would give up at once."""
         return self._pools.free_tokens
+
+    @property
+    def free_rows(self) -> int:
+        """Rows of requests that nobody holds, with what their states need."""
+        return int(min(self._free_rows(), self._states.free_rows))
+
+    def admissible(self, online: int, offline: int) -> int:
+        """How many of so many offline requests find states behind so many online ones."""
+        return int(max(min(offline, self._states.free_rows - online), 0))
 
     def offers(self, running: ScheduleBatch) -> int:
         """KV tokens that offline requests, of `running` or aside, would give to an online one."""
@@ -138,9 +150,16 @@ class KvMemory:
         )
         return pools.free_tokens >= tokens
 
-    def make_rows(self, running: ScheduleBatch, rows: int) -> bool:
-        """`give_way` until so many rows of requests are free."""
-        return self.give_way(running, lambda: self._free_rows() >= rows)
+    def make_rows(self, running: ScheduleBatch, wanted: int) -> bool:
+        """`give_way` until a row is free for a request of the `wanted`, and until there are states
+        for as many of them as there are rows for."""
+        states = self._states
+
+        def enough() -> bool:
+            rows = min(self._free_rows(), wanted)
+            return rows > 0 and states.free_rows >= rows
+
+        return self.give_way(running, enough)
 
     def preempt_rows(
         self, running: ScheduleBatch, reqs: list[Req], *, urgent: bool = False

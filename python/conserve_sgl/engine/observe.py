@@ -171,7 +171,6 @@ class _Host(Protocol):
 
     chunked_req: Req | None
     waiting_queue: list[Req]
-    req_to_token_pool: Any
     enable_overlap: bool
     chunked_prefill_size: int
     max_running_requests: int
@@ -257,7 +256,7 @@ class Observer:
             offline_decoding=count.offline,
             offline_parked=Rows(len(parked), sum(req.seqlen for req in parked)),
             offline_suspended=len(aside.slices.suspended_reqs),
-            free_rows=host.req_to_token_pool.available_size(),
+            free_rows=self._memory.free_rows,
             max_rows=most_offline_rows(host.max_running_requests),
             free_kv_tokens=self._memory.free_tokens,
             total_kv_tokens=host.max_total_num_tokens,

@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from conserve_sgl.checkpoint.states import StateSlots
 from conserve_sgl.engine.device import device_name, runs_behind
 from conserve_sgl.engine.host import (
     DynamicGradMode,
@@ -138,10 +139,11 @@ def _drafts() -> str | None:
     return f"{spec.speculative_algorithm}, {max_speculative_num_draft_tokens()} tokens"
 
 
-def _free(scheduler: Scheduler) -> tuple[int, int]:
+def _free(scheduler: Scheduler) -> tuple[float, ...]:
     return (
         scheduler.req_to_token_pool.available_size(),
         scheduler.token_to_kv_pool_allocator.available_size(),
+        StateSlots(scheduler.tree_cache).free,
     )
 
 

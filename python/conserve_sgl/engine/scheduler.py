@@ -186,8 +186,11 @@ class ConserveScheduler(Scheduler):
 
     def init_running_status(self) -> None:
         super().init_running_status()
-        if self.is_hybrid_ssm:
-            raise IncompatibleError("models with state-space layers are not supported by conserve")
+        if self.is_hybrid_ssm and not self.spec_algorithm.is_none():
+            raise IncompatibleError(
+                "speculative decoding of models with state-space layers is not supported by "
+                "conserve: leave --speculative-algorithm out"
+            )
         if self.is_hybrid_swa and not self.full_tokens_per_layer:
             raise IncompatibleError(
                 "models whose layers all have a sliding window are not supported by conserve"

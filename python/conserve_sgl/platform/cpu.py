@@ -6,6 +6,8 @@ leaf modules can be imported here.
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import Any
 
 import torch
@@ -33,6 +35,8 @@ CHUNKED_PREFILL_TOKENS = 1024
 
 _ATTENTION_BACKENDS = (NAME, "torch_native")
 _DRAFTS = "NGRAM"
+_STATE_SPACE = ("Qwen3NextForCausalLM",)
+"""Models with state-space layers whose kernels are in `delta_net.py`."""
 # SGLang's defaults need kernels that exist on a GPU only, so they stand for "not given".
 _HICACHE_IO_BACKENDS = ("kernel", "direct")
 _HICACHE_LAYOUTS = ("page_first", "layer_first")
@@ -88,6 +92,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         return NgramWorker
 
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        """States of state-space layers are kept as they pass, so that such models overlap."""
+        return True
+
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Default what a CPU needs; a flag that was given stays, or is refused if it cannot work.
 
@@ -114,6 +122,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from conserve_sgl.platform import drafts, experts, hicache, lora, sampling
 
         register_attention_backend(NAME)(_make_attention_backend)
+        torch.get_device_module = _device_module
         drafts.install()
         experts.install()
         hicache.install()
@@ -152,10 +161,12 @@ def _fit_to_model(server_args: Any, previous: Any) -> None:
     and the experts of that in a kernel of a GPU's, unless told otherwise.
 
     Raises:
-        IncompatibleError: the model's windows have a KV pool, and torch_native was asked for.
+        IncompatibleError: the model's windows have a KV pool, and torch_native was asked for; or
+            its state-space layers need a GPU.
     """
     from sglang.srt.arg_groups.model_override_base import attention_backends_of, model_config_of
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+    from sglang.srt.mem_cache.kv_cache_builder import uses_ssm_state
 
     args, config = resolving_view(server_args), model_config_of(server_args)
     (arch, *_) = config.hf_config.architectures or [""]
@@ -164,6 +175,11 @@ def _fit_to_model(server_args: Any, previous: Any) -> None:
             f"--attention-backend torch_native does not know the KV pool of the windows of {arch}: "
             f"use {NAME}, or --disable-hybrid-swa-memory"
         )
+    if uses_ssm_state(config):
+        _refuse_states(args, arch)
+        # SGLang keeps what a convolution has seen in bfloat16, whatever the model is in.
+        dtype = str(config.dtype).removeprefix("torch.")
+        os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", dtype)
     if arch != "GptOssForCausalLM" or args.attention_backend != NAME:
         previous(server_args)
         return
@@ -176,6 +192,25 @@ def _fit_to_model(server_args: Any, previous: Any) -> None:
     declare_resolution(server_args, source, attention_backend=NAME)
 
 
+def _refuse_states(args: Any, arch: str) -> None:
+    """
+    Raises:
+        IncompatibleError: the model's state-space layers, or one of the flags beside them, need a
+            GPU.
+    """
+    if arch not in _STATE_SPACE:
+        raise IncompatibleError(
+            f"the state-space layers of {arch} are computed by kernels of a GPU; on a CPU there "
+            f"are those of {', '.join(_STATE_SPACE)}"
+        )
+    for flag, given in (
+        ("enable-hierarchical-cache", args.enable_hierarchical_cache),
+        ("speculative-algorithm", args.speculative_algorithm is not None),
+    ):
+        if given:
+            raise IncompatibleError(f"--{flag} beside the states of {arch} needs a GPU")
+
+
 def _keep_overlap(server_args: Any, previous: Any) -> None:
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
@@ -186,9 +221,35 @@ def _keep_overlap(server_args: Any, previous: Any) -> None:
         declare_resolution(server_args, f"platform:{NAME}", disable_overlap_schedule=chosen)
 
 
+_torch_device_module = torch.get_device_module
+
+
+class _ModuleOfNoDevice:
+    """torch's module of a device that it was built for and that is not there: the device of the
+    layers that a model makes is the CPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_torch_device_module(), name)
+
+    @staticmethod
+    def current_device() -> str:
+        return "cpu"
+
+
+# torch.compile looks for what torch's own function, a cached one, wraps.
+@functools.wraps(_torch_device_module.__wrapped__)
+def _device_module(device: Any = None) -> Any:
+    return _ModuleOfNoDevice() if device is None else _torch_device_module(device)
+
+
 def _make_attention_backend(runner: Any) -> Any:
+    from sglang.srt.configs.hybrid_arch import hybrid_gdn_config
+
+    from conserve_sgl.platform import delta_net
     from conserve_sgl.platform.attention import CpuAttnBackend
 
+    if hybrid_gdn_config(runner.model_config) is not None:
+        delta_net.install()
     return CpuAttnBackend(runner)
 
 

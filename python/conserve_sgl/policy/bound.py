@@ -58,7 +58,8 @@ _REMEDIES = {
     "fewer online requests at a time, makes room, and offline.min_share takes it",
     Bound.GAP: "no step with offline work is shorter than slo.longest_gap; a larger one makes room",
     Bound.YIELD: "no offline step is shorter than slo.yield_ms; a larger one makes room",
-    Bound.ROWS: "no row is free; a larger --max-running-requests makes room",
+    Bound.ROWS: "no row is free; a larger --max-running-requests makes room, where states bound "
+    "the rows a larger --max-mamba-cache-size",
     Bound.ADAPTERS: "a batch has no place for its adapters beside those of online requests; a "
     "larger --max-loras-per-batch makes room",
     Bound.KV: "no KV is free beyond what is reserved to online requests; a larger KV pool, or a "
