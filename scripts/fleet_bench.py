@@ -23,6 +23,7 @@ from typing import Any
 
 import uvicorn
 
+from conserve_sgl.ingress.in_hand import InHand
 from conserve_sgl.ingress.middleware import ServiceClassMiddleware
 from conserve_sgl.ingress.spare import SpareNow, SpareRoom
 
@@ -43,13 +44,15 @@ class Server:
         self.in_hand = 0
         self.peak = 0
         self._rows = asyncio.Semaphore(ROWS)
-        room = SpareRoom(self)
+        in_hand = InHand()
+        room = SpareRoom(self, in_hand)
         self.app = ServiceClassMiddleware(
             self._answer,
             max_offline=4096,
             retry_after_s=1,
             on_refusal=self._count_refusal,
             room=lambda: room,
+            in_hand=in_hand,
             take_spare_only=True,
         )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from support.server import OFFLINE, Server, models_but, until
+from support.server import OFFLINE, Server, until
 
 pytestmark = pytest.mark.engine
 
@@ -66,7 +66,6 @@ def served(request, start_server, tmp_path_factory) -> Iterator[Served]:
         "CONSERVE_TEST_PREEMPT": "7:0.03",
         "CONSERVE_TEST_OWNERSHIP": "1",
         "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16",
-        "SGLANG_DISABLED_MODEL_ARCHS": models_but("qwen3_next", "qwen2_moe"),
     }
     slots = f"--max-mamba-cache-size={ROWS * strategy.slots_per_row}"
     flags = ("--max-total-tokens=1280", slots, *strategy.flags)

@@ -64,6 +64,7 @@ MODELS = frozenset(
         "qwen2_moe",
         "qwen3",
         "qwen3_moe",
+        "qwen3_next",
     }
 )
 """Those of SGLang's that the tests use, or that one of these imports."""
