@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets everything up and runs the tests; arguments go to pytest.
-#   scripts/test.sh                                             everything, 32 minutes on 2 cores
+#   scripts/test.sh                                             everything, 50 minutes on 2 cores
 #   scripts/test.sh -m "not engine" -n auto --dist worksteal   the fast tier, 2 minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
