@@ -8,10 +8,11 @@ import pytest
 
 from conserve_sgl.config import ConserveConfig
 from conserve_sgl.settings import OfflineWork
+from conserve_sgl.status.record import Capability
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # SGLang warns about absent GPU kernels while it is imported
-    from conserve_sgl.engine.capabilities import Capabilities, Capability
+    from conserve_sgl.engine.capabilities import Capabilities
     from conserve_sgl.engine.host import SetInternalStateReq, SetInternalStateReqOutput
     from conserve_sgl.engine.live_settings import LiveSettings
 

@@ -10,6 +10,7 @@ import pytest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # SGLang warns about absent GPU kernels while it is imported
+    from conserve_sgl.checkpoint.states import StateSlots
     from conserve_sgl.engine.memory import KvMemory
 
 FULL, WINDOWS = 1000, 300
@@ -73,6 +74,7 @@ class Memory:
             checkpoints=SimpleNamespace(
                 cheapest=lambda offline, _aside: offline[0] if offline else None,
                 give_way=lambda _req, *, urgent: None,  # noqa: ARG005
+                states=StateSlots(tree),
             ),
             aside=SimpleNamespace(reqs=[], slices=SimpleNamespace(suspended_reqs=[])),
             is_offline=lambda req: req.offline,

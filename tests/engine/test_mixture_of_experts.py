@@ -7,28 +7,24 @@ decided by its hidden state, so whoever shares its step must not matter.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from support.alone import (
+    CONFIG,
+    LAYERS,
+    PROMPTS,
+    assert_tokens_are_those_of_transformers,
+    generate,
+)
 from support.server import HICACHE, OFFLINE, Server, until
 
 pytestmark = pytest.mark.engine
 
-CONFIG = """
-slo: {ttft: 1x, tpot: 1x, yield_ms: 1}
-memory: {online_reserve: 0.0}
-checkpoint: {stride_tokens: 16}
-"""
-LAYERS = 4
 PREEMPTIONS, SUSPENSIONS = 20, 20
-TOKENS = 64
-PROMPTS = [
-    f"{i}: " + "the quick brown fox jumps over the dog. " * (1 + 3 * i % 5) for i in range(10)
-]
 
 
 class Mixture(msgspec.Struct, frozen=True):
@@ -76,15 +72,6 @@ def served(request, start_server, tmp_path_factory) -> Iterator[Served]:
         yield Served(mixture, folder, server)
 
 
-def generate(server: Server, at_once: int, headers: dict[str, str] | None = None) -> list[str]:
-    sampling = {"max_new_tokens": TOKENS}
-    with ThreadPoolExecutor(at_once) as pool:
-        answers = pool.map(
-            lambda text: server.generate(text, sampling_params=sampling, headers=headers), PROMPTS
-        )
-        return [answer["text"] for answer in answers]
-
-
 def test_offline_tokens_are_those_of_a_run_alone(served) -> None:
     """Preempted, sitting out and suspended, beside online requests all along."""
     server = served.server
@@ -120,16 +107,4 @@ def test_prefills_are_sliced_where_the_model_can_be_split(served) -> None:
 
 def test_tokens_are_those_of_transformers(served) -> None:
     """SGLang's experts on a CPU are the model's: what the other tests compare is not nonsense."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(served.folder)
-    model = AutoModelForCausalLM.from_pretrained(served.folder)
-    for prompt in PROMPTS[:3]:
-        answer = served.server.generate(prompt, sampling_params={"max_new_tokens": TOKENS})
-        reply = answer["output_ids"]
-        asked = tokenizer(prompt)["input_ids"]
-        with torch.no_grad():
-            logits = model(torch.tensor([asked + reply])).logits[0, len(asked) - 1 : -1]
-        assert len(reply) == TOKENS
-        assert logits.argmax(-1).tolist() == reply
+    assert_tokens_are_those_of_transformers(served.server, served.folder)

@@ -8,28 +8,24 @@ sits out or gives way must find the rest of it when it comes back.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from support.alone import (
+    CONFIG,
+    LAYERS,
+    PROMPTS,
+    assert_tokens_are_those_of_transformers,
+    generate,
+)
 from support.server import HICACHE, OFFLINE, Server, until
 
 pytestmark = pytest.mark.engine
 
-CONFIG = """
-slo: {ttft: 1x, tpot: 1x, yield_ms: 1}
-memory: {online_reserve: 0.0}
-checkpoint: {stride_tokens: 16}
-"""
-LAYERS = 4
 PREEMPTIONS, SUSPENSIONS = 20, 20
-TOKENS = 64
-PROMPTS = [
-    f"{i}: " + "the quick brown fox jumps over the dog. " * (1 + 3 * i % 5) for i in range(10)
-]
 
 
 class Windowed(msgspec.Struct, frozen=True):
@@ -79,15 +75,6 @@ def served(request, start_server, tmp_path_factory) -> Iterator[Served]:
         yield Served(model, folder, server)
 
 
-def generate(server: Server, at_once: int, headers: dict[str, str] | None = None) -> list[str]:
-    sampling = {"max_new_tokens": TOKENS}
-    with ThreadPoolExecutor(at_once) as pool:
-        answers = pool.map(
-            lambda text: server.generate(text, sampling_params=sampling, headers=headers), PROMPTS
-        )
-        return [answer["text"] for answer in answers]
-
-
 def test_offline_tokens_are_those_of_a_run_alone(served) -> None:
     """Preempted, sitting out and suspended, beside online requests all along."""
     server = served.server
@@ -111,9 +98,7 @@ def test_offline_tokens_are_those_of_a_run_alone(served) -> None:
 
 def test_the_state_says_what_the_server_has(served) -> None:
     """The log too, once; and SGLang has made the pool that the test is about."""
-    has = {
-        capability["name"]: capability["on"] for capability in served.server.state()["capabilities"]
-    }
+    has = served.server.capabilities()
     assert has == {
         "sitting out": True,
         "slices": served.model.in_layers,
@@ -127,16 +112,4 @@ def test_the_state_says_what_the_server_has(served) -> None:
 
 def test_tokens_are_those_of_transformers(served) -> None:
     """The windows of the CPU's attention are the model's, sinks included."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(served.folder)
-    model = AutoModelForCausalLM.from_pretrained(served.folder)
-    for prompt in PROMPTS[:3]:
-        answer = served.server.generate(prompt, sampling_params={"max_new_tokens": TOKENS})
-        reply = answer["output_ids"]
-        asked = tokenizer(prompt)["input_ids"]
-        with torch.no_grad():
-            logits = model(torch.tensor([asked + reply])).logits[0, len(asked) - 1 : -1]
-        assert len(reply) == TOKENS
-        assert logits.argmax(-1).tolist() == reply
+    assert_tokens_are_those_of_transformers(served.server, served.folder)

@@ -7,28 +7,24 @@ row lost it, shared it or went on from another position's, its tokens would be o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from support.alone import (
+    CONFIG,
+    LAYERS,
+    PROMPTS,
+    assert_tokens_are_those_of_transformers,
+    generate,
+)
 from support.server import OFFLINE, Server, until
 
 pytestmark = pytest.mark.engine
 
-CONFIG = """
-slo: {ttft: 1x, tpot: 1x, yield_ms: 1}
-memory: {online_reserve: 0.0}
-checkpoint: {stride_tokens: 16}
-"""
-LAYERS = 4
 PREEMPTIONS = 20
-TOKENS = 64
-PROMPTS = [
-    f"{i}: " + "the quick brown fox jumps over the dog. " * (1 + 3 * i % 5) for i in range(10)
-]
 
 
 class Strategy(msgspec.Struct, frozen=True):
@@ -73,15 +69,6 @@ def served(request, start_server, tmp_path_factory) -> Iterator[Served]:
         yield Served(strategy, folder, server)
 
 
-def generate(server: Server, at_once: int, headers: dict[str, str] | None = None) -> list[str]:
-    sampling = {"max_new_tokens": TOKENS}
-    with ThreadPoolExecutor(at_once) as pool:
-        answers = pool.map(
-            lambda text: server.generate(text, sampling_params=sampling, headers=headers), PROMPTS
-        )
-        return [answer["text"] for answer in answers]
-
-
 def test_offline_tokens_are_those_of_a_run_alone(served) -> None:
     """Preempted and sitting out, beside online requests all along, which find states kept by
     offline ones; and no slot is lost."""
@@ -107,9 +94,7 @@ def test_offline_tokens_are_those_of_a_run_alone(served) -> None:
 def test_the_state_says_what_the_server_has(served) -> None:
     """SGLang, too, has as many rows as there are slots for, and overlaps where states are copied
     beside the steps."""
-    has = {
-        capability["name"]: capability["on"] for capability in served.server.state()["capabilities"]
-    }
+    has = served.server.capabilities()
     assert has == {"sitting out": True, "slices": False, "checkpoints": True, "host copies": False}
     log = served.server.process.log_path.read_text()
     assert f"max_running_requests is capped to {ROWS} by the mamba state cache" in log
@@ -117,16 +102,4 @@ def test_the_state_says_what_the_server_has(served) -> None:
 
 def test_tokens_are_those_of_transformers(served) -> None:
     """The gated delta nets of the CPU platform are the model's."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(served.folder)
-    model = AutoModelForCausalLM.from_pretrained(served.folder)
-    for prompt in PROMPTS[:3]:
-        answer = served.server.generate(prompt, sampling_params={"max_new_tokens": TOKENS})
-        reply = answer["output_ids"]
-        asked = tokenizer(prompt)["input_ids"]
-        with torch.no_grad():
-            logits = model(torch.tensor([asked + reply])).logits[0, len(asked) - 1 : -1]
-        assert len(reply) == TOKENS
-        assert logits.argmax(-1).tolist() == reply
+    assert_tokens_are_those_of_transformers(served.server, served.folder)

@@ -103,9 +103,10 @@ class Server:
         response.raise_for_status()
         return response.json()
 
-    def generate_all(self, texts: list[str], **body: Any) -> list[str]:
-        """Generate from all `texts` at the same time, each its own request; the answers' texts."""
-        with ThreadPoolExecutor(len(texts)) as pool:
+    def generate_all(self, texts: list[str], at_once: int | None = None, **body: Any) -> list[str]:
+        """Generate from all `texts`, all or so many at a time, each its own request; the answers'
+        texts."""
+        with ThreadPoolExecutor(at_once or len(texts)) as pool:
             answers = pool.map(lambda text: self.generate(text, **body), texts)
             return [answer["text"] for answer in answers]
 
@@ -123,6 +124,10 @@ class Server:
         """What the scheduler says of itself under `conserve`."""
         info = self.http.get("/server_info").raise_for_status().json()
         return info["internal_states"][0]["conserve"]
+
+    def capabilities(self) -> dict[str, bool]:
+        """Which it has, by their names."""
+        return {one["name"]: one["on"] for one in self.state()["capabilities"]}
 
     def set_internal_state(self, numbers: dict[str, float]) -> bool:
         """Whether the scheduler took `numbers`, as `conserve_sgl.settings` names them."""

@@ -178,15 +178,13 @@ class Admission:
 
     def _give_back(self, not_yet: list[Req]) -> None:
         """The candidates that were not admitted leave SGLang's queue again."""
-        waiting, self._host.waiting_queue = self._host.waiting_queue, []
-        for req in waiting:
-            if not self._is_offline(req):
-                self._host.waiting_queue.append(req)
-        self._intake.queue.give_back(r for r in waiting if self._is_offline(r))
+        waiting = self._host.waiting_queue
+        offline = [req for req in waiting if self._is_offline(req)]
+        self._host.waiting_queue = [req for req in waiting if not self._is_offline(req)]
+        self._intake.queue.give_back(offline)
         self._intake.queue.give_back(not_yet)
-        for req in waiting:
-            if self._is_offline(req):
-                self._checkpoints.states.take_back(req)
+        for req in offline:
+            self._checkpoints.states.take_back(req)
 
     def _load_ahead(self, running: ScheduleBatch, view: StepView, plan: StepPlan) -> None:
         """While there is no time for another offline request, the next one gets its KV from the

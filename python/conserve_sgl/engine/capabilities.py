@@ -12,8 +12,9 @@ from typing import Any
 import msgspec
 
 from conserve_sgl.config import ConserveConfig
+from conserve_sgl.status.record import Capability
 
-__all__ = ["WRONG_SPLITS", "Capabilities", "Capability", "Host", "decide"]
+__all__ = ["WRONG_SPLITS", "Capabilities", "Host", "decide"]
 
 WRONG_SPLITS = {
     "Gemma2ForCausalLM": "scales embeddings in float16",
@@ -98,23 +99,6 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
             shares_prefixes=tree.supports_prefix_sharing(),
             has_host_cache=tree.cache_controller is not None,
         )
-
-
-class Capability(msgspec.Struct, frozen=True):
-    """One of them.
-
-    why: it is on or off, as a clause.
-    costs: what it takes, or, where it is off, a clause on what comes of that.
-    """
-
-    name: str
-    on: bool
-    why: str
-    costs: str
-
-    def __str__(self) -> str:
-        said = f"on: {self.why}; costs" if self.on else f"off: {self.why}; so"
-        return f"{said} {self.costs}"
 
 
 class Capabilities(msgspec.Struct, frozen=True):

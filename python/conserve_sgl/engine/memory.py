@@ -8,7 +8,6 @@ from typing import Any
 from conserve_sgl.checkpoint.checkpointer import Checkpointer
 from conserve_sgl.checkpoint.fault import RandomPreemption
 from conserve_sgl.checkpoint.kv_pools import KvPools
-from conserve_sgl.checkpoint.states import StateSlots
 from conserve_sgl.engine.aside import Aside
 from conserve_sgl.engine.host import Req, ScheduleBatch
 from conserve_sgl.status.record import HostKv, Kv
@@ -52,7 +51,7 @@ class KvMemory:
         self._aside = aside
         self._is_offline = is_offline
         self._requeue = requeue
-        self._states = StateSlots(tree_cache)
+        self._states = checkpoints.states
         self._free_rows = free_rows
         self._chance = RandomPreemption.from_environment()
 

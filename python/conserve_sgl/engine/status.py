@@ -17,7 +17,6 @@ from conserve_sgl.settings import OfflineWork
 from conserve_sgl.status.ask import Answer, Ask
 from conserve_sgl.status.latency import WINDOW_S, LatencyWindow, OnlineLatencies, unseen
 from conserve_sgl.status.record import (
-    Capability,
     Events,
     Job,
     Kv,
@@ -143,7 +142,7 @@ class Status:
             kv=kv,
             events=_events(state),
             model=model,
-            capabilities=msgspec.convert(state["capabilities"], tuple[Capability, ...]),
+            capabilities=self._live.capabilities.all,
             next_step=0 if ring is None else ring.ended_steps,
             has_steps=ring is not None,
         )

@@ -311,14 +311,18 @@ class Capability(msgspec.Struct, frozen=True):
     """What a server has or lacks beside its queue and budget, as `engine/capabilities.py` decides.
 
     Args:
-        why: it is on or off.
-        costs: what it takes, or what comes of it that it is off.
+        why: it is on or off, as a clause.
+        costs: what it takes, or, where it is off, a clause on what comes of that.
     """
 
     name: str
     on: bool
     why: str
     costs: str
+
+    def __str__(self) -> str:
+        said = f"on: {self.why}; costs" if self.on else f"off: {self.why}; so"
+        return f"{said} {self.costs}"
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
